@@ -1,0 +1,1 @@
+"""The built-in passes: one file, one pass, one class. ``README.md`` says how."""
