@@ -72,7 +72,7 @@ class Residual(nn.Module):
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
         self.body = body
-        self.shortcut = shortcut or nn.Identity()
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from architectures import LeNet5, LeNet300, ResidualCNN, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 HERE = Path(__file__).parent
 VALIDATION = 5_000
@@ -52,7 +52,7 @@ class Recipe:
 RECIPES = {
     "lenet-300-100": Recipe(network=LeNet300, epochs=30, rate=3e-3),
     "lenet-5": Recipe(network=LeNet5, epochs=12, rate=3e-3),
-    "residual-cnn": Recipe(network=ResidualCNN, epochs=8, rate=8e-3),
+    "residual-cnn": Recipe(network=ResidualCNN, epochs=8, rate=5e-3),
     "vit": Recipe(network=VisionTransformer, epochs=8, rate=2e-3),
 }
 BATCH = 128
@@ -80,7 +80,7 @@ def augment(images: Tensor, strength: float, random: torch.Generator) -> Tensor:
     affine = functional.affine_grid(
         torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False
     )
-    coarse = torch.randn(count, 2, 6, 6, generator=random) * (strength * 2.4 / size)
+    coarse = torch.randn(count, 2, 6, 6, generator=random) * (strength * 1.4 / size)
     bend = functional.interpolate(coarse, (size, size), mode="bicubic")
     grid = affine + bend.permute(0, 2, 3, 1)
     return functional.grid_sample(images, grid, align_corners=False).clamp(0, 1)
@@ -121,6 +121,11 @@ def loss_of(
     return 0.1 * hard + 0.9 * TEMPERATURE**2 * soft
 
 
+def moving_average(average: Tensor, current: Tensor, count: int) -> Tensor:
+    """Exponential moving average that forgets the untrained weights quickly."""
+    return average + (current - average) * max(1 - EMA, 9 / (10 + int(count)))
+
+
 @torch.no_grad()
 def errors(network: nn.Module, images: Tensor, labels: Tensor) -> int:
     """How many images the network in its inference form gets wrong."""
@@ -141,9 +146,7 @@ def train(recipe: Recipe, seed: int) -> nn.Module:
 
     # Only for speed: PyTorch's convolutions on a CPU like the channels last.
     network = recipe.network().to(memory_format=torch.channels_last)
-    average = AveragedModel(
-        network, multi_avg_fn=get_ema_multi_avg_fn(EMA), use_buffers=True
-    )
+    average = AveragedModel(network, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.rate, weight_decay=recipe.decay
     )
