@@ -343,7 +343,9 @@ def external_tensor(
         offset = int(entries.get("offset", "0") or 0)
         length = int(entries.get("length", "") or needed)
     except ValueError as error:
-        raise ModelError(f"{where} has an offset or length that is no number") from error
+        raise ModelError(
+            f"{where} has an offset or length that is no number"
+        ) from error
     if length < 0 or offset < 0:
         raise ModelError(f"{where} has a negative offset or length")
     return FileTensor(path, offset, length, shape, proto.data_type, name)

@@ -1,0 +1,113 @@
+"""An independent copy of a topology that shares the values of its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from onnxshrink._topology import Constant, Function, Graph, Node, Variable, tensor_of
+
+__all__ = ["clone_graph"]
+
+
+def clone_graph(graph: gs.Graph) -> Graph:
+    """Return a copy of a main graph with its subgraphs and functions."""
+    functions: list[Function] = []
+    for function in graph.functions:
+        mapping: dict[int, Any] = {}
+        twin = Function(
+            function.name,
+            domain=function.domain,
+            doc_string=function.doc_string,
+            opset=function.opset,
+            import_domains=function.import_domains,
+            attrs=dict(function.attrs),
+        )
+        twin.origin = getattr(function, "origin", None)
+        twin.overload = getattr(function, "overload", "")
+        _fill(twin, function, mapping, functions)
+        functions.append(twin)
+    twin_graph = _graph(graph, {}, functions)
+    twin_graph.opset = graph.opset
+    twin_graph.import_domains = graph.import_domains
+    twin_graph.ir_version = graph.ir_version
+    twin_graph.producer_name = graph.producer_name
+    twin_graph.producer_version = graph.producer_version
+    return twin_graph
+
+
+def _tensor(tensor: gs.Tensor, mapping: dict[int, Any]) -> gs.Tensor:
+    if not tensor.name and not isinstance(tensor, gs.Constant):
+        return Variable.empty()
+    found = mapping.get(id(tensor))
+    if found is not None:
+        return found
+    if isinstance(tensor, gs.Constant):
+        twin: Any = Constant(tensor.name, tensor_of(tensor))
+        twin.origin = getattr(tensor, "origin", None)
+        twin.origin_tensor = getattr(tensor, "origin_tensor", None)
+    else:
+        shape = None if tensor.shape is None else list(tensor.shape)
+        twin = Variable(tensor.name, tensor.dtype, shape)
+        twin.origin = getattr(tensor, "origin", None)
+        twin.origin_info = getattr(tensor, "origin_info", None)
+    mapping[id(tensor)] = twin
+    return twin
+
+
+def _graph(
+    graph: gs.Graph, mapping: dict[int, Any], functions: list[Function]
+) -> Graph:
+    twin = Graph(name=graph.name, doc_string=graph.doc_string)
+    if isinstance(graph, Graph):
+        twin.origin = graph.origin
+        twin.used_at_load = graph.used_at_load
+        twin.input_info = graph.input_info
+        twin.output_info = graph.output_info
+        twin.value_infos = graph.value_infos
+    _fill(twin, graph, mapping, functions)
+    return twin
+
+
+def _fill(
+    twin: Graph | Function,
+    graph: gs.Graph,
+    mapping: dict[int, Any],
+    functions: list[Function],
+) -> None:
+    twin._functions = functions
+    for constant in getattr(graph, "initializers", {}).values():
+        twin.initializers[constant.name] = _tensor(constant, mapping)
+    twin.inputs = [_tensor(tensor, mapping) for tensor in graph.inputs]
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            _tensor(tensor, mapping)
+    for node in graph.nodes:
+        copied = Node(
+            node.op,
+            node.name,
+            {k: _value(v, mapping, functions) for k, v in node.attrs.items()},
+            [_tensor(tensor, mapping) for tensor in node.inputs],
+            [_tensor(tensor, mapping) for tensor in node.outputs],
+            node.domain,
+        )
+        copied.origin = getattr(node, "origin", None)
+        before = getattr(node, "origin_attrs", None)
+        if before is not None:
+            copied.origin_attrs = {
+                key: copied.attrs[key]
+                if value is node.attrs.get(key) and isinstance(value, gs.Constant)
+                else value
+                for key, value in before.items()
+            }
+        twin.nodes.append(copied)
+    twin.outputs = [_tensor(tensor, mapping) for tensor in graph.outputs]
+
+
+def _value(value: Any, mapping: dict[int, Any], functions: list[Function]) -> Any:
+    if isinstance(value, gs.Graph):
+        return _graph(value, mapping, functions)
+    if isinstance(value, gs.Constant):
+        return _tensor(value, {})
+    return list(value) if isinstance(value, list) else value

@@ -1,0 +1,1180 @@
+"""Model: a graph to edit, tensors that stay where they are, and lossless load and save."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from onnxshrink._exporter import (
+    Export,
+    Piece,
+    export,
+    is_function,
+    stray_constants,
+)
+from onnxshrink._importer import Importer, check_order, dims_of
+from onnxshrink._topology import (
+    Constant,
+    Function,
+    Graph,
+    Node,
+    Variable,
+    subgraphs_of,
+    tensor_of,
+)
+from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
+from onnxshrink.tensors import ArrayTensor, LazyTensor, sync
+from onnxshrink.wire import read_skeleton
+
+__all__ = [
+    "Constant",
+    "Function",
+    "Graph",
+    "Model",
+    "Node",
+    "SupportsModelProto",
+    "ValueInfo",
+    "Variable",
+    "Weight",
+]
+
+MAX_IR_VERSION = 13
+"""Newest IR version that onnxruntime 1.31 loads."""
+MAX_OPSET = 26
+"""Newest ai.onnx opset that onnxruntime 1.31 runs."""
+INLINE_LIMIT = 2**31 - 2**24
+"""Bytes of weights from which a file must use external data (protobuf's 2 GiB)."""
+_EXTERNAL_MINIMUM = 1024
+_ALIGNMENT = 4096
+_LARGE = 1024
+
+Storage = Literal["auto", "plain"]
+External = Literal["auto", "never", "always"]
+
+
+class SupportsModelProto(Protocol):
+    """Anything that carries a ModelProto, such as a framework's export result."""
+
+    @property
+    def model_proto(self) -> Any:
+        """The proto, or a method that returns it."""
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """Name and type of a value.
+
+    Attributes:
+        name: Name of the value.
+        data_type: ONNX element type; 0 if unknown or not a tensor.
+        shape: An int, a symbol or ``None`` for each dimension; ``None``: unknown rank.
+        kind: ``tensor``, ``sequence``, ``optional``, ``map`` or ``sparse_tensor``.
+    """
+
+    name: str
+    data_type: int
+    shape: tuple[int | str | None, ...] | None
+    kind: str = "tensor"
+
+    @classmethod
+    def from_proto(cls, info: onnx.ValueInfoProto) -> ValueInfo:
+        """Read one from a proto."""
+        which = info.type.WhichOneof("value") or "tensor_type"
+        kind = which.removesuffix("_type")
+        if which != "tensor_type":
+            return cls(info.name, 0, None, kind)
+        tensor = info.type.tensor_type
+        return cls(info.name, tensor.elem_type, dims_of(tensor))
+
+
+class Weight:
+    """A value the model carries, wherever it stands: an initializer or a Constant node.
+
+    Attributes:
+        name: Its name; behind a path of graph names where a name occurs twice.
+        constant: The graph's constant, or the attribute value of the Constant node.
+        node: The Constant node, if it is one.
+        graph: The graph it belongs to.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        constant: gs.Constant,
+        node: Node | None,
+        graph: gs.Graph,
+    ) -> None:
+        """Made by ``Model.weights``."""
+        self._model = model
+        self.name = name
+        self.constant = constant
+        self.node = node
+        self.graph = graph
+
+    @property
+    def tensor(self) -> LazyTensor:
+        """The values, not read yet."""
+        return tensor_of(self.constant)
+
+    @property
+    def value(self) -> gs.Tensor:
+        """The tensor that nodes read."""
+        return self.node.outputs[0] if self.node is not None else self.constant
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Static shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of what ``read`` returns."""
+        return self.tensor.dtype
+
+    @property
+    def data_type(self) -> int:
+        """ONNX element type."""
+        return self.tensor.data_type
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as plain raw data."""
+        return self.tensor.nbytes
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.tensor.size
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is also a graph input, so that a caller may override it."""
+        return any(tensor is self.constant for tensor in self.graph.inputs)
+
+    @property
+    def is_output(self) -> bool:
+        """Whether it is itself an output of its graph."""
+        return any(tensor is self.value for tensor in self.graph.outputs)
+
+    @property
+    def uses(self) -> tuple[tuple[Node, int], ...]:
+        """(node, input index) of all that reads it.
+
+        Identity nodes and calls of model-local functions are looked through.
+        """
+        return tuple(self._model._uses(self.value))
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return all values; do not write into the array."""
+        return self.tensor.read()
+
+    def chunks(self, nbytes: int = 8 << 20) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the values as flat pieces of at most ``nbytes`` bytes."""
+        return self.tensor.chunks(nbytes)
+
+    def __repr__(self) -> str:
+        """Show name and type."""
+        return f"Weight({self.name!r}, {self.tensor})"
+
+
+class Model:
+    """An ONNX model whose topology is a graphsurgeon graph and whose tensors are lazy.
+
+    Load and save without a change gives back the same graph, byte for byte: what
+    graphsurgeon cannot hold is kept in the protos the objects came from.
+
+    Attributes:
+        graph: The topology, free to edit.
+        source: The file it was loaded from, if any.
+        metadata: The model's ``metadata_props``.
+        ir_version: The IR version it is written with.
+        external: Whether its tensors came as external data.
+    """
+
+    def __init__(self, graph: Graph, origin: onnx.ModelProto) -> None:
+        """Use ``Model.load``; this is for the engine."""
+        self.graph = graph
+        self._origin = origin
+        self.source: Path | None = None
+        self.metadata = {entry.key: entry.value for entry in origin.metadata_props}
+        self.ir_version = origin.ir_version
+        self.external = False
+        self._files: frozenset[Path] = frozenset()
+        self._names: set[str] | None = None
+
+    # --- load ---------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] | bytes | onnx.ModelProto | SupportsModelProto,
+        *,
+        check: bool = True,
+    ) -> Model:
+        """Load a model.
+
+        Args:
+            source: A path (``.onnx``, or ONNX text in ``.onnxtxt``), the bytes of a
+                file, a ModelProto, or an object with ``model_proto`` (an attribute or
+                a method), such as the result of a framework's exporter.
+            check: Run onnx.checker. Switch it off only for what was just checked.
+
+        Raises:
+            ModelError: It is not a valid ONNX model, or its external data is refused.
+        """
+        path: Path | None = None
+        ranges: Mapping[int, tuple[int, int]] = {}
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            proto, ranges = _read_path(path)
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            proto = _parse(bytes(source), "the given bytes")
+        else:
+            proto = _proto_of(source)
+        label = str(path) if path is not None else "the model"
+        if not proto.HasField("graph"):
+            raise ModelError(f"{label} is not an ONNX model: it has no graph")
+        try:
+            if check:
+                check_order(proto.graph)
+            importer = Importer(proto, path, ranges)
+            model = cls(importer.model(), proto)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        except (RecursionError, UnicodeDecodeError, ValueError) as error:
+            raise ModelError(f"{label} cannot be read: {error}") from error
+        model.source = path
+        model.external = bool(importer.external_files)
+        model._files = frozenset(importer.external_files)
+        if check:
+            model.check(label)
+        from onnxshrink import storage
+
+        storage.recognise(model)
+        return model
+
+    def check(self, label: str = "the model") -> None:
+        """Run onnx.checker over the graph, without its large tensors.
+
+        Raises:
+            ModelError: What the checker refuses.
+        """
+        try:
+            onnx.checker.check_model(self.skeleton())
+        except (onnx.checker.ValidationError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{label} is not a valid ONNX model: {reason}") from error
+
+    def copy(self) -> Model:
+        """Return an independent model that shares the tensors' values."""
+        from onnxshrink._clone import clone_graph
+
+        twin = Model(clone_graph(self.graph), self._origin)
+        twin.source = self.source
+        twin.metadata = dict(self.metadata)
+        twin.ir_version = self.ir_version
+        twin.external = self.external
+        twin._files = self._files
+        return twin
+
+    # --- what is there ------------------------------------------------------------
+
+    @property
+    def opset(self) -> int:
+        """Version of the ai.onnx operator set."""
+        return int(self.graph.opset)
+
+    @opset.setter
+    def opset(self, version: int) -> None:
+        for graph in self.graphs():
+            if not is_function(graph):
+                graph.opset = version
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """Operator set versions by domain; ``""`` is ai.onnx."""
+        found = {
+            "" if entry.domain == "ai.onnx" else entry.domain: entry.version
+            for entry in self.graph.import_domains or []
+        }
+        if "" in found or not found:
+            found[""] = self.opset
+        return found
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Declare an operator domain unless the model already does."""
+        if domain not in self.opsets:
+            entry = onnx.OperatorSetIdProto(domain=domain, version=version)
+            self.graph.import_domains = [*(self.graph.import_domains or []), entry]
+
+    def graphs(self) -> Iterator[gs.Graph]:
+        """Yield the main graph, the subgraphs inside it, then functions with theirs."""
+
+        def below(graph: gs.Graph) -> Iterator[gs.Graph]:
+            yield graph
+            for node in list(graph.nodes):
+                for subgraph in subgraphs_of(node):
+                    yield from below(subgraph)
+
+        yield from below(self.graph)
+        for function in self.graph.functions:
+            yield from below(function)
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield the nodes of all graphs."""
+        for graph in self.graphs():
+            yield from list(graph.nodes)
+
+    def weights(self) -> Iterator[Weight]:
+        """Yield every initializer and every Constant node's tensor, of all graphs."""
+        self._adopt_strays()
+        taken: set[str] = set()
+        for number, graph in enumerate(self.graphs()):
+            found: list[tuple[str, gs.Constant, Node | None]] = [
+                (constant.name, constant, None)
+                for constant in graph.initializers.values()
+                if isinstance(constant, gs.Constant)
+            ]
+            for node in graph.nodes:
+                if node.op == "Constant" and not node.domain and node.outputs:
+                    value = self._constant_value(node)
+                    if value is not None:
+                        found.append((node.outputs[0].name, value, node))
+            for name, constant, node in found:
+                label = name
+                if name in taken:
+                    label = f"{graph.name or 'graph'}#{number}/{name}"
+                taken.add(label)
+                yield Weight(self, label, constant, node, graph)
+
+    def weight(self, name: str) -> Weight:
+        """Return a weight by its name.
+
+        Raises:
+            UsageError: There is none of that name.
+        """
+        names = []
+        for weight in self.weights():
+            if weight.name == name:
+                return weight
+            names.append(weight.name)
+        raise UsageError(f"the model has no weight {name!r}.{nearest(name, names)}")
+
+    def constant(self, tensor: gs.Tensor) -> Weight | None:
+        """Return the known value of a tensor, or ``None``.
+
+        Known are initializers, outputs of Constant nodes, and Identity of these. Inside
+        a model-local function a formal input is known if the function is called once.
+        """
+        seen = 0
+        while not isinstance(tensor, gs.Constant):
+            if not tensor.name:
+                return None
+            if not tensor.inputs:
+                outer = self._actual(tensor)
+                if outer is None:
+                    return None
+                tensor = outer
+                continue
+            node = tensor.inputs[0]
+            if node.domain not in (None, "", "ai.onnx"):
+                return None
+            if node.op == "Constant":
+                value = self._constant_value(node)
+                if value is None:
+                    return None
+                graph = self._graph_of(node)
+                return Weight(self, tensor.name, value, node, graph)
+            if node.op != "Identity" or len(node.inputs) != 1:
+                return None
+            tensor = node.inputs[0]
+            seen += 1
+            if seen > 1000:
+                return None
+        return Weight(self, tensor.name, tensor, None, self._owner(tensor))
+
+    @property
+    def inputs(self) -> tuple[ValueInfo, ...]:
+        """The inputs a caller must give: graph inputs without a default value."""
+        return self._signature(self.graph.inputs, self.graph.input_info)
+
+    @property
+    def outputs(self) -> tuple[ValueInfo, ...]:
+        """The graph's outputs."""
+        return self._signature(self.graph.outputs, self.graph.output_info)
+
+    def _signature(
+        self, tensors: Sequence[gs.Tensor], infos: Mapping[str, onnx.ValueInfoProto]
+    ) -> tuple[ValueInfo, ...]:
+        from onnxshrink._exporter import _value_info
+
+        described = []
+        for tensor in tensors:
+            if isinstance(tensor, gs.Constant) and tensors is self.graph.inputs:
+                continue
+            proto = infos.get(tensor.name) or _value_info(tensor, None)
+            described.append(ValueInfo.from_proto(proto))
+        return tuple(described)
+
+    def infer_shapes(self) -> dict[str, ValueInfo]:
+        """Return type and shape of every value that ONNX shape inference knows.
+
+        Large tensors take no part, so this is cheap whatever the model's size.
+        """
+        try:
+            inferred = onnx.shape_inference.infer_shapes(
+                self.skeleton(), data_prop=True
+            )
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            inferred = self.skeleton()
+        found: dict[str, ValueInfo] = {}
+
+        def visit(graph: onnx.GraphProto) -> None:
+            for info in [*graph.input, *graph.output, *graph.value_info]:
+                found.setdefault(info.name, ValueInfo.from_proto(info))
+            for tensor in graph.initializer:
+                found[tensor.name] = ValueInfo(
+                    tensor.name, tensor.data_type, tuple(tensor.dims)
+                )
+            for node in graph.node:
+                for attr in node.attribute:
+                    if attr.type == onnx.AttributeProto.GRAPH:
+                        visit(attr.g)
+
+        visit(inferred.graph)
+        return found
+
+    # --- edit ---------------------------------------------------------------------
+
+    def fresh(self, name: str) -> str:
+        """Return ``name``, or ``name_1``, ``name_2``, ... if it is taken."""
+        if self._names is None:
+            self._names = set()
+            for graph in self.graphs():
+                self._names.update(getattr(graph, "initializers", {}))
+                self._names.update(tensor.name for tensor in graph.inputs)
+                for node in graph.nodes:
+                    self._names.add(node.name)
+                    self._names.update(tensor.name for tensor in node.inputs)
+                    self._names.update(tensor.name for tensor in node.outputs)
+        candidate, number = name or "value", 0
+        while candidate in self._names:
+            number += 1
+            candidate = f"{name or 'value'}_{number}"
+        self._names.add(candidate)
+        return candidate
+
+    def set_weight(self, weight: str | Weight, array: np.ndarray[Any, Any]) -> None:
+        """Give a weight new values; shape and dtype may change with them.
+
+        Raises:
+            UsageError: There is no such weight.
+            ModelError: The dtype has no ONNX element type.
+        """
+        if isinstance(weight, str):
+            weight = self.weight(weight)
+        weight.constant._values = ArrayTensor(np.ascontiguousarray(array))
+        if weight.node is not None and "value" not in weight.node.attrs:
+            weight.node.attrs.clear()
+            weight.node.attrs["value"] = weight.constant
+
+    def add_weight(
+        self,
+        name: str,
+        array: np.ndarray[Any, Any] | LazyTensor,
+        graph: gs.Graph | None = None,
+    ) -> Constant:
+        """Add an initializer under an unused name made from ``name``.
+
+        In the body of a function, which has no initializers, it is written as a
+        Constant node.
+        """
+        values = array if isinstance(array, LazyTensor) else ArrayTensor(array)
+        constant = Constant(self.fresh(name), values)
+        owner = self.graph if graph is None else graph
+        if not is_function(owner):
+            owner.initializers[constant.name] = constant
+            if isinstance(owner, Graph):
+                owner.used_at_load |= {constant.name}
+            if self.ir_version < 4:
+                self.require_ir(4)
+        return constant
+
+    def add_node(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        *,
+        outputs: int | Sequence[gs.Tensor] = 1,
+        attrs: Mapping[str, Any] | None = None,
+        name: str = "",
+        domain: str = "",
+        graph: gs.Graph | None = None,
+        before: gs.Node | None = None,
+        after: gs.Node | None = None,
+    ) -> Node:
+        """Add a node; nodes are put into a runnable order when the model is written.
+
+        Args:
+            op: Operator type.
+            inputs: Tensors it reads.
+            outputs: Tensors it produces, or how many new ones to make.
+            attrs: Attribute values by name.
+            name: Name of the node and of its new outputs; made from ``op`` if empty.
+            domain: Operator domain.
+            graph: Where to add it; the main graph if ``None``.
+            before: Insert it before this node of ``graph``.
+            after: Insert it after this node of ``graph``.
+        """
+        owner = self.graph if graph is None else graph
+        label = self.fresh(name or op)
+        if isinstance(outputs, int):
+            made = [Variable(self.fresh(f"{label}_out")) for _ in range(outputs)]
+        else:
+            made = list(outputs)
+        node = Node(op, label, dict(attrs or {}), list(inputs), made, domain or None)
+        if before is not None:
+            owner.nodes.insert(owner.nodes.index(before), node)
+        elif after is not None:
+            owner.nodes.insert(owner.nodes.index(after) + 1, node)
+        else:
+            owner.nodes.append(node)
+        return node
+
+    def remove(self, node: gs.Node, graph: gs.Graph | None = None) -> None:
+        """Take a node out of its graph and cut its edges."""
+        owner = graph if graph is not None else self._graph_of(node)
+        owner.nodes.remove(node)
+        node.inputs.clear()
+        node.outputs.clear()
+
+    def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Let everything that reads ``old`` read ``new``, graph outputs included.
+
+        A graph output keeps its name: the new tensor takes it over, or an Identity
+        node carries it where the new tensor cannot be renamed.
+        """
+        if old is new:
+            return
+        for node in list(dict.fromkeys(old.outputs)):
+            for index, tensor in enumerate(node.inputs):
+                if tensor is old:
+                    node.inputs[index] = new
+        for graph in self.graphs():
+            for index, tensor in enumerate(graph.outputs):
+                if tensor is old:
+                    graph.outputs[index] = self._as_output(graph, old, new)
+
+    def _as_output(self, graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> gs.Tensor:
+        name = old.name
+        free = (
+            isinstance(new, gs.Variable)
+            and bool(new.inputs)
+            and new.inputs[0] in graph.nodes
+            and not any(new is t for g in self.graphs() for t in g.outputs)
+        )
+        if free:
+            old.name, new.name = self.fresh(name), name
+            if isinstance(old, gs.Variable):
+                new.dtype, new.shape = old.dtype, old.shape
+                if isinstance(old, Variable) and isinstance(new, Variable):
+                    new.origin, new.origin_info = old.origin, old.origin_info
+            return new
+        carrier = Variable(name, old.dtype, None if old.shape is None else old.shape)
+        if isinstance(old, Variable):
+            carrier.origin, carrier.origin_info = old.origin, old.origin_info
+        old.name = self.fresh(name)
+        self.add_node("Identity", [new], outputs=[carrier], name=name, graph=graph)
+        return carrier
+
+    def drop_unused(self) -> int:
+        """Remove nodes and initializers that no output depends on.
+
+        Returns:
+            How many nodes and initializers went.
+        """
+        dropped = 0
+
+        def sweep(graph: gs.Graph) -> int:
+            count = 0
+            for node in graph.nodes:
+                for subgraph in subgraphs_of(node):
+                    count += sweep(subgraph)
+            needed: set[int] = set()
+            stack: list[gs.Tensor] = list(graph.outputs)
+            here = {id(node) for node in graph.nodes}
+            while stack:
+                tensor = stack.pop()
+                for node in tensor.inputs:
+                    if id(node) in here and id(node) not in needed:
+                        needed.add(id(node))
+                        stack.extend(_all_reads(node))
+            kept = []
+            for node in graph.nodes:
+                if id(node) in needed:
+                    kept.append(node)
+                else:
+                    _disconnect(node)
+                    count += 1
+            graph.nodes[:] = kept
+            return count
+
+        for graph in [self.graph, *self.graph.functions]:
+            dropped += sweep(graph)
+        for graph in self.graphs():
+            pinned = {id(t) for t in [*graph.inputs, *graph.outputs]}
+            for name, constant in list(graph.initializers.items()):
+                if not constant.outputs and id(constant) not in pinned:
+                    del graph.initializers[name]
+                    dropped += 1
+        called = {(node.domain or "", node.op) for node in self.nodes()}
+        functions = [
+            f for f in self.graph.functions if (f.domain or "", f.name) in called
+        ]
+        if len(functions) != len(self.graph.functions):
+            dropped += len(self.graph.functions) - len(functions)
+            self.graph.functions = functions
+        return dropped
+
+    def forget_shapes(self) -> None:
+        """Drop recorded shapes of inner values, after a pass changed some."""
+        for graph in self.graphs():
+            if isinstance(graph, Graph):
+                graph.value_infos = []
+            fixed = {id(t) for t in [*graph.inputs, *graph.outputs]}
+            for node in graph.nodes:
+                for tensor in node.outputs:
+                    if isinstance(tensor, gs.Variable) and id(tensor) not in fixed:
+                        tensor.shape = None
+
+    def freeze_inputs(self) -> list[str]:
+        """Make graph inputs that have a default value plain initializers.
+
+        Returns:
+            The names of those inputs.
+        """
+        graph = self.graph
+        frozen = [t.name for t in graph.inputs if isinstance(t, gs.Constant)]
+        graph.inputs = [t for t in graph.inputs if not isinstance(t, gs.Constant)]
+        return frozen
+
+    def require_ir(self, version: int) -> None:
+        """Raise the IR version to at least ``version``, keeping the meaning.
+
+        Before IR version 4 every initializer had to be listed as an input without
+        being one that callers set; those entries go.
+        """
+        if self.ir_version >= version:
+            return
+        if self.ir_version < 4 <= version:
+            self.freeze_inputs()
+        self.ir_version = version
+
+    def require_opset(self, version: int) -> None:
+        """Raise the ai.onnx opset to at least ``version``.
+
+        Raises:
+            ModelError: onnx's version converter cannot, or the runtime knows no such
+                opset.
+        """
+        if self.opset >= version:
+            return
+        if version > MAX_OPSET:
+            raise ModelError(f"opset {version} is newer than onnxruntime's {MAX_OPSET}")
+        before = self.opset
+        hint = (
+            f"the model's opset {before} cannot be raised to {version}; "
+            f"export it again with opset {version} or later"
+        )
+        if self.graph.functions:
+            raise ModelError(f"{hint} (model-local functions cannot be converted)")
+        self.require_ir(4)
+        stripped, kept = self._skeleton(inputs_only=False)
+        try:
+            converted = onnx.version_converter.convert_version(stripped, version)
+            onnx.checker.check_model(converted)
+        except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{hint} ({reason})") from error
+        names = [info.name for info in converted.graph.output]
+        if names != [tensor.name for tensor in self.graph.outputs]:
+            raise ModelError(f"{hint} (its outputs would change)")
+        converted.ir_version = max(self.ir_version, 4)
+        converted.ir_version = min(converted.ir_version, MAX_IR_VERSION)
+        graph = Importer(converted, None, {}).model()
+        for constant, was_input in kept:
+            self._put_back(graph, constant, was_input)
+        self.graph = graph
+        self.ir_version = converted.ir_version
+        origin = onnx.ModelProto()
+        origin.CopyFrom(self._origin)
+        origin.ClearField("graph")
+        del origin.opset_import[:]
+        origin.opset_import.extend(converted.opset_import)
+        self._origin = origin
+        self._names = None
+
+    @staticmethod
+    def _put_back(graph: Graph, constant: gs.Constant, was_input: bool) -> None:
+        placeholder = next((t for t in graph.inputs if t.name == constant.name), None)
+        if placeholder is None:
+            return
+        twin = Constant(constant.name, tensor_of(constant))
+        for node in list(dict.fromkeys(placeholder.outputs)):
+            for index, tensor in enumerate(node.inputs):
+                if tensor is placeholder:
+                    node.inputs[index] = twin
+        graph.outputs = [twin if t is placeholder else t for t in graph.outputs]
+        graph.inputs = [
+            twin if t is placeholder else t
+            for t in graph.inputs
+            if was_input or t is not placeholder
+        ]
+        graph.initializers[twin.name] = twin
+        graph.used_at_load |= {twin.name}
+
+    # --- write --------------------------------------------------------------------
+
+    def skeleton(self) -> onnx.ModelProto:
+        """Return a valid proto in which large weights of the main graph are inputs.
+
+        It is small whatever the model's size: for the checker and shape inference.
+        """
+        return self._skeleton()[0]
+
+    def _skeleton(
+        self, inputs_only: bool = True
+    ) -> tuple[onnx.ModelProto, list[tuple[gs.Constant, bool]]]:
+        parts = export(self)
+        listed = {info.name for info in parts.tail.input}
+        by_name = {c.name: c for c in self.graph.initializers.values()}
+        kept: list[tuple[gs.Constant, bool]] = []
+        proto = onnx.ModelProto()
+        proto.CopyFrom(parts.template)
+        if proto.ir_version < 4:
+            proto.ir_version = 4
+        graph = proto.graph
+        graph.CopyFrom(parts.head)
+        for piece in parts.pieces:
+            if piece.data_bytes <= _LARGE:
+                graph.initializer.append(piece.whole())
+                continue
+            header = piece.header
+            kept.append((by_name[header.name], header.name in listed))
+            if header.name not in listed:
+                graph.input.append(
+                    onnx.helper.make_tensor_value_info(
+                        header.name, header.data_type, header.dims
+                    )
+                )
+        graph.MergeFrom(parts.tail)
+        names = {info.name for info in graph.input}
+        if names:
+            infos = [i for i in graph.value_info if i.name not in names]
+            if len(infos) != len(graph.value_info):
+                del graph.value_info[:]
+                graph.value_info.extend(infos)
+        return proto, kept
+
+    def _encoded(self, storage: Storage) -> Export:
+        if storage == "plain":
+            return export(self)
+        if storage != "auto":
+            raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
+        from onnxshrink.storage import Encoder
+
+        encoder = Encoder(opset=self.opset, fresh=self.fresh)
+
+        def encode(
+            constant: gs.Constant,
+        ) -> tuple[list[onnx.NodeProto], list[Piece]] | None:
+            found = encoder.encode(constant.name, tensor_of(constant))
+            if found is None:
+                return None
+            return list(found.nodes), [Piece(proto) for proto in found.initializers]
+
+        return export(self, encode)
+
+    def to_proto(self, storage: Storage = "plain") -> onnx.ModelProto:
+        """Return the model as one proto with all data inline.
+
+        Raises:
+            ModelError: It would exceed protobuf's 2 GiB.
+        """
+        return self._encoded(storage).proto()
+
+    def to_bytes(self, storage: Storage = "plain") -> bytes:
+        """Return the bytes of ``to_proto(storage)``."""
+        return self.to_proto(storage).SerializeToString(deterministic=True)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        storage: Storage = "auto",
+        external: External = "auto",
+    ) -> tuple[Path, ...]:
+        """Write the model, atomically: the file is either whole or not there.
+
+        Args:
+            path: Where to; ``.onnxtxt`` writes ONNX text.
+            storage: ``auto`` writes every initializer in its smallest exact encoding,
+                ``plain`` as it is.
+            external: Put weights into a second file: ``auto`` if the source did or if
+                they exceed protobuf's 2 GiB, ``never`` or ``always``.
+
+        Returns:
+            The files written, the model first.
+
+        Raises:
+            OutputError: It cannot be written, or it would overwrite its own input.
+            ModelError: It does not fit into one file and ``external`` is ``never``.
+        """
+        target = Path(path)
+        self._refuse_own_input(target)
+        if target.is_dir() or not target.parent.is_dir():
+            where = target if target.is_dir() else target.parent
+            problem = "is a folder" if target.is_dir() else "is not a folder"
+            raise OutputError(f"cannot write {target}: {where} {problem}")
+        parts = self._encoded(storage)
+        total = sum(piece.data_bytes for piece in parts.pieces)
+        outside = external == "always" or (
+            external == "auto" and (self.external or total >= INLINE_LIMIT)
+        )
+        if not outside and total >= INLINE_LIMIT:
+            raise ModelError(
+                f"{total / 2**30:.1f} GiB of weights do not fit into one file; "
+                "use external='auto'"
+            )
+        mode = _mode_for(target, self.source)
+        if target.suffix == ".onnxtxt":
+            text = onnx.printer.to_text(parts.proto())
+            _write(target, [text.encode()], mode)
+            return (target,)
+        if not outside:
+            _write(target, parts.stream(), mode)
+            return (target,)
+        data = self._write_external(target, parts, mode)
+        old = _external_files(target)
+        _write(target, parts.stream(), mode)
+        for stale in old - {data} - self._files:
+            with contextlib.suppress(OSError):
+                stale.unlink()
+        return (target, data) if data is not None else (target,)
+
+    def _write_external(self, target: Path, parts: Export, mode: int) -> Path | None:
+        """Write large pieces to a file of their own and point the headers at it."""
+        spans: list[tuple[Piece, int]] = []
+        offset = 0
+        for index, piece in enumerate(parts.pieces):
+            source = piece.tensor
+            if source is None and piece.header.HasField("raw_data"):
+                from onnxshrink.tensors import ProtoTensor
+
+                source = ProtoTensor(piece.header)
+            if source is None or source.nbytes < _EXTERNAL_MINIMUM:
+                continue
+            header = onnx.TensorProto()
+            header.CopyFrom(piece.header)
+            header.ClearField("raw_data")
+            piece = Piece(header, source)
+            parts.pieces[index] = piece
+            offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
+            spans.append((piece, offset))
+            offset += source.nbytes
+        if not spans:
+            return None
+        checksum = 0
+
+        def content() -> Iterator[bytes | memoryview]:
+            nonlocal checksum
+            at = 0
+            for piece, start in spans:
+                if start > at:
+                    yield bytes(start - at)
+                assert piece.tensor is not None
+                for chunk in piece.tensor.raw_chunks():
+                    checksum = zlib.crc32(chunk, checksum)
+                    yield chunk
+                at = start + piece.tensor.nbytes
+
+        # The name follows from the content: replacing a model never changes the data
+        # under the old graph, so a crash between the two renames breaks neither.
+        data = _write(
+            target.with_name(f"{target.name}.data"),
+            content(),
+            mode,
+            lambda: target.with_name(f"{target.name}.{checksum:08x}.data"),
+        )
+        for piece, start in spans:
+            assert piece.tensor is not None
+            header = piece.header
+            header.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (
+                ("location", data.name),
+                ("offset", str(start)),
+                ("length", str(piece.tensor.nbytes)),
+            ):
+                header.external_data.add(key=key, value=value)
+            piece.tensor = None
+        return data
+
+    def _refuse_own_input(self, target: Path) -> None:
+        own = list(self._files)
+        if self.source is not None:
+            own.append(self.source)
+        for file in own:
+            if target.exists() and file.exists() and os.path.samefile(target, file):
+                raise OutputError(
+                    f"{target} is the input itself, which is never overwritten; "
+                    "choose another output"
+                )
+
+    # --- bookkeeping --------------------------------------------------------------
+
+    def _constant_value(self, node: gs.Node) -> gs.Constant | None:
+        """Return the value of a Constant node, made lazily for scalar attributes."""
+        value = node.attrs.get("value")
+        if isinstance(value, gs.Constant):
+            return value
+        if isinstance(value, np.ndarray):
+            constant = Constant("", ArrayTensor(value))
+            node.attrs["value"] = constant
+            return constant
+        made = node.__dict__.get("_scalar_value")
+        if made is not None:
+            return made
+        for key, dtype in (
+            ("value_float", np.float32),
+            ("value_floats", np.float32),
+            ("value_int", np.int64),
+            ("value_ints", np.int64),
+        ):
+            found = node.attrs.get(key)
+            if found is not None and not isinstance(found, gs.Node.AttributeRef):
+                constant = Constant("", ArrayTensor(np.asarray(found, dtype)))
+                node.__dict__["_scalar_value"] = constant
+                return constant
+        return None
+
+    def _graph_of(self, node: gs.Node) -> gs.Graph:
+        for graph in self.graphs():
+            if any(other is node for other in graph.nodes):
+                return graph
+        raise ModelError(f"node {node.name or node.op!r} is in no graph of the model")
+
+    def _owner(self, constant: gs.Constant) -> gs.Graph:
+        for graph in self.graphs():
+            if graph.initializers.get(constant.name) is constant:
+                return graph
+        return self.graph
+
+    def _actual(self, tensor: gs.Tensor) -> gs.Tensor | None:
+        """Return what a function's formal input stands for, if it is called once."""
+        for function in self.graph.functions:
+            for index, formal in enumerate(function.inputs):
+                if formal is not tensor:
+                    continue
+                calls = [
+                    node
+                    for node in self.nodes()
+                    if node.op == function.name
+                    and (node.domain or "") == (function.domain or "")
+                ]
+                if len(calls) == 1 and index < len(calls[0].inputs):
+                    actual: gs.Tensor = calls[0].inputs[index]
+                    return actual
+        return None
+
+    def _uses(self, tensor: gs.Tensor) -> Iterator[tuple[Node, int]]:
+        functions = {
+            (function.domain or "", function.name): function
+            for function in self.graph.functions
+        }
+        stack = [tensor]
+        seen: set[int] = set()
+        while stack:
+            current = stack.pop()
+            if id(current) in seen:
+                continue
+            seen.add(id(current))
+            for node in dict.fromkeys(current.outputs):
+                function = functions.get((node.domain or "", node.op))
+                for index, read in enumerate(node.inputs):
+                    if read is not current:
+                        continue
+                    if function is not None:
+                        if index < len(function.inputs):
+                            stack.append(function.inputs[index])
+                    elif node.op == "Identity" and not node.domain:
+                        stack.append(node.outputs[0])
+                    else:
+                        yield node, index
+
+    def _name_strays(self) -> None:
+        """Give new constants that clash with another name an unused one."""
+        strays = stray_constants(self.graph)
+        if not strays:
+            return
+        taken = {c.name for g in self.graphs() for c in g.initializers.values()}
+        for constant in strays:
+            if not constant.name or constant.name in taken:
+                constant.name = self.fresh(constant.name or "constant")
+            taken.add(constant.name)
+
+    def _adopt_strays(self) -> None:
+        """Enter new constants that nodes of the main graph read as initializers."""
+        self._name_strays()
+        for constant in stray_constants(self.graph):
+            self.graph.initializers[constant.name] = constant
+            self.graph.used_at_load |= {constant.name}
+
+
+def _all_reads(node: gs.Node) -> Iterator[gs.Tensor]:
+    yield from node.inputs
+    for graph in subgraphs_of(node):
+        yield from graph.outputs
+        for inner in graph.nodes:
+            yield from _all_reads(inner)
+
+
+def _disconnect(node: gs.Node) -> None:
+    for graph in subgraphs_of(node):
+        for inner in graph.nodes:
+            _disconnect(inner)
+    node.inputs.clear()
+    node.outputs.clear()
+
+
+# --- files ------------------------------------------------------------------------
+
+
+def _read_path(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:
+    if not path.exists():
+        raise ModelError(f"{path} does not exist")
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file")
+    try:
+        if path.suffix == ".onnxtxt":
+            return _parse_text(path.read_bytes(), str(path)), {}
+        return read_skeleton(path)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse_text(data: bytes, label: str) -> onnx.ModelProto:
+    try:
+        return onnx.parser.parse_model(data.decode())
+    except (onnx.parser.ParseError, UnicodeDecodeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{label} is not ONNX text: {reason[:300]}") from error
+
+
+def _parse(data: bytes, label: str) -> onnx.ModelProto:
+    if not data:
+        raise ModelError(f"{label} are empty; expected an ONNX model")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(f"{label} are not an ONNX model or are truncated") from error
+    return proto
+
+
+def _proto_of(source: object) -> onnx.ModelProto:
+    for name in ("model_proto", "to_model_proto", "to_proto", "proto"):
+        found = getattr(source, name, None)
+        if callable(found) and not isinstance(found, onnx.ModelProto):
+            found = found()
+        if isinstance(found, onnx.ModelProto):
+            return found
+    if isinstance(source, onnx.ModelProto):
+        return source
+    raise ModelError(
+        f"cannot load a model from {type(source).__name__}; expected a path, bytes, "
+        "a ModelProto or an object with model_proto"
+    )
+
+
+def _mode_for(target: Path, source: Path | None) -> int:
+    """Return the permission bits of what is replaced, or of the source less umask."""
+    with contextlib.suppress(OSError):
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = 0o666
+    if source is not None:
+        with contextlib.suppress(OSError):
+            mode = stat.S_IMODE(source.stat().st_mode)
+    return mode & ~umask
+
+
+def _write(
+    target: Path,
+    content: Iterator[bytes | memoryview] | Sequence[bytes],
+    mode: int,
+    rename: Callable[[], Path] | None = None,
+) -> Path:
+    """Write a temporary file beside ``target``, flush it, and rename it into place."""
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{target.name}.onnxshrink-", dir=target.parent
+        )
+        with os.fdopen(handle, "wb") as file:
+            for chunk in content:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        final = rename() if rename is not None else target
+        os.replace(temporary, final)
+        temporary = ""
+        sync(target.parent)
+        return final
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"cannot write {target}: the disk is full; nothing was written"
+            ) from error
+        raise OutputError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _external_files(path: Path) -> set[Path]:
+    """Return the data files beside a model that it refers to and that we named."""
+    try:
+        proto, _ = read_skeleton(path)
+    except (ModelError, OSError):
+        return set()
+    files = set()
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value.startswith(f"{path.name}."):
+                candidate = path.parent / Path(entry.value).name
+                if candidate.name.endswith(".data") and not candidate.is_symlink():
+                    files.add(candidate)
+    return files
+
+
+def attribute(node: gs.Node, name: str, default: Any = None) -> Any:
+    """Return an attribute's value, or the default where it is absent or a reference."""
+    value = node.attrs.get(name, default)
+    return default if isinstance(value, gs.Node.AttributeRef) else value
