@@ -1,0 +1,1 @@
+"""What several passes need to know about a graph: statistics, activations, shapes."""
