@@ -731,7 +731,7 @@ class Histogram(Statistic):
     def edges(self) -> Float64:
         """Edges of the bins, float64 [len(counts) + 1]."""
         places = self._first + np.arange(len(self.counts) + 1)
-        return places * self.width
+        return np.asarray(places * self.width, dtype=np.float64)
 
     @property
     def centres(self) -> Float64:
