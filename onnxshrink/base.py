@@ -150,7 +150,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
-    """A rewrite of a model. A subclass's fields are its options, its docstring its help.
+    """A rewrite of a model; its fields are its options, its docstring is its help.
 
     Option types are read from the annotations: ``bool``, ``int``, ``float``, ``str``,
     ``Path``, an ``Enum``, a ``Literal``, ``tuple[T, ...]`` and unions with ``None``.
@@ -203,12 +203,15 @@ class SitePass(Pass):
         """
         return site if strength >= 1.0 else None
 
-    def apply(self, model: Model, ctx: Context) -> None:
-        """Rewrite every site."""
-        sites = self.sites(model, ctx)
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        """Act at the given sites; override it where they can be worked on together."""
         for index, site in enumerate(sites):
             self.rewrite(model, site, ctx)
             ctx.progress(index + 1, len(sites), self.name)
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        """Rewrite every site."""
+        self.rewrite_all(model, self.sites(model, ctx), ctx)
 
 
 def selected(

@@ -1,7 +1,7 @@
 """The three kinds of error a user can meet; anything else is a bug.
 
-``UsageError`` cannot read the request, ``ModelError`` cannot take the model or its data,
-``PromiseError`` broke a promise: a pass or a budget did not hold. All three print as one
+``UsageError`` cannot read the request, ``ModelError`` cannot take the model or its
+data, ``PromiseError`` broke a promise: a pass or a budget did not hold. All print as one
 line and end the command line with exit code 1.
 """
 
