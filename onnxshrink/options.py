@@ -223,7 +223,7 @@ def _unescape(text: str) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Return the text; a lone surrogate, from a file name of other bytes, is refused."""
+    """Return the text; refuse a lone surrogate, as a file name may hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
