@@ -1,0 +1,596 @@
+"""The only place where onnxruntime sessions are made; its errors put in words."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.model import Model, ValueInfo
+
+__all__ = [
+    "LoadCost",
+    "Session",
+    "load_cost",
+    "providers",
+    "run_proto",
+    "session",
+]
+
+Array = np.ndarray[Any, Any]
+Feeds = Mapping[str, Array]
+Optimize = Literal["all", "basic", "off"]
+Source = Model | Path | str | bytes | onnx.ModelProto
+
+_CPU = ("CPUExecutionProvider",)
+_SPILL = 64 << 20
+"""Bytes of weights from which a Model is handed over through a file, not a proto."""
+_NO_PREPACKING = 1 << 30
+"""Bytes of weights from which onnxruntime must not make its own copy of them."""
+_EXTERNAL_MINIMUM = 1024
+_ALIGNMENT = 4096
+
+_TYPES = {
+    "float": "FLOAT",
+    "bool": "BOOL",
+    "string": "STRING",
+    "double": "DOUBLE",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    **{
+        f"{sign}int{bits}": f"{sign.upper()}INT{bits}"
+        for sign in ("", "u")
+        for bits in (2, 4, 8, 16, 32, 64)
+    },
+    "float8e4m3fn": "FLOAT8E4M3FN",
+    "float8e4m3fnuz": "FLOAT8E4M3FNUZ",
+    "float8e5m2": "FLOAT8E5M2",
+    "float8e5m2fnuz": "FLOAT8E5M2FNUZ",
+    "complex64": "COMPLEX64",
+    "complex128": "COMPLEX128",
+}
+
+
+@functools.cache
+def _onnxruntime() -> Any:
+    """Import onnxruntime at first use, quiet and without telemetry."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+@functools.cache
+def _failures() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises where a model or its inputs are at fault."""
+    _onnxruntime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = [
+        value
+        for value in vars(state).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
+    return (*own, RuntimeError, ValueError, TypeError)
+
+
+def providers() -> tuple[str, ...]:
+    """Return the names of the execution providers this onnxruntime has."""
+    return tuple(_onnxruntime().get_available_providers())
+
+
+class Session:
+    """A model that onnxruntime has loaded.
+
+    Attributes:
+        inputs: Inputs that must be given.
+        optional: Inputs that have a default value.
+        outputs: Outputs in order, those exposed by ``expose`` last.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        """Use ``session``."""
+        self._raw = raw
+        self.inputs = tuple(_value_info(arg) for arg in raw.get_inputs())
+        self.optional = tuple(
+            _value_info(arg) for arg in raw.get_overridable_initializers()
+        )
+        self.outputs = tuple(_value_info(arg) for arg in raw.get_outputs())
+        self._known = {info.name: info for info in (*self.inputs, *self.optional)}
+        self._run_options = _onnxruntime().RunOptions()
+        self._run_options.log_severity_level = 4
+
+    def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run once.
+
+        Args:
+            feeds: An array for each input, of its dtype and shape.
+            names: The outputs wanted; all if ``None``.
+
+        Returns:
+            Outputs by name: arrays, or what onnxruntime gives for a sequence (a list),
+            a map (a dict) or an absent optional (``None``).
+
+        Raises:
+            ModelError: The feeds do not fit the inputs, or onnxruntime failed.
+        """
+        self.check(feeds)
+        wanted = [info.name for info in self.outputs] if names is None else list(names)
+        try:
+            values = self._raw.run(wanted, dict(feeds), self._run_options)
+        except _failures() as error:
+            raise ModelError(f"onnxruntime cannot run it: {_reason(error)}") from error
+        return dict(zip(wanted, values, strict=True))
+
+    def seconds(self, feeds: Feeds) -> float:
+        """Run once on feeds that ``run`` has taken before; return the wall time."""
+        start = time.perf_counter()
+        try:
+            self._raw.run(None, feeds, self._run_options)
+        except _failures() as error:
+            raise ModelError(f"onnxruntime cannot run it: {_reason(error)}") from error
+        return time.perf_counter() - start
+
+    def check(self, feeds: Feeds) -> None:
+        """Refuse feeds whose names, dtypes or shapes are not those of the inputs.
+
+        Raises:
+            ModelError: What is wrong, and what the input takes.
+        """
+        missing = [info.name for info in self.inputs if info.name not in feeds]
+        if missing:
+            raise ModelError(
+                f"no array for input {missing[0]!r}; the model takes "
+                f"{', '.join(describe(info) for info in self.inputs)}"
+            )
+        for name, array in feeds.items():
+            info = self._known.get(name)
+            if info is None:
+                raise ModelError(
+                    f"the model has no input {name!r}; it takes "
+                    f"{', '.join(repr(n) for n in self._known) or 'none'}."
+                    f"{nearest(name, self._known)}"
+                )
+            if info.kind == "tensor":
+                _check_array(info, array)
+
+
+def _check_array(info: ValueInfo, array: Array) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ModelError(
+            f"input {info.name!r} takes a numpy array, not {type(array).__name__}"
+        )
+    wanted = _dtype(info.data_type)
+    text = wanted.kind == "O" and array.dtype.kind in "OSU"
+    fits = info.shape is None or (
+        len(info.shape) == array.ndim
+        and all(
+            not isinstance(dim, int) or dim == size
+            for dim, size in zip(info.shape, array.shape, strict=True)
+        )
+    )
+    if not fits or (array.dtype != wanted and not text):
+        given = f"{array.dtype} {list(array.shape)}"
+        raise ModelError(f"input {describe(info)} was given {given}")
+
+
+def _dtype(data_type: int) -> np.dtype[Any]:
+    from onnxshrink.tensors import numpy_type
+
+    return numpy_type(data_type)
+
+
+def describe(info: ValueInfo) -> str:
+    """Return name, dtype and shape of a value in words."""
+    if info.kind != "tensor":
+        return f"{info.name!r} ({info.kind})"
+    known = info.data_type in onnx.TensorProto.DataType.values()
+    dtype = _dtype(info.data_type).name if known and info.data_type else "tensor"
+    dtype = "string" if dtype == "object" else dtype
+    if info.shape is None:
+        return f"{info.name!r} ({dtype})"
+    dims = ", ".join("?" if dim is None else str(dim) for dim in info.shape)
+    return f"{info.name!r} ({dtype} [{dims}])"
+
+
+def _value_info(arg: Any) -> ValueInfo:
+    """Read onnxruntime's description of an input or output."""
+    match = re.fullmatch(r"tensor\((\w+)\)", arg.type)
+    if match is None:
+        kind = {"seq": "sequence"}.get(
+            arg.type.partition("(")[0], arg.type.partition("(")[0]
+        )
+        return ValueInfo(arg.name, 0, None, kind)
+    name = _TYPES.get(match.group(1), "UNDEFINED")
+    data_type = dict(onnx.TensorProto.DataType.items()).get(name, 0)
+    return ValueInfo(arg.name, data_type, tuple(arg.shape))
+
+
+# --- making one -------------------------------------------------------------------
+
+
+def session(
+    source: Source,
+    *,
+    threads: int = 0,
+    providers: Sequence[str] = _CPU,
+    optimize: Optimize = "all",
+    expose: Sequence[str] = (),
+    only_exposed: bool = False,
+) -> Session:
+    """Load a model into onnxruntime with the fewest copies of its weights.
+
+    A file is opened by its path. The weights of a large ``Model`` go through a mapped
+    file: the model's own external data where they are unchanged, a temporary one
+    otherwise.
+
+    Args:
+        source: The model.
+        threads: Intra-op threads; 0 lets onnxruntime choose.
+        providers: Execution providers, in order of preference.
+        optimize: Graph optimisation: ``all``, ``basic`` (constant folding and other
+            rewrites that keep plain ONNX) or ``off``.
+        expose: Names of values of the main graph to add to the outputs.
+        only_exposed: Make ``expose`` the only outputs; what they do not need is not
+            computed.
+
+    Raises:
+        ModelError: onnxruntime cannot load it; says what would have worked.
+        UsageError: A provider is not available.
+    """
+    if isinstance(source, str):
+        source = Path(source)
+    if isinstance(source, Path) and (expose or source.suffix == ".onnxtxt"):
+        source = Model.load(source, check=False)
+    if isinstance(source, bytes) and expose:
+        source = _parsed(source)
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise ModelError(f"{source} does not exist or is not a file")
+        large = _bytes_of(source) >= _NO_PREPACKING
+        options = _options(threads, optimize, large)
+        return _open(str(source), options, providers, str(source))
+    if isinstance(source, bytes):
+        return _open(source, _options(threads, optimize), providers, "the model")
+    if isinstance(source, onnx.ModelProto):
+        proto = source
+        if expose:
+            proto = onnx.ModelProto()
+            proto.CopyFrom(source)
+            _expose(proto.graph, expose, only_exposed)
+        data = _serialized(proto)
+        return _open(data, _options(threads, optimize), providers, "the model")
+    with tempfile.TemporaryDirectory(
+        prefix="onnxshrink-", ignore_cleanup_errors=True
+    ) as scratch:
+        proto, folder, size = _handed_over(source, Path(scratch))
+        _expose(proto.graph, expose, only_exposed)
+        options = _options(threads, optimize, size >= _NO_PREPACKING)
+        if folder is not None:
+            # External data of a model given as bytes is looked for here.
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder)
+            )
+        label = str(source.source) if source.source else "the model"
+        # onnxruntime keeps the mapping of the scratch file, so the name may go.
+        return _open(_serialized(proto), options, providers, label)
+
+
+def run_proto(
+    proto: onnx.ModelProto, feeds: Feeds, *, optimize: Optimize = "off"
+) -> list[Any]:
+    """Run a small model once on one thread; return its outputs in order.
+
+    Raises:
+        ModelError: onnxruntime cannot load or run it.
+    """
+    made = session(proto, threads=1, optimize=optimize)
+    return list(made.run(feeds).values())
+
+
+def _parsed(data: bytes) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except Exception as error:
+        raise ModelError("the given bytes are not an ONNX model") from error
+    return proto
+
+
+def _serialized(proto: onnx.ModelProto) -> bytes:
+    try:
+        return proto.SerializeToString()
+    except Exception as error:  # protobuf has its own class for each backend
+        raise ModelError(
+            "the model does not fit into one protobuf of 2 GiB; give its path instead"
+        ) from error
+
+
+def _bytes_of(path: Path) -> int:
+    """Bytes of the file and what lies beside it under the same name."""
+    total = path.stat().st_size
+    for data in path.parent.glob(f"{_escaped(path.name)}*data"):
+        total += data.stat().st_size if data.is_file() else 0
+    return total
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _options(threads: int, optimize: Optimize, large: bool = False) -> Any:
+    ort = _onnxruntime()
+    if threads < 0:
+        raise UsageError(f"threads cannot be negative: {threads}")
+    levels = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }
+    if optimize not in levels:
+        raise UsageError(f"optimize is one of {', '.join(levels)}, not {optimize!r}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = levels[optimize]
+    options.intra_op_num_threads = threads
+    # Threads that wait by spinning burn the cores other processes need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if large:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _open(
+    source: str | bytes, options: Any, wanted: Sequence[str], label: str
+) -> Session:
+    available = providers()
+    for name in wanted:
+        if name not in available:
+            raise UsageError(
+                f"onnxruntime has no provider {name!r}; it has {', '.join(available)}."
+                f"{nearest(name, available)}"
+            )
+    try:
+        raw = _onnxruntime().InferenceSession(
+            source, options, providers=list(wanted), enable_fallback=0
+        )
+    except _failures() as error:
+        raise ModelError(
+            f"onnxruntime cannot load {label}: {_reason(error)}"
+        ) from error
+    return Session(raw)
+
+
+def _expose(graph: onnx.GraphProto, expose: Sequence[str], only_exposed: bool) -> None:
+    if only_exposed:
+        del graph.output[:]
+    known = {info.name for info in graph.output}
+    for name in expose:
+        if name not in known:
+            # onnxruntime infers the type of an output that states none.
+            graph.output.add(name=name)
+            known.add(name)
+
+
+def _handed_over(
+    model: Model, scratch: Path
+) -> tuple[onnx.ModelProto, Path | None, int]:
+    """Return a proto of bounded size, the folder of its data, and bytes of weights."""
+    from onnxshrink._exporter import Piece, export
+    from onnxshrink.tensors import FileTensor
+
+    parts = export(model)
+    size = sum(piece.data_bytes for piece in parts.pieces)
+    if size < _SPILL:
+        return parts.proto(), None, size
+    home = model.source.parent.resolve() if model.source is not None else None
+
+    def stays(piece: Piece) -> bool:
+        """Whether the values lie, aligned, in a file of the model's own folder."""
+        tensor = piece.tensor
+        return (
+            isinstance(tensor, FileTensor)
+            and tensor.path.resolve().parent == home
+            and not tensor.path.is_symlink()
+            and tensor.offset % 64 == 0
+        )
+
+    changed = sum(p.data_bytes for p in parts.pieces if not stays(p))
+    at_home = home is not None and changed < _SPILL
+    data = scratch / "weights"
+    with data.open("wb") as file:
+        for index, piece in enumerate(parts.pieces):
+            tensor = piece.tensor
+            if tensor is None or tensor.nbytes < _EXTERNAL_MINIMUM:
+                continue
+            if at_home:
+                if not stays(piece):
+                    continue
+                assert isinstance(tensor, FileTensor)
+                place = (tensor.path.name, tensor.offset)
+            else:
+                file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+                place = (data.name, file.tell())
+                for chunk in tensor.raw_chunks():
+                    file.write(chunk)
+            header = onnx.TensorProto()
+            header.CopyFrom(piece.header)
+            header.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (
+                ("location", place[0]),
+                ("offset", str(place[1])),
+                ("length", str(tensor.nbytes)),
+            ):
+                header.external_data.add(key=key, value=value)
+            parts.pieces[index] = Piece(header)
+    return parts.proto(), home if at_home else scratch, size
+
+
+# --- onnxruntime's words ----------------------------------------------------------
+
+
+def _reason(error: BaseException) -> str:
+    """Return what onnxruntime means, in one line, and what would have worked."""
+    text = " ".join(str(error).split())
+    for pattern, words in _MEANINGS:
+        match = re.search(pattern, text)
+        if match is not None:
+            return words.format(*match.groups())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .*? failed: ?", "", text)
+    text = re.sub(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[.*?\])? ", "", text)
+    text = text.replace("Please fix either the inputs/outputs or the model.", "")
+    text = re.sub(r"\(?/onnxruntime_src/\S+\)?", "", text).strip(" .")
+    return text[:400] or type(error).__name__
+
+
+_MEANINGS = (
+    (
+        r"Unsupported model IR version: (\d+), max supported IR version: (\d+)",
+        "its IR version is {0}, and this onnxruntime takes at most {1}",
+    ),
+    (
+        r"Opset (\d+) is under development.*domain (\S+) is till opset (\d+)",
+        "its opset of {1} is {0}, and this onnxruntime takes at most {2}",
+    ),
+    (
+        r"Fatal error: (\S+):(\S+?)\(-?\d+\) is not a registered function/op",
+        "operator {1} of domain {0} is a custom operator that onnxruntime does not "
+        "have; export the model with standard operators",
+    ),
+    (
+        r"No Op registered for (\S+) with domain_version of (\d+)",
+        "there is no operator {0} in opset {1}",
+    ),
+    (
+        r"Could not find an implementation for (\S+?)\((\d+)\) node with name '(.*)'",
+        "onnxruntime has no kernel of {0} (opset {1}) for the types that node {2!r} "
+        "has with these providers",
+    ),
+    (
+        r"NOT_IMPLEMENTED : Failed to find kernel for (?:com\.\S+?\.|ai\.onnx\.)?"
+        r"(\w+)\((\d+)\) \(node:'?(.*?)'?[ )]",
+        "onnxruntime has no kernel of {0} (opset {1}) for the types that node {2!r} "
+        "has with these providers",
+    ),
+    (
+        r"[Pp]rotobuf parsing failed|No graph was found in the protobuf",
+        "it is not an ONNX model or is truncated",
+    ),
+    (
+        r"running (\S+) node\. Name:'(.*?)' Status Message: "
+        r"(?:.*onnxruntime_src\S+ .*\) )?(.*)",
+        "{0} node {1!r}: {2}",
+    ),
+    (
+        r"(?:bad_alloc|[Ff]ailed to allocate memory)",
+        "it needs more memory than there is",
+    ),
+    (
+        r"Numpy_type \d+ can't be converted to MLDataType",
+        "an input has a type that cannot be handed over as a numpy array",
+    ),
+)
+
+
+# --- what loading costs -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadCost:
+    """What it takes to open a session.
+
+    Attributes:
+        seconds: Wall time.
+        peak_memory_bytes: Highest resident memory while loading and running nothing,
+            beyond that of the process before.
+        memory_bytes: Resident memory once loaded, beyond that of the process before.
+    """
+
+    seconds: float
+    peak_memory_bytes: int
+    memory_bytes: int
+
+
+_PROBE = """
+import sys, time
+import onnxruntime
+
+def memory(name):
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return 0
+
+onnxruntime.set_default_logger_severity(4)
+onnxruntime.disable_telemetry_events()
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.intra_op_num_threads = int(sys.argv[2])
+if sys.argv[3] == "large":
+    options.add_session_config_entry("session.disable_prepacking", "1")
+before = memory("VmRSS")
+try:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the high-water mark that the imports left
+except OSError:
+    pass
+start = time.perf_counter()
+session = onnxruntime.InferenceSession(
+    sys.argv[1], options, providers=sys.argv[4:], enable_fallback=0
+)
+seconds = time.perf_counter() - start
+print("probe", seconds, memory("VmHWM") - before, memory("VmRSS") - before)
+"""
+
+
+def load_cost(
+    path: Path,
+    *,
+    threads: int = 0,
+    providers: Sequence[str] = _CPU,
+    timeout: float = 600.0,
+) -> LoadCost | None:
+    """Open the model in a process of its own and measure what that takes.
+
+    Costs the import of onnxruntime, about 0.2 s, beside the loading itself.
+
+    Returns:
+        The cost, or ``None`` where it cannot be measured (no /proc, no process, a
+        model that does not load).
+    """
+    if not os.path.exists("/proc/self/status"):
+        return None
+    size = "large" if _bytes_of(path) >= _NO_PREPACKING else "small"
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE]
+    command += [str(path), str(threads), size, *providers]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    words = done.stdout.split()
+    if done.returncode or len(words) < 4 or words[-4] != "probe":
+        return None
+    seconds, peak, kept = words[-3:]
+    return LoadCost(float(seconds), max(0, int(peak)), max(0, int(kept)))
