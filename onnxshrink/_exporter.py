@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from onnxshrink._topology import Constant, Function, Graph, subgraphs_of, tensor_of
 from onnxshrink.errors import ModelError
-from onnxshrink.tensors import LazyTensor, SparseTensor, same_bits
+from onnxshrink.tensors import FileTensor, LazyTensor, SparseTensor, same_bits
 from onnxshrink.wire import encode_varint
 
 if TYPE_CHECKING:
@@ -60,6 +60,17 @@ class Piece:
         return early.SerializeToString(deterministic=True), late.SerializeToString(
             deterministic=True
         )
+
+    def same(self, other: Piece) -> bool:
+        """Whether both would write the same bytes."""
+        if self.header != other.header:
+            return False
+        if self.tensor is None or other.tensor is None:
+            return self.tensor is other.tensor
+        mine, theirs = self.tensor, other.tensor
+        if isinstance(mine, FileTensor) and isinstance(theirs, FileTensor):
+            return (mine.path, mine.offset) == (theirs.path, theirs.offset)
+        return same_bits(mine, theirs)
 
     def whole(self) -> onnx.TensorProto:
         """Return a proto with the data in it."""
@@ -317,7 +328,7 @@ def _piece(constant: gs.Constant) -> Piece:
         before = constant.origin_tensor
         if tensor is before or same_bits(tensor, before):
             stored = origin.data_location == onnx.TensorProto.EXTERNAL
-            if before.__class__.__name__ != "FileTensor":
+            if not isinstance(before, FileTensor):
                 if constant.name == origin.name:
                     return Piece(origin)
                 renamed = onnx.TensorProto()

@@ -845,11 +845,7 @@ class Model:
             ModelError: It does not fit into one file and ``external`` is ``never``.
         """
         target = Path(path)
-        self._refuse_own_input(target)
-        if target.is_dir() or not target.parent.is_dir():
-            where = target if target.is_dir() else target.parent
-            problem = "is a folder" if target.is_dir() else "is not a folder"
-            raise OutputError(f"cannot write {target}: {where} {problem}")
+        self.check_target(target)
         parts = self._encoded(storage)
         total = sum(piece.data_bytes for piece in parts.pieces)
         outside = external == "always" or (
@@ -871,9 +867,7 @@ class Model:
         data = self._write_external(target, parts, mode)
         old = _external_files(target)
         _write(target, parts.stream(), mode)
-        for stale in old - {data} - self._files:
-            with contextlib.suppress(OSError):
-                stale.unlink()
+        _remove_stale(old - {data} - self._files)
         return (target, data) if data is not None else (target,)
 
     def _write_external(self, target: Path, parts: Export, mode: int) -> Path | None:
@@ -933,7 +927,16 @@ class Model:
             piece.tensor = None
         return data
 
-    def _refuse_own_input(self, target: Path) -> None:
+    def check_target(self, target: Path) -> None:
+        """Refuse an output that cannot be written, before any work is done.
+
+        Raises:
+            OutputError: It is the input itself, a folder, or its folder is missing.
+        """
+        if target.is_dir():
+            raise OutputError(f"cannot write {target}: it is a folder")
+        if not target.parent.is_dir():
+            raise OutputError(f"cannot write {target}: there is no such folder")
         own = list(self._files)
         if self.source is not None:
             own.append(self.source)
@@ -943,6 +946,49 @@ class Model:
                     f"{target} is the input itself, which is never overwritten; "
                     "choose another output"
                 )
+
+    def publish(self, files: Sequence[Path], target: Path) -> tuple[Path, ...]:
+        """Move what ``save`` wrote elsewhere on the same file system to its place.
+
+        Args:
+            files: What ``save`` returned; the model was saved under the target's name.
+            target: Where the model goes; data files go beside it, before it.
+
+        Raises:
+            OutputError: It cannot be moved there.
+        """
+        self.check_target(target)
+        mode = _mode_for(target, self.source)
+        old = _external_files(target)
+        moved = []
+        try:
+            for file in [*files[1:], files[0]]:
+                final = target.with_name(file.name) if file is not files[0] else target
+                os.chmod(file, mode)
+                os.replace(file, final)
+                moved.append(final)
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror}") from error
+        sync(target.parent)
+        _remove_stale(old - set(moved) - self._files)
+        return (moved[-1], *moved[:-1])
+
+    def is_unchanged(self) -> bool:
+        """Whether the model is still what its source file holds."""
+        if self.source is None:
+            return False
+        try:
+            fresh = Model.load(self.source, check=False)
+        except ModelError:
+            return False
+        ours, theirs = export(self), export(fresh)
+        return (
+            ours.template == theirs.template
+            and ours.head == theirs.head
+            and ours.tail == theirs.tail
+            and len(ours.pieces) == len(theirs.pieces)
+            and all(a.same(b) for a, b in zip(ours.pieces, theirs.pieces, strict=True))
+        )
 
     # --- bookkeeping --------------------------------------------------------------
 
@@ -1172,6 +1218,13 @@ def _external_files(path: Path) -> set[Path]:
                 if candidate.name.endswith(".data") and not candidate.is_symlink():
                     files.add(candidate)
     return files
+
+
+def _remove_stale(files: set[Path]) -> None:
+    """Delete data files that the model which was replaced referred to."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def attribute(node: gs.Node, name: str, default: Any = None) -> Any:

@@ -1,0 +1,86 @@
+"""onnxshrink: make an ONNX model smaller and faster, with proof.
+
+``shrink(model, passes, data=...)`` is the command line in one call; ``Model``,
+``Pipeline`` and ``PassManager`` are its parts. Whoever writes a pass imports from
+``onnxshrink.base``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnxshrink._version import __version__
+
+if TYPE_CHECKING:
+    from onnxshrink.base import Context, Pass, Promise, Site, SitePass
+    from onnxshrink.errors import (
+        ModelError,
+        OnnxshrinkError,
+        OutputError,
+        PromiseError,
+        UsageError,
+    )
+    from onnxshrink.manager import PassManager, Result, shrink
+    from onnxshrink.model import Model, Weight
+    from onnxshrink.pipeline import Pipeline
+    from onnxshrink.report import Report
+    from onnxshrink.samples import Samples, Splits
+    from onnxshrink.validate import Budget, Verdict
+
+_HOME = {
+    "Budget": "validate",
+    "Context": "base",
+    "Model": "model",
+    "ModelError": "errors",
+    "OnnxshrinkError": "errors",
+    "OutputError": "errors",
+    "Pass": "base",
+    "PassManager": "manager",
+    "Pipeline": "pipeline",
+    "Promise": "base",
+    "PromiseError": "errors",
+    "Report": "report",
+    "Result": "manager",
+    "Samples": "samples",
+    "Site": "base",
+    "SitePass": "base",
+    "Splits": "samples",
+    "UsageError": "errors",
+    "Verdict": "validate",
+    "Weight": "model",
+    "shrink": "manager",
+}
+
+__all__ = [
+    "Budget",
+    "Context",
+    "Model",
+    "ModelError",
+    "OnnxshrinkError",
+    "OutputError",
+    "Pass",
+    "PassManager",
+    "Pipeline",
+    "Promise",
+    "PromiseError",
+    "Report",
+    "Result",
+    "Samples",
+    "Site",
+    "SitePass",
+    "Splits",
+    "UsageError",
+    "Verdict",
+    "Weight",
+    "__version__",
+    "shrink",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: ``--help`` stays fast."""
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'onnxshrink' has no attribute {name!r}")
+    return getattr(import_module(f"onnxshrink.{_HOME[name]}"), name)

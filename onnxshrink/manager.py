@@ -1,0 +1,679 @@
+"""PassManager: run a pipeline, hold every pass to its promise and to the budget."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from onnxshrink import _backoff
+from onnxshrink._version import __version__
+from onnxshrink.base import Context, Pass, Progress, Promise, Site, SitePass
+from onnxshrink.errors import (
+    ModelError,
+    OnnxshrinkError,
+    OutputError,
+    PromiseError,
+    UsageError,
+)
+from onnxshrink.measure import Stats, measure
+from onnxshrink.model import External, Model, Storage, SupportsModelProto
+from onnxshrink.pipeline import Pipeline
+from onnxshrink.report import Report, Step
+from onnxshrink.samples import Splits
+from onnxshrink.validate import Budget, Metric, Validator, Verdict
+
+__all__ = ["OnBreach", "PassManager", "Planned", "Result", "shrink"]
+
+OnBreach = Literal["back-off", "rollback", "abort", "keep"]
+"""What happens when a pass breaks the budget.
+
+``back-off`` leaves out or weakens its most damaging sites until it fits, and rolls it
+back if none fits; ``rollback`` goes on without the pass; ``abort`` stops with an error
+and writes nothing; ``keep`` keeps it and says so. A model that is broken (NaN where
+there was none, another signature, changed outputs where the pass promised the same) is
+never kept.
+"""
+
+_TIGHTENINGS = 24
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a pass would do.
+
+    Attributes:
+        pass_: The pass.
+        sites: Where it would act; ``None`` if it does not list places.
+        skipped: (where, why) of what it would leave alone.
+        note: What the plan cannot say.
+    """
+
+    pass_: Pass
+    sites: tuple[Site, ...] | None
+    skipped: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back.
+
+    Attributes:
+        model: The model as written.
+        report: What happened, in figures measured from the written file.
+        files: The files written, the model first; empty without an output.
+    """
+
+    model: Model
+    report: Report
+    files: tuple[Path, ...] = ()
+
+
+@dataclass
+class _Attempt:
+    """One way of doing a step: the model, its file, and what the validator says."""
+
+    model: Model
+    path: Path
+    verdict: Verdict
+    done: list[tuple[str, str]]
+    left: list[tuple[str, str]]
+    changes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+class PassManager:
+    """Runs a pipeline over a model; the model given is never changed."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        splits: Splits | None = None,
+        budget: Budget | None = None,
+        metric: Metric = None,
+        on_breach: OnBreach = "back-off",
+        storage: Storage = "auto",
+        external: External = "auto",
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        seed: int = 0,
+        jobs: int = 0,
+        executor: Executor | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        progress: Progress | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        measure_latency: bool = True,
+    ) -> None:
+        """Set up a run.
+
+        Args:
+            pipeline: The passes.
+            splits: Samples; without them seeded random inputs serve as a smoke test.
+            budget: What a pass may cost; by default the recipe's, else one that fits
+                the kind of samples (``Budget.default``).
+            metric: Task metric: a name, ``module:function`` or a callable.
+            on_breach: What happens when a pass breaks the budget.
+            storage: How weights are written, see ``Model.save``.
+            external: Whether weights go to a second file, see ``Model.save``.
+            providers: onnxruntime execution providers.
+            threads: onnxruntime's threads in one operator; 0 lets it choose.
+            seed: Seed of every random draw.
+            jobs: Threads that passes share work among; 0 is one for each processor.
+            executor: Used instead of threads of our own; it is not shut down.
+            shapes: Input shapes for random inputs and measurement.
+            progress: Receives progress of long work.
+            on_step: Receives each step's report as soon as it is there.
+            measure_latency: Measure latency against the model the run started from.
+
+        Raises:
+            UsageError: An unknown value for ``on_breach``.
+        """
+        if on_breach not in ("back-off", "rollback", "abort", "keep"):
+            raise UsageError(
+                f"on_breach is back-off, rollback, abort or keep, not {on_breach!r}"
+            )
+        self.pipeline = pipeline
+        self.splits = splits
+        self.budget = budget
+        self.metric = metric
+        self.on_breach = on_breach
+        self.storage: Storage = storage
+        self.external: External = external
+        self.providers = providers
+        self.threads = threads
+        self.seed = seed
+        self.jobs = jobs or os.cpu_count() or 1
+        self.executor = executor
+        self.shapes = dict(shapes or {})
+        self.progress: Progress = progress or (lambda done, total, what: None)
+        self.on_step = on_step
+        self.measure_latency = measure_latency
+
+    # --- plan ---------------------------------------------------------------------
+
+    def plan(self, model: Model) -> list[Planned]:
+        """Say what each pass would do, doing only what later passes need to plan.
+
+        Passes that promise the same outputs are run on a copy, since what follows is
+        planned on their result; the others are only asked for their sites.
+        """
+        planned: list[Planned] = []
+        with self._executor() as executor:
+            current = model.copy()
+            changed: list[str] = []
+            for pass_ in self.pipeline:
+                ctx = self._context(model, self._splits(model), executor)
+                current = self._prepared(current, pass_)
+                note = ""
+                if changed:
+                    note = f"planned without the effect of {', '.join(changed)}"
+                sites: tuple[Site, ...] | None = None
+                if isinstance(pass_, SitePass):
+                    sites = tuple(pass_.sites(current, ctx))
+                if pass_.promise is Promise.SAME:
+                    pass_.apply(current, ctx)
+                    done = tuple(f"{where}: {what}" for where, what in ctx.done)
+                    note = "; ".join([*done, *([note] if note else [])])
+                else:
+                    changed.append(pass_.name)
+                planned.append(Planned(pass_, sites, tuple(ctx.left), note))
+        return planned
+
+    # --- run ----------------------------------------------------------------------
+
+    def run(
+        self,
+        model: Model | str | os.PathLike[str] | SupportsModelProto,
+        output: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = False,
+    ) -> Result:
+        """Run every pass, validate after each, and write the result.
+
+        Args:
+            model: A model or anything ``Model.load`` takes; it is not changed.
+            output: Where to write; without it the model is only returned.
+            resume: Continue an interrupted run of the same input, pipeline, options
+                and output after its last accepted pass.
+
+        Raises:
+            PromiseError: With ``on_breach="abort"``, a pass broke the budget or its
+                promise; or a pass failed. Nothing was written.
+            OutputError: The output cannot be written.
+            UsageError: ``resume`` without an output, or nothing fits to resume.
+            ModelError: A pass cannot take the model or the data.
+        """
+        source = model if isinstance(model, Model) else Model.load(model)
+        target = None if output is None else Path(output)
+        if resume and target is None:
+            raise UsageError("resume needs an output: the state is kept beside it")
+        if target is not None:
+            source.check_target(target)
+        with self._executor() as executor, self._workspace(target, resume) as folder:
+            run = _Run(self, source, target, folder, executor)
+            return run.all(resume)
+
+    # --- shared with the run ------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _executor(self) -> Iterator[Executor | None]:
+        if self.executor is not None or self.jobs <= 1:
+            yield self.executor
+            return
+        with ThreadPoolExecutor(self.jobs, "onnxshrink") as pool:
+            yield pool
+
+    @contextlib.contextmanager
+    def _workspace(self, target: Path | None, resume: bool) -> Iterator[Path]:
+        """Yield a folder for candidates; beside the output, so that a rename moves."""
+        if target is None:
+            with tempfile.TemporaryDirectory(prefix="onnxshrink-") as name:
+                yield Path(name)
+            return
+        folder = target.with_name(f".{target.name}.onnxshrink")
+        try:
+            if folder.exists() and not resume:
+                shutil.rmtree(folder)
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+        try:
+            yield folder
+        except OnnxshrinkError:
+            # Nothing to resume: the same run would end the same way.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _splits(self, model: Model) -> Splits:
+        if self.splits is not None:
+            return self.splits
+        return Splits.random(model, seed=self.seed, shapes=self.shapes)
+
+    def _context(
+        self, reference: Model, splits: Splits, executor: Executor | None
+    ) -> Context:
+        return Context(
+            samples=splits,
+            reference=reference,
+            seed=self.seed,
+            threads=self.threads,
+            providers=self.providers,
+            executor=executor,
+            progress=self.progress,
+        )
+
+    def _prepared(self, model: Model, pass_: Pass) -> Model:
+        """Return a copy that has the opset the pass needs and that the runtime loads."""
+        copy = model.copy()
+        copy.require_opset(pass_.opset)
+        copy.fit_runtime()
+        return copy
+
+
+class _Run:
+    """One run: what is accepted so far, and the files that hold it."""
+
+    def __init__(
+        self,
+        manager: PassManager,
+        source: Model,
+        target: Path | None,
+        folder: Path,
+        executor: Executor | None,
+    ) -> None:
+        self.manager = manager
+        self.source = source
+        self.target = target
+        self.folder = folder
+        self.executor = executor
+        self.splits = manager._splits(source)
+        budget = manager.budget
+        if budget is None and manager.pipeline.budget:
+            budget = Budget(**manager.pipeline.budget)
+        self.budget = budget or Budget.default(self.splits)
+        self.name = target.name if target is not None else "model.onnx"
+        self.reference = source.copy()
+        self.reference.fit_runtime()
+        self.baseline_path = self._baseline()
+        self.judge = self._validator(self.splits)
+        self.scout: Validator | None = None
+        self.steps: list[Step] = []
+
+    def _baseline(self) -> Path:
+        """Return a file onnxruntime can open that holds the model as it was given."""
+        path = self.source.source
+        untouched = self.reference.ir_version == self.source.ir_version
+        if path is not None and path.suffix != ".onnxtxt" and untouched:
+            if self.source.is_unchanged():
+                return path
+        path = self.folder / f"baseline-{self.name}"
+        self.reference.save(path, storage="plain")
+        return path
+
+    def _validator(self, splits: Splits) -> Validator:
+        manager = self.manager
+        return Validator(
+            self.baseline_path,
+            splits,
+            self.budget,
+            metric=manager.metric,
+            threads=manager.threads,
+            providers=manager.providers,
+            seed=manager.seed,
+            progress=manager.progress,
+        )
+
+    # --- the whole run ------------------------------------------------------------
+
+    def all(self, resume: bool) -> Result:
+        manager = self.manager
+        baseline = self._measure(self.baseline_path, None)
+        baseline = dataclasses.replace(baseline, metric=self.judge.reference_metric())
+        accepted, path, stats, start = self.source, self.baseline_path, baseline, 0
+        if resume:
+            resumed = self._resumed()
+            if resumed is not None:
+                accepted, path, stats, start = resumed
+        for index, pass_ in enumerate(manager.pipeline):
+            if index < start:
+                continue
+            accepted, path, stats = self._step(index, pass_, accepted, path, stats)
+        return self._finish(accepted, baseline)
+
+    def _step(
+        self, index: int, pass_: Pass, before: Model, before_path: Path, stats: Stats
+    ) -> tuple[Model, Path, Stats]:
+        manager = self.manager
+        started = time.perf_counter()
+        label = f"step {index + 1} ({pass_.name})"
+        manager.progress(index, len(manager.pipeline), pass_.name)
+        ctx = manager._context(self.reference, self.splits, self.executor)
+        try:
+            attempt = self._attempt(index, pass_, before, before_path, ctx)
+        except OnnxshrinkError as error:
+            raise type(error)(f"{label}: {error}") from error
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except Exception as error:
+            where = ctx.done[-1][0] if ctx.done else "the start"
+            raise PromiseError(
+                f"{label} failed after {where}: {type(error).__name__}: {error}; "
+                "the model before this step is unharmed and nothing was written"
+            ) from error
+        verdict = attempt.verdict
+        if not verdict.ok and manager.on_breach == "abort":
+            raise PromiseError(f"{label}: {verdict.reason}; nothing was written")
+        kept = verdict.ok or (manager.on_breach == "keep" and verdict.keepable)
+        reason = verdict.reason
+        if kept and not verdict.ok:
+            reason = f"kept although {reason}"
+        elif not kept:
+            reason = f"rolled back: {reason}"
+        after = stats
+        if kept:
+            after = dataclasses.replace(
+                self._measure(attempt.path, before_path), metric=verdict.quality()
+            )
+        step = Step(
+            pass_name=pass_.name,
+            options=pass_.options(),
+            accepted=kept,
+            reason=reason,
+            seconds=time.perf_counter() - started,
+            before=stats,
+            after=after,
+            verdict=verdict,
+            did=tuple(attempt.done) if kept else (),
+            skipped=tuple(attempt.left),
+            left_out=tuple(attempt.changes) if kept else (),
+        )
+        self.steps.append(step)
+        if manager.on_step is not None:
+            manager.on_step(step)
+        if not kept:
+            self._remember(index, before_path, stats)
+            return before, before_path, stats
+        self._remember(index, attempt.path, after)
+        return attempt.model, attempt.path, after
+
+    # --- one step -----------------------------------------------------------------
+
+    def _attempt(
+        self, index: int, pass_: Pass, before: Model, before_path: Path, ctx: Context
+    ) -> _Attempt:
+        prepared = self.manager._prepared(before, pass_)
+        if not isinstance(pass_, SitePass):
+            candidate = prepared.copy()
+            pass_.apply(candidate, ctx)
+            return self._judged(index, pass_, candidate, before_path, ctx)
+        sites = list(pass_.sites(prepared, ctx))
+        listed = list(ctx.left)
+        names = [site.where for site in sites]
+        if len(set(names)) != len(names):
+            raise PromiseError("the pass lists the same site twice")
+        candidate = self._rewritten(pass_, prepared, sites, ctx, listed)
+        attempt = self._judged(index, pass_, candidate, before_path, ctx)
+        if attempt.verdict.ok or self.manager.on_breach != "back-off" or not sites:
+            return attempt
+        if pass_.promise is Promise.SAME:
+            return attempt
+        return self._backed_off(
+            index, pass_, prepared, sites, before_path, ctx, listed, attempt
+        )
+
+    def _rewritten(
+        self,
+        pass_: SitePass,
+        prepared: Model,
+        sites: Sequence[Site],
+        ctx: Context,
+        listed: list[tuple[str, str]],
+    ) -> Model:
+        candidate = prepared.copy()
+        ctx.done[:] = []
+        ctx.left[:] = listed
+        pass_.rewrite_all(candidate, sites, ctx)
+        return candidate
+
+    def _judged(
+        self, index: int, pass_: Pass, candidate: Model, before_path: Path, ctx: Context
+    ) -> _Attempt:
+        """Write the candidate and let the validator look at the file."""
+        path = self.folder / f"{index}-{self.name}"
+        candidate.fit_runtime()
+        files = candidate.save(
+            path, storage=self.manager.storage, external=self.manager.external
+        )
+        verdict = self.judge.check(
+            path,
+            pass_.promise,
+            before_bytes=_bytes(before_path),
+            after_bytes=sum(file.stat().st_size for file in files),
+        )
+        return _Attempt(candidate, path, verdict, list(ctx.done), list(ctx.left))
+
+    def _backed_off(
+        self,
+        index: int,
+        pass_: SitePass,
+        prepared: Model,
+        sites: Sequence[Site],
+        before_path: Path,
+        ctx: Context,
+        listed: list[tuple[str, str]],
+        failed: _Attempt,
+    ) -> _Attempt:
+        """Give way until the budget holds: chosen on validation samples, then judged."""
+        scout = self._scout()
+        tried = 0
+
+        def damage(some: Sequence[Site]) -> float:
+            nonlocal tried
+            tried += 1
+            self.manager.progress(tried, tried + 1, f"{pass_.name}: backing off")
+            if not some:
+                return 0.0
+            trial = self._rewritten(pass_, prepared, some, ctx, listed)
+            return scout.check(trial, pass_.promise).damage
+
+        plan = _backoff.back_off(pass_, sites, damage)
+        for _ in range(_TIGHTENINGS):
+            if plan is None:
+                break
+            chosen = plan.chosen(pass_)
+            if not chosen:
+                break
+            candidate = self._rewritten(pass_, prepared, chosen, ctx, listed)
+            attempt = self._judged(index, pass_, candidate, before_path, ctx)
+            if attempt.verdict.ok:
+                attempt.changes = plan.changes(pass_)
+                return attempt
+            plan = _backoff.tighten(pass_, plan)
+        return failed
+
+    def _scout(self) -> Validator:
+        """The validator that choices are made with: never on evaluation samples."""
+        if self.scout is None:
+            splits = self.splits.for_choices()
+            self.scout = self.judge if splits is None else self._validator(splits)
+        return self.scout
+
+    def _measure(self, path: Path, before: Path | None) -> Stats:
+        manager = self.manager
+        return measure(
+            path,
+            self.splits,
+            baseline=self.baseline_path if before is not None else None,
+            threads=manager.threads,
+            providers=manager.providers,
+            latency=manager.measure_latency,
+        )
+
+    # --- state for resume ---------------------------------------------------------
+
+    def _fingerprint(self) -> dict[str, Any]:
+        manager = self.manager
+        digest = hashlib.sha256()
+        with self.baseline_path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        return {
+            "onnxshrink": __version__,
+            "input": digest.hexdigest(),
+            "pipeline": str(manager.pipeline),
+            "seed": manager.seed,
+            "budget": dataclasses.asdict(self.budget),
+            "on_breach": manager.on_breach,
+            "storage": manager.storage,
+            "samples": list(self.splits.describe()),
+        }
+
+    def _remember(self, index: int, path: Path, stats: Stats) -> None:
+        """Note the accepted model, after which an interrupted run can continue."""
+        if self.target is None:
+            return
+        inside = path.parent == self.folder
+        state = {
+            "run": self._fingerprint(),
+            "next": index + 1,
+            "path": path.name if inside else None,
+            "stats": stats.to_json(),
+            "steps": [step.to_json() for step in self.steps],
+        }
+        temporary = self.folder / "state.json.new"
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self.folder / "state.json")
+
+    def _resumed(self) -> tuple[Model, Path, Stats, int] | None:
+        file = self.folder / "state.json"
+        if not file.exists():
+            return None
+        try:
+            state = json.loads(file.read_text())
+            if state["run"] != json.loads(json.dumps(self._fingerprint())):
+                raise UsageError(
+                    f"the interrupted run in {self.folder} was another one (other "
+                    "input, passes, options or samples); run without --resume"
+                )
+            name = state["path"]
+            path = self.baseline_path if name is None else self.folder / Path(name).name
+            model = self.source if name is None else Model.load(path)
+            self.steps = [Step.from_json(step) for step in state["steps"]]
+            return model, path, Stats.from_json(state["stats"]), int(state["next"])
+        except (KeyError, TypeError, ValueError, ModelError) as error:
+            raise UsageError(
+                f"the state in {self.folder} cannot be read ({error}); "
+                "run without --resume"
+            ) from error
+
+    # --- the end ------------------------------------------------------------------
+
+    def _finish(self, accepted: Model, baseline: Stats) -> Result:
+        manager = self.manager
+        final = accepted.copy()
+        final.fit_runtime()
+        final.metadata["onnxshrink.version"] = __version__
+        final.metadata["onnxshrink.pipeline"] = str(manager.pipeline)
+        final.metadata["onnxshrink.seed"] = str(manager.seed)
+        final.metadata["onnxshrink.steps"] = json.dumps(
+            [
+                {
+                    "pass": step.pass_name,
+                    "accepted": step.accepted,
+                    "metric": step.after.metric,
+                }
+                for step in self.steps
+            ],
+            sort_keys=True,
+        )
+        staging = self.folder / "final"
+        staging.mkdir(exist_ok=True)
+        path = staging / self.name
+        files = final.save(path, storage=manager.storage, external=manager.external)
+        verdict = self.judge.check(path, Promise.CLOSE)
+        if not verdict.ok and (manager.on_breach != "keep" or not verdict.keepable):
+            raise PromiseError(f"the written model does not hold: {verdict.reason}")
+        stats = dataclasses.replace(
+            self._measure(path, self.baseline_path), metric=verdict.quality()
+        )
+        if self.target is not None:
+            files = final.publish(files, self.target)
+        report = Report(
+            model=str(self.source.source or "model"),
+            onnxshrink=__version__,
+            pipeline=str(manager.pipeline),
+            seed=manager.seed,
+            baseline=baseline,
+            steps=tuple(self.steps),
+            final=stats,
+            notes=tuple(self.splits.describe()),
+            output=tuple(str(file) for file in files) if self.target else (),
+        )
+        final.source = self.target
+        return Result(final, report, files if self.target is not None else ())
+
+
+def _bytes(path: Path) -> int:
+    """Bytes of a model file and the data files it refers to."""
+    from onnxshrink.measure import file_bytes
+
+    return file_bytes(path)
+
+
+def shrink(
+    model: Model | str | os.PathLike[str] | bytes | SupportsModelProto,
+    passes: str | Sequence[str] | Sequence[Pass] | Pipeline,
+    *,
+    data: Any = None,
+    evaluation: Any = None,
+    labels: str | None = None,
+    budget: Budget | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Result:
+    """Shrink a model: the command line in one call.
+
+    Args:
+        model: A path, bytes, a ModelProto, a Model or a framework's export result.
+        passes: Pipeline text, passes, or a pipeline.
+        data: Samples for calibration and training: a path as on the command line, a
+            mapping of arrays by input name, an array, ``Samples`` or ``Splits``.
+        evaluation: Samples that only measure; by default a part of ``data``.
+        labels: Key of the labels in ``data`` and ``evaluation``.
+        budget: What each pass may cost.
+        output: Where to write; without it the model is only returned.
+        resume: Continue an interrupted run, see ``PassManager.run``.
+        **options: Everything else ``PassManager`` takes.
+
+    Raises:
+        OnnxshrinkError: As ``PassManager.run``.
+    """
+    loaded = model if isinstance(model, Model) else Model.load(model)
+    if isinstance(passes, Pipeline):
+        pipeline = passes
+    elif isinstance(passes, str):
+        pipeline = Pipeline.parse(passes)
+    elif all(isinstance(step, Pass) for step in passes):
+        pipeline = Pipeline(tuple(passes))  # type: ignore[arg-type]
+    else:
+        pipeline = Pipeline.parse([str(step) for step in passes])
+    splits = data if isinstance(data, Splits) else None
+    if splits is None and data is not None:
+        splits = Splits.build(
+            loaded, data, evaluation, labels=labels, seed=int(options.get("seed", 0))
+        )
+    manager = PassManager(pipeline, splits=splits, budget=budget, **options)
+    return manager.run(loaded, output, resume=resume)
