@@ -18,6 +18,8 @@ _PROBES = 128
 _INDIVIDUAL = 16
 """Up to this many sites each get a strength of their own."""
 _HALVINGS = 5
+_STURDY_SHARE = 0.3
+"""Share of the budget that the sites left at full strength may use together."""
 
 Damage = Callable[[Sequence[Site]], float]
 
@@ -77,10 +79,11 @@ def _short(value: object) -> str:
 def back_off(pass_: SitePass, sites: Sequence[Site], damage: Damage) -> Plan | None:
     """Find how far a pass that breaks the budget can still go.
 
-    Where sites can be weakened, one strength for all is found by bisection, then the
-    sites that bear more are strengthened again. Where they cannot, each site's damage
-    alone is measured, and the fewest of the most damaging are left out (bisection; it
-    takes for granted that more sites do more damage).
+    Each site's damage alone is measured first. Where sites can be weakened, those that
+    together do little stay as listed, one strength for the others is found by
+    bisection, and each that bears more is strengthened again. Where they cannot, the
+    fewest of the most damaging are left out, by bisection too. Both take for granted
+    that more does more damage.
 
     Args:
         pass_: The pass, for ``weaken``.
@@ -92,12 +95,13 @@ def back_off(pass_: SitePass, sites: Sequence[Site], damage: Damage) -> Plan | N
     """
     everything = tuple(sites)
     plan = Plan(everything, (1.0,) * len(everything), tuple(range(len(everything))))
-    gentle = any(pass_.weaken(site, 0.5) is not None for site in everything)
-    if gentle:
-        strength = _common_strength(pass_, plan, damage)
-        if strength > 0:
-            return _strengthen(pass_, plan, strength, damage)
-    return _leave_out(pass_, _ranked(pass_, plan, damage), 0.0, damage)
+    ranked, harm = _ranked(plan, damage)
+    if any(pass_.weaken(site, 0.5) is not None for site in everything):
+        for sturdy in (_sturdy(ranked, harm), frozenset[int]()):
+            strength = _common_strength(pass_, ranked, sturdy, damage)
+            if strength > 0:
+                return _strengthen(pass_, ranked, sturdy, strength, damage)
+    return _leave_out(pass_, ranked, damage)
 
 
 def tighten(pass_: SitePass, plan: Plan) -> Plan | None:
@@ -122,66 +126,86 @@ def _with(plan: Plan, strengths: Sequence[float]) -> Plan:
     return Plan(plan.sites, tuple(strengths), plan.order)
 
 
-def _common_strength(pass_: SitePass, plan: Plan, damage: Damage) -> float:
+def _ranked(plan: Plan, damage: Damage) -> tuple[Plan, list[float]]:
+    """Measure each site alone; order the plan, the most damaging first."""
+    count = len(plan.sites)
+    size = -(-count // _PROBES)
+    harm: list[float] = []
+    for start in range(0, count, size):
+        group = plan.sites[start : start + size]
+        harm.extend([max(0.0, damage(group))] * len(group))
+    order = sorted(range(count), key=lambda index: (-harm[index], index))
+    return Plan(plan.sites, plan.strengths, tuple(order)), harm
+
+
+def _sturdy(plan: Plan, harm: Sequence[float]) -> frozenset[int]:
+    """Return the sites that together use little of the budget even as listed."""
+    total, sturdy = 0.0, set()
+    for index in reversed(plan.order):
+        total += harm[index]
+        if total > _STURDY_SHARE:
+            break
+        sturdy.add(index)
+    return frozenset(sturdy)
+
+
+def _with(plan: Plan, strengths: Sequence[float]) -> Plan:
+    return Plan(plan.sites, tuple(strengths), plan.order)
+
+
+def _common(plan: Plan, sturdy: frozenset[int], strength: float) -> Plan:
+    """Weaken all but the sturdy sites to one strength."""
+    count = len(plan.sites)
+    return _with(plan, [1.0 if i in sturdy else strength for i in range(count)])
+
+
+def _common_strength(
+    pass_: SitePass, plan: Plan, sturdy: frozenset[int], damage: Damage
+) -> float:
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        trial = _with(plan, [middle] * len(plan.sites))
-        if damage(trial.chosen(pass_)) <= 1:
+        if damage(_common(plan, sturdy, middle).chosen(pass_)) <= 1:
             low = middle
         else:
             high = middle
     return low
 
 
-def _strengthen(pass_: SitePass, plan: Plan, strength: float, damage: Damage) -> Plan:
-    count = len(plan.sites)
-    if count > _INDIVIDUAL:
-        return _leave_out(
-            pass_, _ranked(pass_, plan, damage), strength, damage
-        ) or _with(plan, [strength] * count)
-    strengths = [strength] * count
-    order = sorted(range(count), key=lambda i: -plan.sites[i].bytes_saved)
-    for index in order:
-        for bolder in (1.0, (1 + strength) / 2, (1 + 3 * strength) / 4):
-            trial = list(strengths)
-            trial[index] = bolder
-            if damage(_with(plan, trial).chosen(pass_)) <= 1:
-                strengths[index] = bolder
-                break
+def _strengthen(
+    pass_: SitePass,
+    plan: Plan,
+    sturdy: frozenset[int],
+    strength: float,
+    damage: Damage,
+) -> Plan:
+    """Let each of a few sites take what budget is left, the largest first."""
+    strengths = list(_common(plan, sturdy, strength).strengths)
+    weak = [index for index in range(len(strengths)) if index not in sturdy]
+    if len(weak) <= _INDIVIDUAL:
+        for index in sorted(weak, key=lambda i: -plan.sites[i].bytes_saved):
+            for bolder in (1.0, (1 + strength) / 2, (1 + 3 * strength) / 4):
+                trial = list(strengths)
+                trial[index] = bolder
+                if damage(_with(plan, trial).chosen(pass_)) <= 1:
+                    strengths[index] = bolder
+                    break
     return _with(plan, strengths)
 
 
-def _ranked(pass_: SitePass, plan: Plan, damage: Damage) -> Plan:
-    """Measure each site alone and order the plan, the most damaging first."""
-    count = len(plan.sites)
-    size = -(-count // _PROBES)
-    measured: list[tuple[float, int]] = []
-    for start in range(0, count, size):
-        group = plan.sites[start : start + size]
-        harm = damage(group)
-        measured.extend((harm, index) for index in range(start, start + len(group)))
-    measured.sort(key=lambda pair: (-pair[0], pair[1]))
-    return Plan(plan.sites, plan.strengths, tuple(index for _, index in measured))
+def _leave_out(pass_: SitePass, plan: Plan, damage: Damage) -> Plan | None:
+    """Leave out the fewest of the most damaging sites so that the rest fits."""
 
-
-def _leave_out(
-    pass_: SitePass, plan: Plan, strength: float, damage: Damage
-) -> Plan | None:
-    """Weaken the fewest of the most damaging sites to ``strength`` so that it fits."""
-
-    def first(count: int) -> Plan:
-        weak = set(plan.order[:count])
-        return _with(
-            plan, [strength if i in weak else 1.0 for i in range(len(plan.sites))]
-        )
+    def without(count: int) -> Plan:
+        out = set(plan.order[:count])
+        return _with(plan, [0.0 if i in out else 1.0 for i in range(len(plan.sites))])
 
     low, high = 0, len(plan.sites)
     while high - low > 1:
         middle = (low + high) // 2
-        if damage(first(middle).chosen(pass_)) <= 1:
+        if damage(without(middle).chosen(pass_)) <= 1:
             high = middle
         else:
             low = middle
-    found = first(high)
+    found = without(high)
     return found if any(found.strengths) else None
