@@ -1,0 +1,243 @@
+"""What is installed is what is in the tree."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from onnxshrink import registry
+from onnxshrink.model import Model
+from onnxshrink.pipeline import Pipeline
+from onnxshrink.testing import Case, apply, check_case, check_laws, example_models
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+README = (ROOT / "passes" / "README.md").read_text(encoding="utf-8")
+
+
+def fenced(language: str) -> str:
+    """Return the first block of that language of the page on writing a pass."""
+    match = re.search(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert match is not None
+    return match[1]
+
+
+def modules(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.py")}
+
+
+def packages() -> dict[str, Path]:
+    """Return the folder of each package, by its dotted name."""
+    found = {"onnxshrink.passes": ROOT / "passes"}
+    for path in sorted((ROOT / "onnxshrink").rglob("*.py")):
+        if "passes" not in path.relative_to(ROOT).parts:
+            found[".".join(path.parent.relative_to(ROOT).parts)] = path.parent
+    return found
+
+
+def test_the_link_to_passes_is_a_link() -> None:
+    link = ROOT / "onnxshrink" / "passes"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "passes")
+
+
+def test_every_package_is_named_to_the_build() -> None:
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages())
+    for folder in packages().values():
+        assert (folder / "__init__.py").is_file()
+
+
+def test_passes_are_imported_from_passes() -> None:
+    import onnxshrink.passes
+
+    folder = Path(next(iter(onnxshrink.passes.__path__)))
+    assert folder.resolve() == (ROOT / "passes").resolve()
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = {
+        re.split(r"[<>=\[; ]", requirement)[0].lower().replace("-", "_")
+        for requirement in PROJECT["project"]["dependencies"]
+    }
+    # protobuf is onnx's own interface, and onnx depends on it.
+    known = declared | set(sys.stdlib_module_names) | {"onnxshrink", "google"}
+    found = {}
+    for folder in packages().values():
+        for path in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                for name in names:
+                    found[name.partition(".")[0]] = path.name
+    assert {name: where for name, where in found.items() if name not in known} == {}
+    assert declared - set(found) == set()
+
+
+def test_the_command_and_the_module_are_the_same_program() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="onnxshrink")
+    assert script.value == "onnxshrink.cli:main"
+    shown = subprocess.run(
+        [sys.executable, "-m", "onnxshrink", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert metadata.version("onnxshrink") in shown.stdout
+
+
+def build(target: Path, source: Path) -> Path:
+    """Build a wheel with the setuptools that is installed; nothing is downloaded."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+        + ["--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+        + ["--wheel-dir", str(target), str(source)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def tree(target: Path) -> Path:
+    """Copy what the build reads, links kept, so that it leaves nothing behind."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.splitlines()
+    if not listed:
+        pytest.skip("not a git checkout")
+    wanted = ("onnxshrink", "passes", "pyproject.toml", "README.md", "LICENSE")
+    for name in listed:
+        if name.split("/")[0] in wanted and (ROOT / name).exists():
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_symlink():
+                copy.symlink_to(os.readlink(ROOT / name))
+            else:
+                copy.write_bytes((ROOT / name).read_bytes())
+    return target
+
+
+def test_a_wheel_holds_every_module_and_recipe(tmp_path: Path) -> None:
+    wheel = build(tmp_path / "dist", tree(tmp_path / "source"))
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {"onnxshrink/py.typed"}
+    for package, folder in packages().items():
+        wanted |= {f"{package.replace('.', '/')}/{name}" for name in modules(folder)}
+    wanted |= {f"onnxshrink/recipes/{p.name}" for p in registry.recipes().values()}
+    assert wanted - held == set()
+    # Nothing else of the tree: no tests, tools or models.
+    assert {name.split("/")[0] for name in held - wanted} <= {
+        "onnxshrink",
+        wheel.name.split("-py3")[0] + ".dist-info",
+    }
+
+
+@pytest.mark.slow
+def test_an_unpacked_wheel_runs_without_the_tree(tmp_path: Path) -> None:
+    wheel = build(tmp_path / "dist", tree(tmp_path / "source"))
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    program = (
+        "import onnxshrink, onnxshrink.registry as r; print(onnxshrink.__file__);"
+        "print(*r.passes()); print(*r.recipes())"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert shown[0].startswith(str(tmp_path / "installed"))
+    assert shown[1].split() == list(registry.passes())
+    assert shown[2].split() == list(registry.recipes())
+
+
+@pytest.fixture
+def example_package(tmp_path: Path) -> Path:
+    """Return the source of a package with the pass of passes/README.md."""
+    source = tmp_path / "source"
+    (source / "your_package").mkdir(parents=True)
+    (source / "your_package" / "__init__.py").touch()
+    (source / "your_package" / "grid.py").write_text(fenced("python"), encoding="utf-8")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\n'
+        'build-backend = "setuptools.build_meta"\n\n'
+        '[project]\nname = "your-package"\nversion = "1.0"\n\n' + fenced("toml"),
+        encoding="utf-8",
+    )
+    return source
+
+
+def test_a_pass_of_an_installed_package_runs_from_the_command_line(
+    example_package: Path, tmp_path: Path
+) -> None:
+    wheel = build(tmp_path / "dist", example_package)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    model = tmp_path / "model.onnx"
+    model.write_bytes(example_models()["perceptron"].SerializeToString())
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "onnxshrink", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert "grid" in run("passes")
+    assert "Distance between two values" in run("passes", "grid")
+    run("model.onnx", "--passes", "grid:step=0.5,skip=fc2_weight", "-o", "out.onnx")
+    before, after = Model.load(model), Model.load(tmp_path / "out.onnx")
+    assert len(set(after.weight("fc1_weight").read().ravel())) <= 5
+    kept = before.weight("fc2_weight").read() == after.weight("fc2_weight").read()
+    assert kept.all()
+
+
+@pytest.fixture
+def grid(example_package: Path, monkeypatch: pytest.MonkeyPatch) -> type:
+    monkeypatch.syspath_prepend(example_package)
+    monkeypatch.delitem(sys.modules, "your_package", raising=False)
+    from your_package.grid import Grid
+
+    found: type = Grid
+    return found
+
+
+def test_the_example_pass_does_what_its_page_says(grid: type, tmp_path: Path) -> None:
+    path = tmp_path / "case.onnxtxt"
+    path.write_text(fenced(""), encoding="utf-8")
+    assert Case.read(path).pipeline == "grid:step=0.5"
+    check_case(path, {"grid": grid})
+
+
+@pytest.mark.parametrize("name", example_models())
+def test_the_example_pass_keeps_the_laws(grid: type, name: str) -> None:
+    check_laws(grid, {name: example_models()[name]})
+
+
+def test_pipelines_take_the_example_pass(grid: type) -> None:
+    pipeline = Pipeline.parse("grid:step=0.5", {"grid": grid})
+    model = Model.load(example_models()["perceptron"])
+    after, context = apply(pipeline.passes[0], model)
+    assert len(set(after.weight("fc1_weight").read().ravel())) <= 5
+    assert ("fc1_weight", "rounded to 5 values") in context.done
