@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -99,38 +100,21 @@ def test_the_command_and_the_module_are_the_same_program() -> None:
 
 def build(target: Path, source: Path) -> Path:
     """Build a wheel with the setuptools that is installed; nothing is downloaded."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-        + ["--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-        + ["--wheel-dir", str(target), str(source)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command += ["--wheel-dir", str(target), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
     (wheel,) = target.glob("*.whl")
     return wheel
 
 
 def tree(target: Path) -> Path:
     """Copy what the build reads, links kept, so that it leaves nothing behind."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.splitlines()
-    if not listed:
-        pytest.skip("not a git checkout")
-    wanted = ("onnxshrink", "passes", "pyproject.toml", "README.md", "LICENSE")
-    for name in listed:
-        if name.split("/")[0] in wanted and (ROOT / name).exists():
-            copy = target / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if (ROOT / name).is_symlink():
-                copy.symlink_to(os.readlink(ROOT / name))
-            else:
-                copy.write_bytes((ROOT / name).read_bytes())
+    for name in ("onnxshrink", "passes"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
     return target
 
 
