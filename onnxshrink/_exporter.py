@@ -604,8 +604,13 @@ def export(model: Model, encode: Encode | None = None) -> Export:
         first.node.extend(decoders)
         first.node.extend(nodes)
         head = first
-        for extra in encoded.values():
-            pieces.extend(extra)
+        plainly = iter(pieces)
+        pieces = []
+        for constant in constants:
+            if id(constant) in encoded:
+                pieces.extend(encoded[id(constant)])
+            elif not _kept_sparse(constant):
+                pieces.append(next(plainly))
     _write_opsets(template, model)
     template.functions.extend(_function_proto(f) for f in graph.functions)
     if [(p.key, p.value) for p in origin.metadata_props] == list(

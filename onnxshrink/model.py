@@ -797,17 +797,33 @@ class Model:
             raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
         from onnxshrink.storage import Encoder
 
-        encoder = Encoder(opset=self.opset, fresh=self.fresh)
+        lent: set[str] = set()
+
+        def fresh(name: str) -> str:
+            lent.add(unused := self.fresh(name))
+            return unused
+
+        encoder = Encoder(opset=self.opset, fresh=fresh)
 
         def encode(
             constant: gs.Constant,
         ) -> tuple[list[onnx.NodeProto], list[Piece]] | None:
+            origin = getattr(constant, "origin", None)
+            if isinstance(origin, onnx.TensorProto) and (
+                origin.doc_string or origin.metadata_props
+            ):
+                return None  # decoder nodes have no place for these
             found = encoder.encode(constant.name, tensor_of(constant))
             if found is None:
                 return None
             return list(found.nodes), [Piece(proto) for proto in found.initializers]
 
-        return export(self, encode)
+        try:
+            return export(self, encode)
+        finally:
+            # The model itself does not hold them: the next save uses them again.
+            if self._names is not None:
+                self._names -= lent
 
     def to_proto(self, storage: Storage = "plain") -> onnx.ModelProto:
         """Return the model as one proto with all data inline.
