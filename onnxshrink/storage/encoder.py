@@ -83,6 +83,7 @@ _DIVIDE_UP_TO = 1 << 16
 """Streams up to this length are unpacked by division, which needs no table."""
 _MIN_SAVED = 1 / 64
 """Share of the plain bytes that an encoding has to save."""
+_SMALL_DECODE = 16 << 20
 _INT32_LIMIT = 2**31 - 2**16
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -676,7 +677,7 @@ class Encoder:
         *,
         opset: int,
         fresh: Callable[[str], str],
-        max_decode_ratio: float = 12.0,
+        max_decode_ratio: float = 10.0,
         min_bytes: int = 256,
     ) -> None:
         """Start a graph.
@@ -685,8 +686,9 @@ class Encoder:
             opset: Version of ai.onnx that the graph imports; below 7 all stays plain.
             fresh: Returns an unused value name, the given one if it is unused.
             max_decode_ratio: Keep a tensor plain if the tensors that onnxruntime
-                computes to decode it take more than this multiple of its own bytes.
-                Every form of a float32 tensor stays below 8; narrow types cost more.
+                computes to decode it take more than this multiple of its own bytes
+                (and more than 16 MiB): it keeps them all until it has folded the
+                last. A float32 weight needs 2 as codes, 3 to 9 where sparse.
             min_bytes: Keep tensors of fewer plain bytes plain: shapes, axes, scales.
         """
         self._opset = opset
@@ -716,7 +718,7 @@ class Encoder:
         census = Census(tensor, self._opset)
         start = _Draft(self._opset, self._known, self._number)
         plain = plain_nbytes(name, tensor)
-        limit = max(self._max_decode_ratio * tensor.nbytes, SLACK)
+        limit = max(self._max_decode_ratio * tensor.nbytes, _SMALL_DECODE)
         best: _Draft | None = None
         for draft in _Forms(name, tensor, census, start).drafts():
             if draft.decode_nbytes > limit:
