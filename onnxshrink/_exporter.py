@@ -1,4 +1,4 @@
-"""From the graph back to protos and files, reusing the origin of all that is unchanged."""
+"""From the graph back to protos and files, reusing the origin of what is unchanged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import numpy_helper
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from onnxshrink._topology import Constant, Function, Graph, subgraphs_of, tensor_of
 from onnxshrink.errors import ModelError
-from onnxshrink.tensors import FileTensor, LazyTensor, SparseTensor, same_bits
+from onnxshrink.tensors import (
+    ArrayTensor,
+    FileTensor,
+    LazyTensor,
+    SparseTensor,
+    same_bits,
+)
 from onnxshrink.wire import encode_varint
 
 if TYPE_CHECKING:
@@ -26,6 +33,59 @@ _ATTR = onnx.AttributeProto
 _RAW_DATA_TAG = encode_varint(9 << 3 | 2)
 _INITIALIZER_TAG = encode_varint(5 << 3 | 2)
 _GRAPH_TAG = encode_varint(7 << 3 | 2)
+_BEHIND_DATA = (
+    "doc_string",
+    "double_data",
+    "uint64_data",
+    "external_data",
+    "data_location",
+    "metadata_props",
+)
+"""Fields of a tensor with numbers above that of raw_data."""
+_BEFORE_GRAPH = (
+    "ir_version",
+    "producer_name",
+    "producer_version",
+    "domain",
+    "model_version",
+    "doc_string",
+)
+"""Fields of a model with numbers below that of graph."""
+
+
+def unknown_fields(message: Message) -> bytes:
+    """Return the fields of a message that the installed onnx does not know."""
+    out = bytearray()
+    for entry in UnknownFieldSet(message):  # type: ignore[no-untyped-call]
+        out += encode_varint(entry.field_number << 3 | entry.wire_type)
+        if entry.wire_type == 0:
+            out += encode_varint(entry.data)
+        elif entry.wire_type == 2:
+            out += encode_varint(len(entry.data)) + entry.data
+        elif entry.wire_type in (1, 5):
+            out += entry.data.to_bytes(8 if entry.wire_type == 1 else 4, "little")
+        else:
+            raise ModelError("a field of protobuf's old group form cannot be kept")
+    return bytes(out)
+
+
+def partial(message: Any, names: Iterable[str], *, keep: bool = False) -> Any:
+    """Return a copy without the named fields, or with ``keep`` of them only.
+
+    Unknown fields are left out of both. What is left out is not copied meanwhile.
+    """
+    twin = type(message)()
+    chosen = frozenset(names)
+    for field, value in message.ListFields():
+        if (field.name in chosen) is not keep:
+            continue
+        if isinstance(value, Message):
+            getattr(twin, field.name).CopyFrom(value)
+        elif hasattr(value, "extend"):
+            getattr(twin, field.name).extend(value)
+        else:
+            setattr(twin, field.name, value)
+    return twin
 
 
 @dataclass
@@ -35,10 +95,12 @@ class Piece:
     Attributes:
         header: The proto; complete if ``tensor`` is ``None``, else without data.
         tensor: The values to write as raw data behind the header.
+        constant: The graph's constant that it was made from, if any.
     """
 
     header: onnx.TensorProto
     tensor: LazyTensor | None = None
+    constant: gs.Constant | None = None
 
     @property
     def data_bytes(self) -> int:
@@ -47,30 +109,12 @@ class Piece:
 
     def parts(self) -> tuple[bytes, bytes]:
         """Return what stands before and behind the raw data."""
-        late = onnx.TensorProto()
-        early = onnx.TensorProto()
-        early.CopyFrom(self.header)
-        for name in ("doc_string", "data_location"):
-            if early.HasField(name):
-                setattr(late, name, getattr(early, name))
-                early.ClearField(name)
-        for name in ("external_data", "metadata_props"):
-            getattr(late, name).extend(getattr(early, name))
-            early.ClearField(name)
+        late = partial(self.header, _BEHIND_DATA, keep=True)
+        late.MergeFromString(unknown_fields(self.header))
+        early = partial(self.header, _BEHIND_DATA)
         return early.SerializeToString(deterministic=True), late.SerializeToString(
             deterministic=True
         )
-
-    def same(self, other: Piece) -> bool:
-        """Whether both would write the same bytes."""
-        if self.header != other.header:
-            return False
-        if self.tensor is None or other.tensor is None:
-            return self.tensor is other.tensor
-        mine, theirs = self.tensor, other.tensor
-        if isinstance(mine, FileTensor) and isinstance(theirs, FileTensor):
-            return (mine.path, mine.offset) == (theirs.path, theirs.offset)
-        return same_bits(mine, theirs)
 
     def whole(self) -> onnx.TensorProto:
         """Return a proto with the data in it."""
@@ -118,46 +162,32 @@ class Export:
         frames: list[tuple[bytes, bytes]] = []
         length = len(head) + len(tail)
         for piece in self.pieces:
+            if piece.tensor is None:
+                body = piece.header.ByteSize()
+                frames.append((_INITIALIZER_TAG + encode_varint(body), b""))
+                length += len(frames[-1][0]) + body
+                continue
             early, late = piece.parts()
-            if piece.tensor is not None:
-                early += _RAW_DATA_TAG + encode_varint(piece.tensor.nbytes)
-            body = len(early) + len(late)
-            body += piece.tensor.nbytes if piece.tensor is not None else 0
-            before = _INITIALIZER_TAG + encode_varint(body) + early
-            frames.append((before, late))
-            length += len(before) + len(late)
-            length += piece.tensor.nbytes if piece.tensor is not None else 0
-        early_model, late_model = _split_model(self.template)
-        yield early_model
+            early += _RAW_DATA_TAG + encode_varint(piece.tensor.nbytes)
+            body = len(early) + piece.tensor.nbytes + len(late)
+            frames.append((_INITIALIZER_TAG + encode_varint(body) + early, late))
+            length += len(frames[-1][0]) + piece.tensor.nbytes + len(late)
+        yield partial(self.template, _BEFORE_GRAPH, keep=True).SerializeToString(
+            deterministic=True
+        )
         yield _GRAPH_TAG + encode_varint(length)
         yield head
         for piece, (before, late) in zip(self.pieces, frames, strict=True):
             yield before
-            if piece.tensor is not None:
-                yield from piece.tensor.raw_chunks()
+            if piece.tensor is None:
+                yield piece.header.SerializeToString(deterministic=True)
+                continue
+            yield from piece.tensor.raw_chunks()
             yield late
         yield tail
-        yield late_model
-
-
-def _split_model(template: onnx.ModelProto) -> tuple[bytes, bytes]:
-    early, late = onnx.ModelProto(), onnx.ModelProto()
-    late.CopyFrom(template)
-    late.ClearField("graph")
-    for name in (
-        "ir_version",
-        "producer_name",
-        "producer_version",
-        "domain",
-        "model_version",
-        "doc_string",
-    ):
-        if late.HasField(name):
-            setattr(early, name, getattr(late, name))
-            late.ClearField(name)
-    return early.SerializeToString(deterministic=True), late.SerializeToString(
-        deterministic=True
-    )
+        behind = partial(self.template, _BEFORE_GRAPH)
+        behind.MergeFromString(unknown_fields(self.template))
+        yield behind.SerializeToString(deterministic=True)
 
 
 # --- attributes and nodes ---------------------------------------------------------
@@ -179,12 +209,16 @@ def attribute_proto(name: str, value: Any) -> onnx.AttributeProto:
         return onnx.AttributeProto(name=name, ref_attr_name=value.name, type=kind)
     if isinstance(value, gs.Graph):
         return onnx.AttributeProto(name=name, type=_ATTR.GRAPH, g=graph_proto(value))
+    if isinstance(value, list) and value and isinstance(value[0], gs.Graph):
+        proto = onnx.AttributeProto(name=name, type=_ATTR.GRAPHS)
+        proto.graphs.extend(graph_proto(graph) for graph in value)
+        return proto
     if isinstance(value, gs.Constant):
         return onnx.AttributeProto(
             name=name, type=_ATTR.TENSOR, t=_piece(value).whole()
         )
     if isinstance(value, np.ndarray):
-        tensor = numpy_helper.from_array(value)
+        tensor = _piece(Constant("", ArrayTensor(value))).whole()
         return onnx.AttributeProto(name=name, type=_ATTR.TENSOR, t=tensor)
     if isinstance(value, np.generic):
         value = value.item()
@@ -199,15 +233,20 @@ def attribute_proto(name: str, value: Any) -> onnx.AttributeProto:
 
 
 def _same_attribute(value: Any, before: Any) -> bool:
-    if isinstance(value, gs.Graph):
-        return False
     if isinstance(value, Constant):
         return value is before and value._values is value.origin_tensor
     if isinstance(value, list):
-        return isinstance(before, tuple) and tuple(value) == before
+        if value and isinstance(value[0], gs.Graph):
+            return False
+        return isinstance(before, tuple) and (
+            tuple(value) == before and [*map(type, value)] == [*map(type, before)]
+        )
+    if isinstance(value, (gs.Graph, np.ndarray)):
+        return False
     if value is before:
         return True
-    return type(value) is type(before) and bool(value == before)
+    # Zero and minus zero are equal, and not the same.
+    return type(value) is type(before) and repr(value) == repr(before)
 
 
 def _node_proto(node: gs.Node) -> onnx.NodeProto:
@@ -220,6 +259,8 @@ def _node_proto(node: gs.Node) -> onnx.NodeProto:
             proto.name = node.name
         if node.domain:
             proto.domain = node.domain
+        if getattr(node, "overload", ""):
+            proto.overload = node.overload
         proto.attribute.extend(
             attribute_proto(key, value)
             for key, value in node.attrs.items()
@@ -238,18 +279,21 @@ def _node_proto(node: gs.Node) -> onnx.NodeProto:
         and node.op == origin.op_type
         and node.name == origin.name
         and (node.domain or "") == origin.domain
+        and node.overload == origin.overload
         and inputs == list(origin.input)
         and outputs == list(origin.output)
     ):
         return origin
-    proto = onnx.NodeProto()
-    proto.CopyFrom(origin)
+    proto = partial(origin, () if attrs_same else ("attribute",))
+    proto.MergeFromString(unknown_fields(origin))
     if node.op != origin.op_type:
         proto.op_type = node.op
     if node.name != origin.name:
         proto.name = node.name
     if (node.domain or "") != origin.domain:
         proto.domain = node.domain or ""
+    if node.overload != origin.overload:
+        proto.overload = node.overload
     if inputs != list(origin.input):
         del proto.input[:]
         proto.input.extend(inputs)
@@ -257,21 +301,31 @@ def _node_proto(node: gs.Node) -> onnx.NodeProto:
         del proto.output[:]
         proto.output.extend(outputs)
     if not attrs_same:
-        del proto.attribute[:]
         for key, value in node.attrs.items():
             if value is None:
                 continue
-            if same[key]:
-                proto.attribute.add().CopyFrom(old[key])
-            elif isinstance(value, gs.Graph) and key in old:
-                kept = proto.attribute.add()
-                kept.CopyFrom(old[key])
-                kept.g.CopyFrom(graph_proto(value))
-            elif isinstance(value, list) and not value and key in old:
-                empty = proto.attribute.add(name=key, type=old[key].type)
-                empty.doc_string = old[key].doc_string
+            if key not in old:
+                proto.attribute.append(attribute_proto(key, value))
+            elif same[key]:
+                proto.attribute.append(old[key])
             else:
-                proto.attribute.add().CopyFrom(attribute_proto(key, value))
+                proto.attribute.append(_changed_attribute(old[key], value))
+    return proto
+
+
+def _changed_attribute(old: onnx.AttributeProto, value: Any) -> onnx.AttributeProto:
+    """Return a new value with the old doc string, and of the old type if it fits."""
+    if isinstance(value, (list, tuple)) and not len(value):
+        proto = onnx.AttributeProto(name=old.name, type=old.type)
+    else:
+        if isinstance(value, (int, np.integer)) and old.type == _ATTR.FLOAT:
+            value = float(value)
+        elif old.type == _ATTR.FLOATS and isinstance(value, (list, tuple)):
+            value = [float(number) for number in value]
+        proto = attribute_proto(old.name, value)
+    if old.HasField("doc_string"):
+        proto.doc_string = old.doc_string
+    proto.MergeFromString(unknown_fields(old))
     return proto
 
 
@@ -326,7 +380,7 @@ def _piece(constant: gs.Constant) -> Piece:
     origin = getattr(constant, "origin", None)
     if isinstance(origin, onnx.TensorProto):
         before = constant.origin_tensor
-        if tensor is before or same_bits(tensor, before):
+        if tensor is before or (before is not None and same_bits(tensor, before)):
             stored = origin.data_location == onnx.TensorProto.EXTERNAL
             if not isinstance(before, FileTensor):
                 if constant.name == origin.name:
@@ -342,19 +396,21 @@ def _piece(constant: gs.Constant) -> Piece:
                 del header.external_data[:]
             if header.name != constant.name:
                 header.name = constant.name
-            return Piece(header, before)
+            return Piece(header, before, constant)
     header = onnx.TensorProto(
         dims=tensor.shape, data_type=tensor.data_type, name=constant.name
     )
-    if isinstance(origin, onnx.TensorProto) and origin.doc_string:
-        header.doc_string = origin.doc_string
+    if isinstance(origin, onnx.TensorProto):
+        if origin.HasField("doc_string"):
+            header.doc_string = origin.doc_string
+        header.metadata_props.extend(origin.metadata_props)
     if tensor.data_type == onnx.TensorProto.STRING:
         for value in tensor.read().reshape(-1):
             header.string_data.append(
                 value if isinstance(value, bytes) else str(value).encode()
             )
-        return Piece(header)
-    return Piece(header, tensor)
+        return Piece(header, None, constant)
+    return Piece(header, tensor, constant)
 
 
 def _kept_sparse(constant: gs.Constant) -> bool:
@@ -382,8 +438,11 @@ def owned_constants(
     return kept
 
 
-def stray_constants(model_graph: gs.Graph) -> list[gs.Constant]:
-    """Find constants that nodes read but no graph owns yet: new ones of a pass."""
+def stray_constants(root: gs.Graph) -> list[gs.Constant]:
+    """Find constants that are read inside a main graph or function but owned nowhere.
+
+    These are new ones of a pass.
+    """
     owned: set[int] = set()
     found: dict[int, gs.Constant] = {}
 
@@ -399,38 +458,51 @@ def stray_constants(model_graph: gs.Graph) -> list[gs.Constant]:
             for subgraph in subgraphs_of(node):
                 visit(subgraph)
 
-    visit(model_graph)
+    visit(root)
     return [constant for key, constant in found.items() if key not in owned]
 
 
 # --- graphs -----------------------------------------------------------------------
 
 
+def _agrees(origin: onnx.ValueInfoProto, data_type: int, shape: Sequence[Any]) -> bool:
+    """Whether a described type, perhaps less exact, holds for a shape."""
+    if origin.type.WhichOneof("value") != "tensor_type":
+        return False
+    tensor = origin.type.tensor_type
+    if tensor.elem_type != data_type:
+        return False
+    if not tensor.HasField("shape"):
+        return True
+    return len(tensor.shape.dim) == len(shape) and all(
+        not dim.HasField("dim_value") or dim.dim_value == size
+        for dim, size in zip(tensor.shape.dim, shape, strict=True)
+    )
+
+
 def _value_info(
     tensor: gs.Tensor, origin: onnx.ValueInfoProto | None
 ) -> onnx.ValueInfoProto:
+    named = origin is not None and origin.name == tensor.name
     if isinstance(tensor, gs.Constant):
         values = tensor_of(tensor)
-        if origin is not None and origin.name == tensor.name:
+        if origin is not None and named:
             before = getattr(tensor, "origin_tensor", None)
-            if values is before or (
-                before is not None
-                and (values.shape, values.data_type) == (before.shape, before.data_type)
-            ):
+            if values is before or _agrees(origin, values.data_type, values.shape):
                 return origin
-        return onnx.helper.make_tensor_value_info(
+        fresh = onnx.helper.make_tensor_value_info(
             tensor.name, values.data_type, values.shape
         )
+        return _described(fresh, origin)
     shape = None if tensor.shape is None else tuple(tensor.shape)
-    if origin is not None and origin.name == tensor.name:
+    if origin is not None and named:
         before_info = getattr(tensor, "origin_info", None)
         if before_info is None or before_info == (tensor.dtype, shape):
             return origin
     if tensor.dtype is None:
-        if origin is None:
-            return onnx.ValueInfoProto(name=tensor.name)
         renamed = onnx.ValueInfoProto()
-        renamed.CopyFrom(origin)
+        if origin is not None:
+            renamed.CopyFrom(origin)
         renamed.name = tensor.name
         return renamed
     data_type = (
@@ -438,7 +510,19 @@ def _value_info(
         if isinstance(tensor.dtype, int)
         else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     )
-    return onnx.helper.make_tensor_value_info(tensor.name, data_type, shape)
+    fresh = onnx.helper.make_tensor_value_info(tensor.name, data_type, shape)
+    return _described(fresh, origin)
+
+
+def _described(
+    fresh: onnx.ValueInfoProto, origin: onnx.ValueInfoProto | None
+) -> onnx.ValueInfoProto:
+    """Take over what an entry says besides name and type."""
+    if origin is not None:
+        if origin.HasField("doc_string"):
+            fresh.doc_string = origin.doc_string
+        fresh.metadata_props.extend(origin.metadata_props)
+    return fresh
 
 
 def _graph_parts(
@@ -449,14 +533,15 @@ def _graph_parts(
     if origin is not None:
         tail.quantization_annotation.extend(origin.quantization_annotation)
         tail.metadata_props.extend(origin.metadata_props)
+        tail.MergeFromString(unknown_fields(origin))
         if origin.HasField("doc_string"):
             tail.doc_string = origin.doc_string
         if origin.HasField("name"):
             head.name = origin.name
     if graph.name != (origin.name if origin is not None else None):
         head.name = graph.name
-    if graph.doc_string and graph.doc_string != tail.doc_string:
-        tail.doc_string = graph.doc_string
+    if (graph.doc_string or "") != tail.doc_string:
+        tail.doc_string = graph.doc_string or ""
     head.node.extend(_node_proto(node) for node in in_order(graph.nodes))
     pieces: list[Piece] = []
     for constant in constants:
@@ -471,15 +556,18 @@ def _graph_parts(
         listed = output_info.get(tensor.name)
         before = getattr(tensor, "origin_info", None)
         # An output may be described better in `output` than in `value_info`.
-        if listed is not None and (
-            isinstance(tensor, gs.Constant)
-            or before is None
-            or before == (tensor.dtype, tensor.shape and tuple(tensor.shape))
-            or tensor.dtype is None
+        if (
+            listed is not None
+            and not isinstance(tensor, gs.Constant)
+            and (
+                before is None
+                or tensor.dtype is None
+                or before == (tensor.dtype, tensor.shape and tuple(tensor.shape))
+            )
         ):
-            tail.output.add().CopyFrom(listed)
+            tail.output.append(listed)
         else:
-            tail.output.add().CopyFrom(_value_info(tensor, listed))
+            tail.output.append(_value_info(tensor, listed))
     tail.value_info.extend(_kept_infos(graph, constants))
     return head, pieces, tail
 
@@ -526,25 +614,24 @@ def graph_proto(graph: gs.Graph) -> onnx.GraphProto:
 
 
 def _function_proto(function: gs.Graph) -> onnx.FunctionProto:
-    proto = onnx.FunctionProto()
     origin: onnx.FunctionProto | None = getattr(function, "origin", None)
     if origin is not None:
-        proto.CopyFrom(origin)
-        del proto.node[:]
+        proto: onnx.FunctionProto = partial(origin, ("node",))
+        proto.MergeFromString(unknown_fields(origin))
     else:
-        proto.name = function.name
+        proto = onnx.FunctionProto()
         proto.domain = function.domain
         proto.opset_import.extend(function.import_domains or [])
-    strays = {
-        id(t): t
-        for node in function.nodes
-        for t in node.inputs
-        if isinstance(t, gs.Constant)
-    }
-    for constant in strays.values():
-        proto.node.add(op_type="Constant", output=[constant.name]).attribute.add(
-            name="value", type=_ATTR.TENSOR
-        ).t.CopyFrom(_piece(constant).whole())
+        if function.doc_string:
+            proto.doc_string = function.doc_string
+        if getattr(function, "overload", ""):
+            proto.overload = function.overload
+    if proto.name != function.name:
+        proto.name = function.name
+    for constant in owned_constants(function, stray_constants(function)):
+        node = proto.node.add(op_type="Constant", output=[constant.name])
+        value = node.attribute.add(name="value", type=_ATTR.TENSOR)
+        value.t.CopyFrom(_piece(constant).whole())
     proto.node.extend(_node_proto(node) for node in in_order(function.nodes))
     names = [tensor.name for tensor in function.inputs]
     if names != list(proto.input):
@@ -569,15 +656,9 @@ def export(model: Model, encode: Encode | None = None) -> Export:
             initializer of the main graph, or ``None`` to write it plain.
     """
     graph = model.graph
-    template = onnx.ModelProto()
     origin = model._origin
-    for field, value in origin.ListFields():
-        if field.name in ("graph", "functions", "opset_import", "metadata_props"):
-            continue
-        if field.name == "training_info":
-            template.training_info.extend(value)
-        else:
-            setattr(template, field.name, value)
+    template = partial(origin, ("graph", "functions", "opset_import", "metadata_props"))
+    template.MergeFromString(unknown_fields(origin))
     if template.ir_version != model.ir_version:
         template.ir_version = model.ir_version
     model._name_strays()
@@ -613,9 +694,8 @@ def export(model: Model, encode: Encode | None = None) -> Export:
                 pieces.append(next(plainly))
     _write_opsets(template, model)
     template.functions.extend(_function_proto(f) for f in graph.functions)
-    if [(p.key, p.value) for p in origin.metadata_props] == list(
-        model.metadata.items()
-    ):
+    before = {entry.key: entry.value for entry in origin.metadata_props}
+    if list(before.items()) == list(model.metadata.items()):
         template.metadata_props.extend(origin.metadata_props)
     else:
         for key, text in model.metadata.items():
@@ -625,16 +705,20 @@ def export(model: Model, encode: Encode | None = None) -> Export:
 
 def _write_opsets(template: onnx.ModelProto, model: Model) -> None:
     wanted = dict(model.opsets)
+    written = set()
     for entry in model._origin.opset_import:
         key = "" if entry.domain == "ai.onnx" else entry.domain
         if key not in wanted:
             continue
-        version = wanted.pop(key)
+        version = wanted[key]
+        written.add(key)
         kept = template.opset_import.add()
         kept.CopyFrom(entry)
         if kept.version != version:
             kept.version = version
     for domain, version in wanted.items():
+        if domain in written:
+            continue
         template.opset_import.add(domain=domain, version=version)
 
 

@@ -1,15 +1,24 @@
-"""From protos to a graphsurgeon graph, keeping every proto as the origin of its object."""
+"""From protos to a graphsurgeon graph, keeping each proto as an object's origin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import Message
 
-from onnxshrink._topology import Constant, Function, Graph, Node, Variable
+from onnxshrink._topology import (
+    Constant,
+    Function,
+    FunctionList,
+    Graph,
+    Node,
+    Variable,
+    own,
+)
 from onnxshrink.errors import ModelError
 from onnxshrink.tensors import (
     FileTensor,
@@ -20,9 +29,11 @@ from onnxshrink.tensors import (
     numpy_type,
 )
 
-__all__ = ["Importer", "check_order", "dims_of"]
+__all__ = ["Importer", "check_functions", "check_order", "dims_of"]
 
 _ATTR = onnx.AttributeProto
+_DEEPEST = 40
+"""Subgraphs inside one another; protobuf itself parses at most 33."""
 
 
 def dims_of(info: onnx.TypeProto.Tensor) -> tuple[int | str | None, ...] | None:
@@ -51,6 +62,32 @@ def _describe(info: onnx.ValueInfoProto) -> tuple[Any, list[Any] | None]:
     return dtype, None if dims is None else list(dims)
 
 
+class _Scope:
+    """Names that a graph can read: its own, then those of the graphs around it."""
+
+    __slots__ = ("_outer", "_own")
+
+    def __init__(self, own: Mapping[str, Any], outer: _Scope | None = None) -> None:
+        self._own = own
+        self._outer = outer
+
+    def __getitem__(self, name: str) -> Any:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope._own:
+                return scope._own[name]
+            scope = scope._outer
+        raise KeyError(name)
+
+    def __contains__(self, name: str) -> bool:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope._own:
+                return True
+            scope = scope._outer
+        return False
+
+
 class Importer:
     """Reads one model; knows where its tensors' bytes are."""
 
@@ -70,17 +107,21 @@ class Importer:
         self.proto = proto
         self.path = path
         self.ranges = ranges
-        self.functions: list[Function] = []
+        self.functions = FunctionList()
         self.external_files: set[Path] = set()
+        self.opset = 1
 
     def model(self) -> Graph:
         """Return the main graph, with functions attached."""
         domains = list(self.proto.opset_import)
         opset = next((o.version for o in domains if o.domain in ("", "ai.onnx")), 1)
+        self.opset = opset
         for function in self.proto.functions:
             self.functions.append(self._function(function))
-        graph = self._graph(self.proto.graph, {}, self.ranges)
-        graph.opset = opset
+        for training in self.proto.training_info:
+            _refuse_external(training.initialization)
+            _refuse_external(training.algorithm)
+        graph = self._graph(self.proto.graph, None, self.ranges)
         graph.import_domains = domains
         graph.ir_version = self.proto.ir_version
         graph.producer_name = self.proto.producer_name
@@ -94,6 +135,11 @@ class Importer:
         if span is not None and self.path is not None:
             offset, length = span
             shape = tuple(proto.dims)
+            if proto.data_location == onnx.TensorProto.EXTERNAL or any(
+                field.name.endswith("_data") and field.name != "external_data"
+                for field, _ in proto.ListFields()
+            ):
+                raise ModelError(f"tensor {proto.name!r} keeps its data in two places")
             return FileTensor(
                 self.path, offset, length, shape, proto.data_type, proto.name
             )
@@ -132,11 +178,12 @@ class Importer:
     def _graph(
         self,
         proto: onnx.GraphProto,
-        outer: Mapping[str, Any],
+        outer: _Scope | None,
         ranges: Mapping[int, tuple[int, int]] | None = None,
     ) -> Graph:
         graph = Graph(name=proto.name, doc_string=proto.doc_string)
         graph._functions = self.functions
+        graph.opset = self.opset
         graph.origin = proto
         scope: dict[str, Any] = {}
         for index, tensor in enumerate(proto.initializer):
@@ -144,12 +191,14 @@ class Importer:
             constant = self._constant(tensor, span)
             if tensor.name in graph.initializers:
                 raise ModelError(f"two initializers are named {tensor.name!r}")
-            graph.initializers[tensor.name] = scope[tensor.name] = constant
+            scope[tensor.name] = constant
+            own(graph, constant)
         for sparse in proto.sparse_initializer:
             name = sparse.values.name
             if name in graph.initializers:
                 raise ModelError(f"two initializers are named {name!r}")
-            graph.initializers[name] = scope[name] = self._sparse(sparse)
+            scope[name] = self._sparse(sparse)
+            own(graph, scope[name])
         graph.value_infos = list(proto.value_info)
         infos = {info.name: info for info in proto.value_info}
         graph.input_info = {info.name: info for info in proto.input}
@@ -164,12 +213,13 @@ class Importer:
                     listed = name in infos
                     info = infos[name] if listed else graph.output_info.get(name)
                     scope[name] = self._variable(name, info, listed)
-        inner = {**outer, **scope} if outer else scope
-        self._nodes(proto.node, graph.nodes, inner)
+        inner = _Scope(scope, outer)
+        graph.nodes.load(self._nodes(proto.node, inner))
         for info in proto.output:
             if info.name not in inner:
                 raise ModelError(
-                    f"graph {proto.name!r} returns {info.name!r}, which nothing produces"
+                    f"graph {proto.name!r} returns {info.name!r}, "
+                    "which nothing produces"
                 )
             graph.outputs.append(inner[info.name])
         used = {id(tensor) for tensor in graph.outputs}
@@ -183,9 +233,8 @@ class Importer:
     def _nodes(
         self,
         protos: Iterable[onnx.NodeProto],
-        nodes: list[Node],
-        scope: Mapping[str, Any],
-    ) -> None:
+        scope: _Scope,
+    ) -> Iterator[Node]:
         for proto in protos:
             attrs: dict[str, Any] = {}
             for attr in proto.attribute:
@@ -206,9 +255,11 @@ class Importer:
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in attrs.items()
             }
-            nodes.append(node)
+            if proto.overload:
+                node.overload = proto.overload
+            yield node
 
-    def _attribute(self, attr: onnx.AttributeProto, scope: Mapping[str, Any]) -> Any:
+    def _attribute(self, attr: onnx.AttributeProto, scope: _Scope) -> Any:
         if attr.ref_attr_name:
             return gs.Node.AttributeRef(attr.ref_attr_name, attr.type)
         if attr.type == _ATTR.STRING:
@@ -225,12 +276,15 @@ class Importer:
             return self._constant(attr.t)
         if attr.type == _ATTR.GRAPH:
             return self._graph(attr.g, scope)
+        if attr.type == _ATTR.GRAPHS and len(attr.graphs):
+            return [self._graph(graph, scope) for graph in attr.graphs]
         simple = {_ATTR.FLOAT: "f", _ATTR.INT: "i"}.get(attr.type)
         if simple is not None:
             return getattr(attr, simple)
         several = {_ATTR.FLOATS: "floats", _ATTR.INTS: "ints"}.get(attr.type)
         if several is not None:
             return list(getattr(attr, several))
+        _refuse_external(attr)
         return attr
 
     def _function(self, proto: onnx.FunctionProto) -> Function:
@@ -242,8 +296,7 @@ class Importer:
             for name in node.output:
                 if name and name not in scope:
                     scope[name] = self._variable(name, infos.get(name), name in infos)
-        nodes: list[Node] = []
-        self._nodes(proto.node, nodes, scope)
+        nodes = list(self._nodes(proto.node, _Scope(scope)))
         missing = [name for name in proto.output if name not in scope]
         if missing:
             raise ModelError(
@@ -255,19 +308,40 @@ class Importer:
         function = Function(
             proto.name,
             domain=proto.domain,
-            nodes=nodes,
             inputs=[scope[name] for name in proto.input],
             outputs=[scope[name] for name in proto.output],
             doc_string=proto.doc_string,
             opset=opset,
             import_domains=domains,
         )
+        function._functions = self.functions
+        function.nodes.load(nodes)
         function.origin = proto
         function.overload = proto.overload
         return function
 
 
-def check_order(proto: onnx.GraphProto, outer: frozenset[str] = frozenset()) -> None:
+def _refuse_external(message: Any) -> None:
+    """Refuse external data where nothing here would carry it along.
+
+    Raises:
+        ModelError: A tensor anywhere inside the message has external data.
+    """
+    if isinstance(message, onnx.TensorProto):
+        if message.data_location == onnx.TensorProto.EXTERNAL:
+            raise ModelError(
+                f"tensor {message.name!r} has external data, which only initializers "
+                "and values of Constant nodes may have"
+            )
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for inner in [value] if isinstance(value, Message) else value:
+            _refuse_external(inner)
+
+
+def check_order(proto: onnx.GraphProto) -> None:
     """Refuse a graph that reads what nothing produces, or that runs in a circle.
 
     Nodes may stand in any order as long as some order can run.
@@ -275,29 +349,93 @@ def check_order(proto: onnx.GraphProto, outer: frozenset[str] = frozenset()) -> 
     Raises:
         ModelError: Names the node and the value, or the nodes of a cycle.
     """
-    known = set(outer)
-    known.update(info.name for info in proto.input)
+    _check_graph(proto, None, 0)
+
+
+def check_functions(proto: onnx.ModelProto) -> None:
+    """Refuse functions with broken bodies and functions that call themselves.
+
+    Raises:
+        ModelError: Names the function and what is wrong with it.
+    """
+    calls: dict[tuple[str, str, str], set[tuple[str, str, str]]] = {}
+    for function in proto.functions:
+        label = f"function {function.name!r}"
+        _check_nodes(label, function.node, set(function.input), None, 0)
+        key = (_domain(function.domain), function.name, function.overload)
+        calls[key] = set(_called(function.node))
+    done: set[tuple[str, str, str]] = set()
+    for first in calls:
+        path: dict[tuple[str, str, str], Iterator[tuple[str, str, str]]] = {}
+        current: tuple[str, str, str] | None = first if first not in done else None
+        while current is not None:
+            if current not in path:
+                path[current] = iter(sorted(calls[current] & calls.keys() - done))
+            following = next(path[current], None)
+            if following is None:
+                done.add(current)
+                del path[current]
+                current = next(reversed(path), None)
+            elif following in path:
+                raise ModelError(f"function {following[1]!r} calls itself")
+            else:
+                current = following
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _called(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, str, str]]:
+    for node in nodes:
+        yield _domain(node.domain), node.op_type, node.overload
+        for graph in _graphs(node):
+            yield from _called(graph.node)
+
+
+def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attr in node.attribute:
+        if attr.type == _ATTR.GRAPH:
+            yield attr.g
+        elif attr.type == _ATTR.GRAPHS:
+            yield from attr.graphs
+
+
+def _check_graph(proto: onnx.GraphProto, outer: _Scope | None, depth: int) -> None:
+    label = f"graph {proto.name!r}"
+    if depth > _DEEPEST:
+        raise ModelError(f"{label} is the {depth}th subgraph inside another")
+    known = {info.name for info in proto.input}
     known.update(tensor.name for tensor in proto.initializer)
     known.update(tensor.values.name for tensor in proto.sparse_initializer)
+    _check_nodes(label, proto.node, known, outer, depth)
+
+
+def _check_nodes(
+    graph: str,
+    nodes: Sequence[onnx.NodeProto],
+    known: set[str],
+    outer: _Scope | None,
+    depth: int,
+) -> None:
     producer: dict[str, int] = {}
-    for index, node in enumerate(proto.node):
+    for index, node in enumerate(nodes):
         for name in node.output:
             if name in producer:
                 label = node.name or node.op_type
                 raise ModelError(f"node {label!r} produces {name!r} a second time")
             if name:
                 producer[name] = index
-    everything = frozenset(known | set(producer))
+    scope = _Scope(dict.fromkeys(known), _Scope(producer, outer))
     needs: list[set[int]] = []
-    for index, node in enumerate(proto.node):
-        wanted = set(node.input)
-        for attr in node.attribute:
-            if attr.type == _ATTR.GRAPH:
-                check_order(attr.g, everything)
-                wanted |= _captured(attr.g)
+    for index, node in enumerate(nodes):
+        wanted = dict.fromkeys(node.input)
+        for subgraph in _graphs(node):
+            _check_graph(subgraph, scope, depth + 1)
+            wanted.update(dict.fromkeys(sorted(_captured(subgraph))))
         label = node.name or f"{node.op_type} number {index}"
         for name in wanted:
-            if name and name not in everything:
+            if name and name not in scope:
                 raise ModelError(
                     f"node {label!r} reads {name!r}, which nothing produces"
                 )
@@ -318,10 +456,8 @@ def check_order(proto: onnx.GraphProto, outer: frozenset[str] = frozenset()) -> 
             if not waiting[user]:
                 ready.append(user)
     if waiting:
-        names = [proto.node[i].name or proto.node[i].op_type for i in waiting]
-        raise ModelError(
-            f"graph {proto.name!r} has a cycle through {', '.join(names[:5])}"
-        )
+        names = [nodes[i].name or nodes[i].op_type for i in waiting]
+        raise ModelError(f"{graph} has a cycle through {', '.join(names[:5])}")
 
 
 def _captured(proto: onnx.GraphProto) -> set[str]:
@@ -333,7 +469,6 @@ def _captured(proto: onnx.GraphProto) -> set[str]:
     wanted = {info.name for info in proto.output}
     for node in proto.node:
         wanted.update(node.input)
-        for attr in node.attribute:
-            if attr.type == _ATTR.GRAPH:
-                wanted |= _captured(attr.g)
+        for subgraph in _graphs(node):
+            wanted |= _captured(subgraph)
     return wanted - own - {""}
