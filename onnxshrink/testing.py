@@ -146,7 +146,7 @@ def _loaded(source: onnx.ModelProto | Model | Path) -> Model:
 
 def _context(model: Model, seed: int, splits: Splits | None = None) -> Context:
     if splits is None:
-        splits = Splits.random(model, seed=seed)
+        splits = Splits.build(model, seed=seed)
     return Context(samples=splits, reference=model.copy(), seed=seed, threads=1)
 
 
@@ -354,7 +354,7 @@ class Case:
         Raises:
             UsageError: It is not a case.
         """
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
         if not first.startswith("# "):
             raise UsageError(f"{path}: the first line must be '# ' and a pipeline")
         skipped: list[tuple[str, str]] = []
@@ -424,7 +424,7 @@ def _samples(case: Case, model: Model) -> Splits | None:
         )
         for name, values in case.calibration.items()
     }
-    samples = Samples.from_arrays(arrays)
+    samples = Samples.from_arrays(arrays).bind(model.inputs)
     return Splits(
         calibration=samples, training=samples, validation=samples, evaluation=samples
     )
