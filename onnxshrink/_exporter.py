@@ -116,6 +116,14 @@ class Piece:
             deterministic=True
         )
 
+    def same(self, other: Piece) -> bool:
+        """Whether both would write the same bytes."""
+        if self.header != other.header:
+            return False
+        if self.tensor is None or other.tensor is None:
+            return self.tensor is other.tensor
+        return same_bits(self.tensor, other.tensor)
+
     def whole(self) -> onnx.TensorProto:
         """Return a proto with the data in it."""
         if self.tensor is None:
