@@ -259,7 +259,7 @@ class PassManager:
     def _splits(self, model: Model) -> Splits:
         if self.splits is not None:
             return self.splits
-        return Splits.random(model, seed=self.seed, shapes=self.shapes)
+        return Splits.build(model, seed=self.seed, shapes=self.shapes)
 
     def _context(
         self, reference: Model, splits: Splits, executor: Executor | None
@@ -275,7 +275,7 @@ class PassManager:
         )
 
     def _prepared(self, model: Model, pass_: Pass) -> Model:
-        """Return a copy that has the opset the pass needs and that the runtime loads."""
+        """Return a copy with the opset the pass needs, which the runtime loads."""
         copy = model.copy()
         copy.require_opset(pass_.opset)
         copy.fit_runtime()
@@ -315,9 +315,9 @@ class _Run:
         """Return a file onnxruntime can open that holds the model as it was given."""
         path = self.source.source
         untouched = self.reference.ir_version == self.source.ir_version
-        if path is not None and path.suffix != ".onnxtxt" and untouched:
-            if self.source.is_unchanged():
-                return path
+        text = path is not None and path.suffix == ".onnxtxt"
+        if path is not None and not text and untouched and self.source.is_unchanged():
+            return path
         path = self.folder / f"baseline-{self.name}"
         self.reference.save(path, storage="plain")
         return path
@@ -475,7 +475,7 @@ class _Run:
         listed: list[tuple[str, str]],
         failed: _Attempt,
     ) -> _Attempt:
-        """Give way until the budget holds: chosen on validation samples, then judged."""
+        """Give way until the budget holds: choose on validation samples, then judge."""
         scout = self._scout()
         tried = 0
 
@@ -506,8 +506,11 @@ class _Run:
     def _scout(self) -> Validator:
         """The validator that choices are made with: never on evaluation samples."""
         if self.scout is None:
-            splits = self.splits.for_choices()
-            self.scout = self.judge if splits is None else self._validator(splits)
+            samples = self.splits.validation
+            self.scout = self.judge
+            if samples is not None:
+                splits = dataclasses.replace(self.splits, evaluation=samples)
+                self.scout = self._validator(splits)
         return self.scout
 
     def _measure(self, path: Path, before: Path | None) -> Stats:
@@ -537,7 +540,7 @@ class _Run:
             "budget": dataclasses.asdict(self.budget),
             "on_breach": manager.on_breach,
             "storage": manager.storage,
-            "samples": list(self.splits.describe()),
+            "samples": self.splits.describe(),
         }
 
     def _remember(self, index: int, path: Path, stats: Stats) -> None:
@@ -618,7 +621,7 @@ class _Run:
             baseline=baseline,
             steps=tuple(self.steps),
             final=stats,
-            notes=tuple(self.splits.describe()),
+            notes=(self.splits.describe(),),
             output=tuple(str(file) for file in files) if self.target else (),
         )
         final.source = self.target

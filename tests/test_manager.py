@@ -1,0 +1,338 @@
+"""The manager holds passes to promises and budgets, backs off and resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+
+from onnxshrink import (
+    Budget,
+    Context,
+    Model,
+    ModelError,
+    OutputError,
+    Pass,
+    PassManager,
+    Pipeline,
+    Promise,
+    PromiseError,
+    Site,
+    SitePass,
+    Splits,
+    UsageError,
+    shrink,
+)
+from onnxshrink.manager import OnBreach
+
+TEXT = """
+<ir_version: 8, opset_import: ["": 17]>
+two (float[N,4] x) => (float[N,4] logits)
+{
+  hidden = Gemm(x, w1)
+  logits = Gemm(hidden, w2)
+}
+"""
+
+
+def classifier() -> Model:
+    """Four classes; the class is the largest input, and 1 % of a neighbour leaks in."""
+    proto = parser.parse_model(TEXT)
+    leak = np.eye(4, dtype=np.float32) + 0.01 * np.eye(4, k=1, dtype=np.float32)
+    for name in ("w1", "w2"):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(leak, name))
+    return Model.load(proto)
+
+
+def samples(count: int = 400) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(count, 4)).astype(np.float32)
+    return {"x": x, "labels": x.argmax(axis=1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Pass):
+    """Multiply ``w1``: the class stays, the outputs do not."""
+
+    name: ClassVar[str] = "test-scale"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    factor: float = 2.0
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        model.set_weight("w1", model.weight("w1").read() * np.float32(self.factor))
+        ctx.did("w1", f"times {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liar(Scale):
+    """Promises the same outputs and breaks that."""
+
+    name: ClassVar[str] = "test-liar"
+    promise: ClassVar[Promise] = Promise.SAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Pass):
+    """Fails after it has changed something."""
+
+    name: ClassVar[str] = "test-broken"
+    promise: ClassVar[Promise] = Promise.CLOSE
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        Scale().apply(model, ctx)
+        raise ZeroDivisionError("a bug")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap(SitePass):
+    """Rotate the columns of ``w1``, which ruins it, and tidy ``w2``, which does not."""
+
+    name: ClassVar[str] = "test-swap"
+    promise: ClassVar[Promise] = Promise.CLOSE
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        ctx.skipped("bias", "there is none")
+        return [Site("w1", "Gemm"), Site("w2", "Gemm")]
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        values = model.weight(site.where).read()
+        new = np.roll(values, 1, axis=1) if site.where == "w1" else np.eye(4)
+        model.set_weight(site.where, new.astype(np.float32))
+        ctx.did(site.where, "swapped")
+
+
+def manager(*passes: Pass, model: Model, **options: Any) -> PassManager:
+    options.setdefault("budget", Budget(max_drop=1.0))
+    options.setdefault("splits", Splits.build(model, samples()))
+    return PassManager(Pipeline(passes), measure_latency=False, jobs=1, **options)
+
+
+def test_the_model_given_is_not_changed() -> None:
+    model = classifier()
+    before = model.to_bytes()
+
+    result = manager(Scale(), model=model).run(model)
+
+    assert model.to_bytes() == before
+    assert result.model.weight("w1").read()[0, 0] == 2
+    assert result.report.steps[0].accepted
+
+
+@pytest.mark.parametrize("on_breach", ["back-off", "rollback", "keep"])
+def test_a_pass_that_promises_the_same_and_lies_is_stopped(on_breach: OnBreach) -> None:
+    model = classifier()
+
+    result = manager(Liar(), model=model, on_breach=on_breach).run(model)
+
+    step = result.report.steps[0]
+    assert not step.accepted
+    assert "same" in step.reason.lower()
+    assert result.model.weight("w1").read()[0, 0] == 1
+
+
+def test_back_off_leaves_out_the_damaging_site_and_names_it() -> None:
+    model = classifier()
+
+    result = manager(Swap(), model=model).run(model)
+
+    step = result.report.steps[0]
+    assert step.accepted
+    assert step.left_out == (("w1", "left out"),)
+    assert step.did == (("w2", "swapped"),)
+    assert step.skipped == (("bias", "there is none"),)
+
+
+def test_rollback_goes_on_without_the_pass() -> None:
+    model = classifier()
+
+    result = manager(Swap(), Scale(), model=model, on_breach="rollback").run(model)
+
+    assert [step.accepted for step in result.report.steps] == [False, True]
+    assert result.report.steps[0].did == ()
+
+
+def test_abort_writes_nothing(tmp_path: Path) -> None:
+    model = classifier()
+
+    with pytest.raises(PromiseError, match="step 1"):
+        manager(Swap(), model=model, on_breach="abort").run(model, tmp_path / "o.onnx")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keep_keeps_and_says_so() -> None:
+    model = classifier()
+
+    result = manager(Swap(), model=model, on_breach="keep").run(model)
+
+    step = result.report.steps[0]
+    assert step.accepted
+    assert step.reason.startswith("kept although")
+
+
+def test_an_exception_in_a_pass_names_the_step_and_keeps_its_cause(
+    tmp_path: Path,
+) -> None:
+    model = classifier()
+
+    with pytest.raises(PromiseError, match=r"step 2 \(test-broken\).*w1") as caught:
+        manager(Scale(), Broken(), model=model).run(model, tmp_path / "o.onnx")
+
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number_is_never_kept() -> None:
+    model = classifier()
+
+    result = manager(
+        Scale(factor=float("3e38")), Scale(factor=10), model=model, on_breach="keep"
+    ).run(model)
+
+    assert not result.report.steps[1].accepted
+
+
+def test_figures_are_those_of_the_written_file(tmp_path: Path) -> None:
+    model = classifier()
+    output = tmp_path / "out.onnx"
+
+    result = manager(Scale(), model=model).run(model, output)
+
+    assert result.files == (output,)
+    assert result.report.final.file_bytes == output.stat().st_size
+    assert list(tmp_path.iterdir()) == [output]
+    assert Model.load(output).metadata["onnxshrink.pipeline"] == "test-scale"
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
+    written = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = classifier()
+        manager(Swap(), Scale(), model=model).run(model, folder / "out.onnx")
+        written.append((folder / "out.onnx").read_bytes())
+
+    assert written[0] == written[1]
+
+
+def test_results_do_not_depend_on_the_executor() -> None:
+    class Counting(ThreadPoolExecutor):
+        calls = 0
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            Counting.calls += 1
+            return super().submit(*args, **kwargs)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mapped(Scale):
+        """Ask the context to map something."""
+
+        name: ClassVar[str] = "test-mapped"
+
+        def apply(self, model: Model, ctx: Context) -> None:
+            assert ctx.map(abs, range(-3, 1)) == [3, 2, 1, 0]
+
+    model = classifier()
+    pool: Executor
+    with Counting(2) as pool:
+        manager(Mapped(), model=model, executor=pool).run(model)
+    assert Counting.calls == 4
+    manager(Mapped(), model=model, executor=None).run(model)
+
+
+def test_without_data_it_is_labelled_a_smoke_test() -> None:
+    result = shrink(classifier(), Pipeline((Scale(),)), jobs=1, measure_latency=False)
+
+    assert any("smoke test" in note for note in result.report.notes)
+
+
+def test_the_input_is_never_the_output(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    classifier().save(path)
+    before = path.read_bytes()
+
+    with pytest.raises(OutputError, match="input itself"):
+        shrink(path, Pipeline((Scale(),)), output=path)
+
+    assert path.read_bytes() == before
+
+
+def test_resume_without_output_or_state_is_refused(tmp_path: Path) -> None:
+    model = classifier()
+    with pytest.raises(UsageError, match="output"):
+        manager(Scale(), model=model).run(model, resume=True)
+
+
+def test_an_unknown_way_out_is_refused() -> None:
+    with pytest.raises(UsageError, match="back-off, rollback, abort or keep"):
+        PassManager(Pipeline(()), on_breach="panic")  # type: ignore[arg-type]
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+from test_manager import Scale, Swap, classifier, manager
+from pathlib import Path
+
+class Killed(Scale):
+    def apply(self, model, ctx):
+        if Path(sys.argv[2]).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().apply(model, ctx)
+
+class Counted(Scale):
+    def apply(self, model, ctx):
+        with open(sys.argv[1] + ".log", "a") as log:
+            log.write("x")
+        super().apply(model, ctx)
+
+model = classifier()
+run = manager(Counted(), Killed(factor=3.0), model=model)
+run.run(model, sys.argv[1], resume=not Path(sys.argv[2]).exists())
+"""
+
+
+def test_a_killed_run_resumes_after_the_last_accepted_pass(tmp_path: Path) -> None:
+    output, trigger = tmp_path / "out.onnx", tmp_path / "kill"
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, str(script), str(output), str(trigger)]
+    command.append(str(Path(__file__).parent))
+    trigger.touch()
+
+    killed = subprocess.run(command, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not output.exists()
+    trigger.unlink()
+    subprocess.run(command, check=True, env=os.environ)
+
+    assert (tmp_path / "out.onnx.log").read_text() == "x"
+    assert Model.load(output).weight("w1").read()[0, 0] == 6
+
+
+def test_a_site_pass_whose_sites_share_a_name_is_refused() -> None:
+    class Twice(Swap):
+        def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+            return [Site("w1", "Gemm"), Site("w1", "Gemm")]
+
+    model = classifier()
+    with pytest.raises(PromiseError, match="same site twice"):
+        manager(Twice(), model=model).run(model)
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error() -> None:
+    with pytest.raises(ModelError):
+        shrink(b"no model", "fold")
