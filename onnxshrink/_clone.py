@@ -6,15 +6,26 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from onnxshrink._topology import Constant, Function, Graph, Node, Variable, tensor_of
+from onnxshrink._topology import (
+    Constant,
+    Function,
+    FunctionList,
+    Graph,
+    Node,
+    Variable,
+    adopt_graph,
+    own,
+    tensor_of,
+)
 
 __all__ = ["clone_graph"]
 
 
 def clone_graph(graph: gs.Graph) -> Graph:
     """Return a copy of a main graph with its subgraphs and functions."""
-    functions: list[Function] = []
+    functions = FunctionList()
     for function in graph.functions:
+        adopt_graph(function)
         mapping: dict[int, Any] = {}
         twin = Function(
             function.name,
@@ -47,6 +58,8 @@ def _tensor(tensor: gs.Tensor, mapping: dict[int, Any]) -> gs.Tensor:
         twin: Any = Constant(tensor.name, tensor_of(tensor))
         twin.origin = getattr(tensor, "origin", None)
         twin.origin_tensor = getattr(tensor, "origin_tensor", None)
+        if "_is_new" in tensor.__dict__:
+            twin.__dict__["_is_new"] = True
     else:
         shape = None if tensor.shape is None else list(tensor.shape)
         twin = Variable(tensor.name, tensor.dtype, shape)
@@ -59,13 +72,14 @@ def _tensor(tensor: gs.Tensor, mapping: dict[int, Any]) -> gs.Tensor:
 def _graph(
     graph: gs.Graph, mapping: dict[int, Any], functions: list[Function]
 ) -> Graph:
+    adopt_graph(graph)
     twin = Graph(name=graph.name, doc_string=graph.doc_string)
-    if isinstance(graph, Graph):
-        twin.origin = graph.origin
-        twin.used_at_load = graph.used_at_load
-        twin.input_info = graph.input_info
-        twin.output_info = graph.output_info
-        twin.value_infos = graph.value_infos
+    twin.opset = graph.opset
+    twin.origin = graph.origin
+    twin.used_at_load = graph.used_at_load
+    twin.input_info = dict(graph.input_info)
+    twin.output_info = dict(graph.output_info)
+    twin.value_infos = list(graph.value_infos)
     _fill(twin, graph, mapping, functions)
     return twin
 
@@ -77,12 +91,13 @@ def _fill(
     functions: list[Function],
 ) -> None:
     twin._functions = functions
-    for constant in getattr(graph, "initializers", {}).values():
-        twin.initializers[constant.name] = _tensor(constant, mapping)
+    for key, constant in graph.initializers.items():
+        own(twin, _tensor(constant, mapping), key)
     twin.inputs = [_tensor(tensor, mapping) for tensor in graph.inputs]
     for node in graph.nodes:
         for tensor in node.outputs:
             _tensor(tensor, mapping)
+    nodes: list[Node] = []
     for node in graph.nodes:
         copied = Node(
             node.op,
@@ -93,6 +108,9 @@ def _fill(
             node.domain,
         )
         copied.origin = getattr(node, "origin", None)
+        overload = getattr(node, "overload", "")
+        if overload:
+            copied.overload = overload
         before = getattr(node, "origin_attrs", None)
         if before is not None:
             copied.origin_attrs = {
@@ -101,7 +119,8 @@ def _fill(
                 else value
                 for key, value in before.items()
             }
-        twin.nodes.append(copied)
+        nodes.append(copied)
+    twin.nodes.load(nodes)
     twin.outputs = [_tensor(tensor, mapping) for tensor in graph.outputs]
 
 
@@ -110,4 +129,6 @@ def _value(value: Any, mapping: dict[int, Any], functions: list[Function]) -> An
         return _graph(value, mapping, functions)
     if isinstance(value, gs.Constant):
         return _tensor(value, {})
-    return list(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_value(item, mapping, functions) for item in value]
+    return value

@@ -440,7 +440,12 @@ def owned_constants(
     for name, constant in getattr(graph, "initializers", {}).items():
         if not isinstance(constant, gs.Constant):
             continue  # a pass turned it into a variable
-        if constant.outputs or id(constant) in pinned or name not in used_at_load:
+        # What nothing reads goes, unless it came that way.
+        if (
+            constant.outputs
+            or id(constant) in pinned
+            or not (name in used_at_load or constant.__dict__.get("_is_new"))
+        ):
             kept.append(constant)
     kept.extend(strays)
     return kept

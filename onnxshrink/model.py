@@ -1,4 +1,4 @@
-"""Model: a graph to edit, tensors that stay where they are, and lossless load and save."""
+"""Model: a graph to edit, tensors that stay where they are, lossless load and save."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from onnxshrink._exporter import (
     Export,
     Piece,
     export,
     is_function,
+    partial,
     stray_constants,
 )
-from onnxshrink._importer import Importer, check_order, dims_of
+from onnxshrink._importer import Importer, check_functions, check_order, dims_of
 from onnxshrink._topology import (
     Constant,
     Function,
+    FunctionList,
     Graph,
     Node,
     Variable,
+    adopt_graph,
+    call_key,
+    function_key,
+    is_onnx,
+    own,
+    returned_by,
     subgraphs_of,
     tensor_of,
 )
@@ -60,6 +68,14 @@ INLINE_LIMIT = 2**31 - 2**24
 _EXTERNAL_MINIMUM = 1024
 _ALIGNMENT = 4096
 _LARGE = 1024
+_LONGEST = 1000
+"""Identity nodes and calls that ``constant`` looks through before it gives up."""
+_NEWEST_TYPES = frozenset(
+    onnx.TensorProto.DataType.Value(name)
+    for name in ("FLOAT6E2M3", "FLOAT6E3M2")
+    if name in onnx.TensorProto.DataType.keys()  # noqa: SIM118  # an enum, no mapping
+)
+"""Element types that an IR version above MAX_IR_VERSION brought."""
 
 Storage = Literal["auto", "plain"]
 External = Literal["auto", "never", "always"]
@@ -107,7 +123,6 @@ class Weight:
         name: Its name; behind a path of graph names where a name occurs twice.
         constant: The graph's constant, or the attribute value of the Constant node.
         node: The Constant node, if it is one.
-        graph: The graph it belongs to.
     """
 
     def __init__(
@@ -116,14 +131,25 @@ class Weight:
         name: str,
         constant: gs.Constant,
         node: Node | None,
-        graph: gs.Graph,
+        graph: gs.Graph | None = None,
     ) -> None:
         """Made by ``Model.weights``."""
         self._model = model
         self.name = name
         self.constant = constant
         self.node = node
-        self.graph = graph
+        self._graph = graph
+
+    @property
+    def graph(self) -> gs.Graph:
+        """The graph it belongs to."""
+        if self._graph is None:
+            self._graph = (
+                self._model._graph_of(self.node)
+                if self.node is not None
+                else self._model._owner(self.constant)
+            )
+        return self._graph
 
     @property
     def tensor(self) -> LazyTensor:
@@ -215,6 +241,7 @@ class Model:
         self.external = False
         self._files: frozenset[Path] = frozenset()
         self._names: set[str] | None = None
+        self._numbers: dict[str, int] = {}
 
     # --- load ---------------------------------------------------------------------
 
@@ -231,6 +258,7 @@ class Model:
             source: A path (``.onnx``, or ONNX text in ``.onnxtxt``), the bytes of a
                 file, a ModelProto, or an object with ``model_proto`` (an attribute or
                 a method), such as the result of a framework's exporter.
+                A proto is not copied; do not change it while the model is in use.
             check: Run onnx.checker. Switch it off only for what was just checked.
 
         Raises:
@@ -248,18 +276,23 @@ class Model:
         label = str(path) if path is not None else "the model"
         if not proto.HasField("graph"):
             raise ModelError(f"{label} is not an ONNX model: it has no graph")
+        # Absolute, so that the model outlives a change of the working directory.
+        place = None if path is None else path.absolute()
         try:
             if check:
                 check_order(proto.graph)
-            importer = Importer(proto, path, ranges)
+                check_functions(proto)
+            importer = Importer(proto, place, ranges)
             model = cls(importer.model(), proto)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
-        except (RecursionError, UnicodeDecodeError, ValueError) as error:
+        except (RecursionError, UnicodeDecodeError, ValueError, OSError) as error:
             raise ModelError(f"{label} cannot be read: {error}") from error
         model.source = path
         model.external = bool(importer.external_files)
         model._files = frozenset(importer.external_files)
+        if place is not None:
+            model._files |= {place}
         if check:
             model.check(label)
         from onnxshrink import storage
@@ -274,9 +307,23 @@ class Model:
             ModelError: What the checker refuses.
         """
         try:
-            onnx.checker.check_model(self.skeleton())
-        except (onnx.checker.ValidationError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            skeleton = self.skeleton()
+            # What a newer IR version adds arrives as unknown fields, which are kept.
+            skeleton.ir_version = min(skeleton.ir_version, onnx.IR_VERSION)
+            onnx.checker.check_model(skeleton)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        except (
+            onnx.checker.ValidationError,
+            onnx.shape_inference.InferenceError,
+            DecodeError,
+            EncodeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[0] if lines else type(error).__name__
             raise ModelError(f"{label} is not a valid ONNX model: {reason}") from error
 
     def copy(self) -> Model:
@@ -325,6 +372,7 @@ class Model:
         """Yield the main graph, the subgraphs inside it, then functions with theirs."""
 
         def below(graph: gs.Graph) -> Iterator[gs.Graph]:
+            adopt_graph(graph)  # of a pass that sets attributes itself
             yield graph
             for node in list(graph.nodes):
                 for subgraph in subgraphs_of(node):
@@ -350,7 +398,7 @@ class Model:
                 if isinstance(constant, gs.Constant)
             ]
             for node in graph.nodes:
-                if node.op == "Constant" and not node.domain and node.outputs:
+                if node.op == "Constant" and is_onnx(node.domain) and node.outputs:
                     value = self._constant_value(node)
                     if value is not None:
                         found.append((node.outputs[0].name, value, node))
@@ -367,6 +415,9 @@ class Model:
         Raises:
             UsageError: There is none of that name.
         """
+        first = self.graph.initializers.get(name)
+        if isinstance(first, gs.Constant) and first.name == name:
+            return Weight(self, name, first, None, self.graph)
         names = []
         for weight in self.weights():
             if weight.name == name:
@@ -380,8 +431,9 @@ class Model:
         Known are initializers, outputs of Constant nodes, and Identity of these. Inside
         a model-local function a formal input is known if the function is called once.
         """
-        seen = 0
-        while not isinstance(tensor, gs.Constant):
+        for _ in range(_LONGEST):
+            if isinstance(tensor, gs.Constant):
+                return Weight(self, tensor.name, tensor, None)
             if not tensor.name:
                 return None
             if not tensor.inputs:
@@ -391,21 +443,15 @@ class Model:
                 tensor = outer
                 continue
             node = tensor.inputs[0]
-            if node.domain not in (None, "", "ai.onnx"):
+            if not is_onnx(node.domain):
                 return None
             if node.op == "Constant":
                 value = self._constant_value(node)
-                if value is None:
-                    return None
-                graph = self._graph_of(node)
-                return Weight(self, tensor.name, value, node, graph)
+                return None if value is None else Weight(self, tensor.name, value, node)
             if node.op != "Identity" or len(node.inputs) != 1:
                 return None
             tensor = node.inputs[0]
-            seen += 1
-            if seen > 1000:
-                return None
-        return Weight(self, tensor.name, tensor, None, self._owner(tensor))
+        return None
 
     @property
     def inputs(self) -> tuple[ValueInfo, ...]:
@@ -462,21 +508,39 @@ class Model:
 
     def fresh(self, name: str) -> str:
         """Return ``name``, or ``name_1``, ``name_2``, ... if it is taken."""
+        shared = self.graph._functions
         if self._names is None:
             self._names = set()
+            if isinstance(shared, FunctionList):
+                shared.arrivals.clear()
             for graph in self.graphs():
-                self._names.update(getattr(graph, "initializers", {}))
+                self._names.update(c.name for c in graph.initializers.values())
+                self._names.update(graph.initializers)
                 self._names.update(tensor.name for tensor in graph.inputs)
+                self._names.update(tensor.name for tensor in graph.outputs)
+                self._names.update(info.name for info in graph.value_infos)
                 for node in graph.nodes:
-                    self._names.add(node.name)
-                    self._names.update(tensor.name for tensor in node.inputs)
-                    self._names.update(tensor.name for tensor in node.outputs)
-        candidate, number = name or "value", 0
+                    self._note_names(node)
+        elif isinstance(shared, FunctionList) and shared.arrivals:
+            for node in shared.arrivals:
+                self._note_names(node)
+            shared.arrivals.clear()
+        base = name or "value"
+        candidate = base
+        number = self._numbers.get(base, 0)
         while candidate in self._names:
             number += 1
-            candidate = f"{name or 'value'}_{number}"
+            candidate = f"{base}_{number}"
+        if number:
+            self._numbers[base] = number
         self._names.add(candidate)
         return candidate
+
+    def _note_names(self, node: gs.Node) -> None:
+        assert self._names is not None
+        self._names.add(node.name)
+        self._names.update(tensor.name for tensor in node.inputs)
+        self._names.update(tensor.name for tensor in node.outputs)
 
     def set_weight(self, weight: str | Weight, array: np.ndarray[Any, Any]) -> None:
         """Give a weight new values; shape and dtype may change with them.
@@ -487,7 +551,8 @@ class Model:
         """
         if isinstance(weight, str):
             weight = self.weight(weight)
-        weight.constant._values = ArrayTensor(np.ascontiguousarray(array))
+        weight.constant._values = ArrayTensor(np.asarray(array, order="C"))
+        weight.constant._export_dtype = None
         if weight.node is not None and "value" not in weight.node.attrs:
             weight.node.attrs.clear()
             weight.node.attrs["value"] = weight.constant
@@ -506,12 +571,11 @@ class Model:
         values = array if isinstance(array, LazyTensor) else ArrayTensor(array)
         constant = Constant(self.fresh(name), values)
         owner = self.graph if graph is None else graph
-        if not is_function(owner):
-            owner.initializers[constant.name] = constant
-            if isinstance(owner, Graph):
-                owner.used_at_load |= {constant.name}
-            if self.ir_version < 4:
-                self.require_ir(4)
+        adopt_graph(owner)
+        own(owner, constant)
+        constant.__dict__["_is_new"] = True
+        if not is_function(owner) and self.ir_version < 4:
+            self.require_ir(4)
         return constant
 
     def add_node(
@@ -559,47 +623,70 @@ class Model:
         """Take a node out of its graph and cut its edges."""
         owner = graph if graph is not None else self._graph_of(node)
         owner.nodes.remove(node)
-        node.inputs.clear()
-        node.outputs.clear()
+        _disconnect(node)
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> None:
         """Let everything that reads ``old`` read ``new``, graph outputs included.
 
-        A graph output keeps its name: the new tensor takes it over, or an Identity
-        node carries it where the new tensor cannot be renamed.
+        Nodes inside subgraphs count; the node that produces ``new`` does not. A graph
+        output keeps its name: the new tensor takes it over, or an Identity node carries
+        it where the new tensor cannot be renamed. An output of the main graph that is
+        itself an input of it stays what it is.
         """
         if old is new:
             return
-        for node in list(dict.fromkeys(old.outputs)):
+        makers = {id(node) for node in new.inputs}
+        readers = list(old.outputs)
+        list.__setitem__(
+            old.outputs, slice(None), [n for n in readers if id(n) in makers]
+        )
+        for node in dict.fromkeys(node for node in readers if id(node) not in makers):
             for index, tensor in enumerate(node.inputs):
                 if tensor is old:
-                    node.inputs[index] = new
-        for graph in self.graphs():
+                    # Past the list's bookkeeping, which searches all readers each time.
+                    list.__setitem__(node.inputs, index, new)
+                    list.append(new.outputs, node)
+        for graph in returned_by(old):
             for index, tensor in enumerate(graph.outputs):
                 if tensor is old:
                     graph.outputs[index] = self._as_output(graph, old, new)
 
     def _as_output(self, graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> gs.Tensor:
+        """Return what stands in the place of the output ``old`` of a graph."""
+        is_input = any(tensor is old for tensor in graph.inputs)
+        if is_input and graph is self.graph:
+            return old
+        produced = bool(new.inputs) and new.inputs[0] in graph.nodes
+        free = produced and isinstance(new, gs.Variable) and not returned_by(new)
         name = old.name
-        free = (
-            isinstance(new, gs.Variable)
-            and bool(new.inputs)
-            and new.inputs[0] in graph.nodes
-            and not any(new is t for g in self.graphs() for t in g.outputs)
+        shape = None if old.shape is None else list(old.shape)
+        here = not is_input and (
+            (bool(old.inputs) and old.inputs[0] in graph.nodes)
+            or any(old is constant for constant in graph.initializers.values())
         )
-        if free:
-            old.name, new.name = self.fresh(name), name
-            if isinstance(old, gs.Variable):
-                new.dtype, new.shape = old.dtype, old.shape
-                if isinstance(old, Variable) and isinstance(new, Variable):
-                    new.origin, new.origin_info = old.origin, old.origin_info
-            return new
-        carrier = Variable(name, old.dtype, None if old.shape is None else old.shape)
-        if isinstance(old, Variable):
-            carrier.origin, carrier.origin_info = old.origin, old.origin_info
-        old.name = self.fresh(name)
-        self.add_node("Identity", [new], outputs=[carrier], name=name, graph=graph)
-        return carrier
+        if here:
+            self._rename(old, self.fresh(name))
+        elif produced:
+            return new  # of a subgraph or function, where outputs go by position
+        else:
+            name = self.fresh(name)
+        target = new if free else Variable(name)
+        target.name, target.dtype, target.shape = name, old.dtype, shape
+        if isinstance(old, Variable) and isinstance(target, Variable):
+            target.origin, target.origin_info = old.origin, old.origin_info
+        if not free:
+            self.add_node("Identity", [new], outputs=[target], name=name, graph=graph)
+        return target
+
+    @staticmethod
+    def _rename(tensor: gs.Tensor, name: str) -> None:
+        home = tensor.__dict__.get("_home")
+        if isinstance(tensor, gs.Constant) and home is not None:
+            home.initializers = {
+                name if constant is tensor else key: constant
+                for key, constant in home.initializers.items()
+            }
+        tensor.name = name
 
     def drop_unused(self) -> int:
         """Remove nodes and initializers that no output depends on.
@@ -608,6 +695,8 @@ class Model:
             How many nodes and initializers went.
         """
         dropped = 0
+        for _ in self.graphs():
+            pass  # what a pass put in may be plain graphsurgeon
 
         def sweep(graph: gs.Graph) -> int:
             count = 0
@@ -623,16 +712,20 @@ class Model:
                     if id(node) in here and id(node) not in needed:
                         needed.add(id(node))
                         stack.extend(_all_reads(node))
-            kept = []
-            for node in graph.nodes:
-                if id(node) in needed:
-                    kept.append(node)
-                else:
-                    _disconnect(node)
-                    count += 1
-            graph.nodes[:] = kept
+            kept = [node for node in graph.nodes if id(node) in needed]
+            if len(kept) < len(graph.nodes):
+                _disconnect(*(n for n in graph.nodes if id(n) not in needed))
+                count += len(graph.nodes) - len(kept)
+                graph.nodes.keep(kept)
             return count
 
+        while True:
+            called = {call_key(node) for node in self.nodes()}
+            functions = [f for f in self.graph.functions if function_key(f) in called]
+            if len(functions) == len(self.graph.functions):
+                break
+            dropped += len(self.graph.functions) - len(functions)
+            self.graph.functions = functions
         for graph in [self.graph, *self.graph.functions]:
             dropped += sweep(graph)
         for graph in self.graphs():
@@ -641,13 +734,6 @@ class Model:
                 if not constant.outputs and id(constant) not in pinned:
                     del graph.initializers[name]
                     dropped += 1
-        called = {(node.domain or "", node.op) for node in self.nodes()}
-        functions = [
-            f for f in self.graph.functions if (f.domain or "", f.name) in called
-        ]
-        if len(functions) != len(self.graph.functions):
-            dropped += len(self.graph.functions) - len(functions)
-            self.graph.functions = functions
         return dropped
 
     def forget_shapes(self) -> None:
@@ -702,28 +788,45 @@ class Model:
         )
         if self.graph.functions:
             raise ModelError(f"{hint} (model-local functions cannot be converted)")
-        self.require_ir(4)
-        stripped, kept = self._skeleton(inputs_only=False)
+        ir_version = max(self.ir_version, 4)
+        stripped, kept = self._skeleton()
+        if ir_version > self.ir_version:
+            # What had to be listed as an input before IR version 4 need not any more.
+            kept = [(constant, False) for constant, _ in kept]
+            small = {tensor.name for tensor in stripped.graph.initializer}
+            inputs = [info for info in stripped.graph.input if info.name not in small]
+            del stripped.graph.input[:]
+            stripped.graph.input.extend(inputs)
+        stripped.ir_version = min(ir_version, MAX_IR_VERSION)
         try:
             converted = onnx.version_converter.convert_version(stripped, version)
             onnx.checker.check_model(converted)
-        except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (
+            onnx.checker.ValidationError,
+            onnx.version_converter.ConvertError,
+            DecodeError,
+            EncodeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[0] if lines else type(error).__name__
             raise ModelError(f"{hint} ({reason})") from error
         names = [info.name for info in converted.graph.output]
         if names != [tensor.name for tensor in self.graph.outputs]:
             raise ModelError(f"{hint} (its outputs would change)")
-        converted.ir_version = max(self.ir_version, 4)
-        converted.ir_version = min(converted.ir_version, MAX_IR_VERSION)
+        converted.ir_version = min(ir_version, MAX_IR_VERSION)
+        _keep_notes(stripped.graph, converted.graph)
         graph = Importer(converted, None, {}).model()
         for constant, was_input in kept:
             self._put_back(graph, constant, was_input)
+        required = [t.name for t in graph.inputs if not isinstance(t, gs.Constant)]
+        if required != [info.name for info in self.inputs]:
+            raise ModelError(f"{hint} (its inputs would change)")
         self.graph = graph
         self.ir_version = converted.ir_version
-        origin = onnx.ModelProto()
-        origin.CopyFrom(self._origin)
-        origin.ClearField("graph")
-        del origin.opset_import[:]
+        origin = partial(self._origin, ("graph", "functions", "opset_import"))
         origin.opset_import.extend(converted.opset_import)
         self._origin = origin
         self._names = None
@@ -744,8 +847,44 @@ class Model:
             for t in graph.inputs
             if was_input or t is not placeholder
         ]
-        graph.initializers[twin.name] = twin
-        graph.used_at_load |= {twin.name}
+        twin.origin = getattr(constant, "origin", None)
+        twin.origin_tensor = getattr(constant, "origin_tensor", None)
+        own(graph, twin)
+        if constant.outputs:
+            graph.used_at_load |= {twin.name}
+
+    def fit_runtime(self) -> None:
+        """Lower the IR version to one that onnxruntime loads, where nothing needs more.
+
+        Raises:
+            ModelError: The opset or an element type is newer than the runtime.
+        """
+        newest = max(
+            [
+                self.opset,
+                *(
+                    function.opset or 0
+                    for function in self.graph.functions
+                    if function.opset is not None
+                ),
+            ]
+        )
+        if newest > MAX_OPSET:
+            raise ModelError(
+                f"the model has opset {newest}, and onnxruntime runs at most "
+                f"{MAX_OPSET}; export it again with an older opset"
+            )
+        if self.ir_version <= MAX_IR_VERSION:
+            return
+        types = {weight.data_type for weight in self.weights()}
+        types.update(info.data_type for info in (*self.inputs, *self.outputs))
+        for data_type in sorted(types & _NEWEST_TYPES):
+            raise ModelError(
+                f"the model has IR version {self.ir_version} and uses "
+                f"{onnx.TensorProto.DataType.Name(data_type)}; onnxruntime loads IR "
+                f"version {MAX_IR_VERSION} at most, which has no such type"
+            )
+        self.ir_version = MAX_IR_VERSION
 
     # --- write --------------------------------------------------------------------
 
@@ -757,15 +896,14 @@ class Model:
         return self._skeleton()[0]
 
     def _skeleton(
-        self, inputs_only: bool = True
+        self,
     ) -> tuple[onnx.ModelProto, list[tuple[gs.Constant, bool]]]:
         parts = export(self)
         listed = {info.name for info in parts.tail.input}
-        by_name = {c.name: c for c in self.graph.initializers.values()}
         kept: list[tuple[gs.Constant, bool]] = []
         proto = onnx.ModelProto()
         proto.CopyFrom(parts.template)
-        if proto.ir_version < 4:
+        if proto.HasField("ir_version") and 0 < proto.ir_version < 4:
             proto.ir_version = 4
         graph = proto.graph
         graph.CopyFrom(parts.head)
@@ -774,7 +912,7 @@ class Model:
                 graph.initializer.append(piece.whole())
                 continue
             header = piece.header
-            kept.append((by_name[header.name], header.name in listed))
+            kept.append((piece.constant, header.name in listed))
             if header.name not in listed:
                 graph.input.append(
                     onnx.helper.make_tensor_value_info(
@@ -798,6 +936,8 @@ class Model:
         from onnxshrink.storage import Encoder
 
         lent: set[str] = set()
+        self.fresh("")  # notes the names that are there
+        numbers = dict(self._numbers)
 
         def fresh(name: str) -> str:
             lent.add(unused := self.fresh(name))
@@ -824,6 +964,7 @@ class Model:
             # The model itself does not hold them: the next save uses them again.
             if self._names is not None:
                 self._names -= lent
+            self._numbers = numbers
 
     def to_proto(self, storage: Storage = "plain") -> onnx.ModelProto:
         """Return the model as one proto with all data inline.
@@ -1034,16 +1175,37 @@ class Model:
         return None
 
     def _graph_of(self, node: gs.Node) -> gs.Graph:
+        home = node.__dict__.get("_home")
+        if home is not None and node in home.nodes:
+            return home
         for graph in self.graphs():
             if any(other is node for other in graph.nodes):
                 return graph
         raise ModelError(f"node {node.name or node.op!r} is in no graph of the model")
 
     def _owner(self, constant: gs.Constant) -> gs.Graph:
+        home = constant.__dict__.get("_home")
+        if home is not None and home.initializers.get(constant.name) is constant:
+            return home
         for graph in self.graphs():
-            if graph.initializers.get(constant.name) is constant:
+            if any(other is constant for other in graph.initializers.values()):
                 return graph
         return self.graph
+
+    def _callers(self, function: gs.Graph) -> list[gs.Node]:
+        """Return the nodes that call a function."""
+        shared = self.graph._functions
+        key = function_key(function)
+        if not isinstance(shared, FunctionList):
+            return [node for node in self.nodes() if call_key(node) == key]
+        if shared.calls is None or shared.calls[0] != shared.edits:
+            keys = {function_key(function) for function in shared}
+            calls: dict[Any, list[gs.Node]] = {}
+            for node in self.nodes():
+                if call_key(node) in keys:
+                    calls.setdefault(call_key(node), []).append(node)
+            shared.calls = shared.edits, calls
+        return [n for n in shared.calls[1].get(key, ()) if call_key(n) == key]
 
     def _actual(self, tensor: gs.Tensor) -> gs.Tensor | None:
         """Return what a function's formal input stands for, if it is called once."""
@@ -1051,12 +1213,7 @@ class Model:
             for index, formal in enumerate(function.inputs):
                 if formal is not tensor:
                     continue
-                calls = [
-                    node
-                    for node in self.nodes()
-                    if node.op == function.name
-                    and (node.domain or "") == (function.domain or "")
-                ]
+                calls = self._callers(function)
                 if len(calls) == 1 and index < len(calls[0].inputs):
                     actual: gs.Tensor = calls[0].inputs[index]
                     return actual
@@ -1064,8 +1221,7 @@ class Model:
 
     def _uses(self, tensor: gs.Tensor) -> Iterator[tuple[Node, int]]:
         functions = {
-            (function.domain or "", function.name): function
-            for function in self.graph.functions
+            function_key(function): function for function in self.graph.functions
         }
         stack = [tensor]
         seen: set[int] = set()
@@ -1075,21 +1231,22 @@ class Model:
                 continue
             seen.add(id(current))
             for node in dict.fromkeys(current.outputs):
-                function = functions.get((node.domain or "", node.op))
+                function = functions.get(call_key(node)) if functions else None
                 for index, read in enumerate(node.inputs):
                     if read is not current:
                         continue
                     if function is not None:
                         if index < len(function.inputs):
                             stack.append(function.inputs[index])
-                    elif node.op == "Identity" and not node.domain:
+                    elif node.op == "Identity" and is_onnx(node.domain):
                         stack.append(node.outputs[0])
                     else:
                         yield node, index
 
     def _name_strays(self) -> None:
         """Give new constants that clash with another name an unused one."""
-        strays = stray_constants(self.graph)
+        roots = [self.graph, *self.graph.functions]
+        strays = [constant for root in roots for constant in stray_constants(root)]
         if not strays:
             return
         taken = {c.name for g in self.graphs() for c in g.initializers.values()}
@@ -1099,11 +1256,12 @@ class Model:
             taken.add(constant.name)
 
     def _adopt_strays(self) -> None:
-        """Enter new constants that nodes of the main graph read as initializers."""
+        """Enter new constants that nodes read among their graph's initializers."""
         self._name_strays()
-        for constant in stray_constants(self.graph):
-            self.graph.initializers[constant.name] = constant
-            self.graph.used_at_load |= {constant.name}
+        for root in [self.graph, *self.graph.functions]:
+            for constant in stray_constants(root):
+                own(root, constant)
+                constant.__dict__["_is_new"] = True
 
 
 def _all_reads(node: gs.Node) -> Iterator[gs.Tensor]:
@@ -1114,12 +1272,57 @@ def _all_reads(node: gs.Node) -> Iterator[gs.Tensor]:
             yield from _all_reads(inner)
 
 
-def _disconnect(node: gs.Node) -> None:
-    for graph in subgraphs_of(node):
-        for inner in graph.nodes:
-            _disconnect(inner)
-    node.inputs.clear()
-    node.outputs.clear()
+def _disconnect(*nodes: gs.Node) -> None:
+    """Cut all edges of nodes and of what is inside them, in one go."""
+    gone: dict[int, gs.Node] = {}
+
+    def visit(node: gs.Node) -> None:
+        gone[id(node)] = node
+        for graph in subgraphs_of(node):
+            for inner in graph.nodes:
+                # A node may have moved to another graph and be listed here still.
+                if inner.__dict__.get("_home") in (graph, None):
+                    visit(inner)
+
+    for node in nodes:
+        visit(node)
+    read = {id(t): t for node in gone.values() for t in node.inputs}
+    made = {id(t): t for node in gone.values() for t in node.outputs}
+    for tensor in read.values():
+        kept = [node for node in tensor.outputs if id(node) not in gone]
+        list.__setitem__(tensor.outputs, slice(None), kept)
+    for tensor in made.values():
+        kept = [node for node in tensor.inputs if id(node) not in gone]
+        list.__setitem__(tensor.inputs, slice(None), kept)
+    for node in gone.values():
+        list.clear(node.inputs)
+        list.clear(node.outputs)
+
+
+def _keep_notes(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
+    """Give back what the version converter drops: notes of the graph and its nodes."""
+    if before.HasField("doc_string") and not after.doc_string:
+        after.doc_string = before.doc_string
+    if not after.metadata_props:
+        after.metadata_props.extend(before.metadata_props)
+    if not after.quantization_annotation:
+        after.quantization_annotation.extend(before.quantization_annotation)
+    notes = {tuple(node.output): node for node in before.node if node.output}
+    for node in after.node:
+        old = notes.get(tuple(node.output))
+        if old is None or old.op_type != node.op_type:
+            continue
+        if old.HasField("name") and not node.name:
+            node.name = old.name
+        if old.HasField("doc_string") and not node.doc_string:
+            node.doc_string = old.doc_string
+        if not node.metadata_props:
+            node.metadata_props.extend(old.metadata_props)
+    for ours, theirs in ((before.input, after.input), (before.output, after.output)):
+        infos = {info.name: info for info in ours}
+        for info in theirs:
+            if info.name in infos:
+                info.CopyFrom(infos[info.name])
 
 
 # --- files ------------------------------------------------------------------------
