@@ -21,7 +21,9 @@ example (float[N,2] x) => (float[N,2] y)
 """
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path", CASES, ids=[f"{path.parent.name}/{path.stem}" for path in CASES]
+)
 def test_case(path: Path) -> None:
     check_case(path)
 
