@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import secrets
 import stat
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -987,8 +988,11 @@ class Model:
     ) -> tuple[Path, ...]:
         """Write the model, atomically: the file is either whole or not there.
 
+        A symbolic link is followed: the file it leads to is replaced.
+
         Args:
-            path: Where to; ``.onnxtxt`` writes ONNX text.
+            path: Where to; ``.onnxtxt`` writes ONNX text, which has no place for notes
+                and is refused where it would not read back as the same model.
             storage: ``auto`` writes every initializer in its smallest exact encoding,
                 ``plain`` as it is.
             external: Put weights into a second file: ``auto`` if the source did or if
@@ -1001,33 +1005,35 @@ class Model:
             OutputError: It cannot be written, or it would overwrite its own input.
             ModelError: It does not fit into one file and ``external`` is ``never``.
         """
-        target = Path(path)
-        self.check_target(target)
+        self.check_target(path)
+        target = _followed(path)
         parts = self._encoded(storage)
         total = sum(piece.data_bytes for piece in parts.pieces)
+        is_text = target.suffix == ".onnxtxt"
         outside = external == "always" or (
             external == "auto" and (self.external or total >= INLINE_LIMIT)
         )
+        if is_text and outside and total < INLINE_LIMIT and external == "auto":
+            outside = False
+        if is_text and outside:
+            raise OutputError(f"cannot write {target}: ONNX text has no external data")
         if not outside and total >= INLINE_LIMIT:
             raise ModelError(
                 f"{total / 2**30:.1f} GiB of weights do not fit into one file; "
                 "use external='auto'"
             )
-        mode = _mode_for(target, self.source)
-        if target.suffix == ".onnxtxt":
-            text = onnx.printer.to_text(parts.proto())
-            _write(target, [text.encode()], mode)
-            return (target,)
-        if not outside:
-            _write(target, parts.stream(), mode)
-            return (target,)
-        data = self._write_external(target, parts, mode)
         old = _external_files(target)
-        _write(target, parts.stream(), mode)
-        _remove_stale(old - {data} - self._files)
+        data = None
+        if is_text:
+            _write(target, [_text(parts.proto())], self.source)
+        else:
+            if outside:
+                data = self._write_external(target, parts)
+            _write(target, parts.stream(), self.source)
+        self._remove_stale(old - {data})
         return (target, data) if data is not None else (target,)
 
-    def _write_external(self, target: Path, parts: Export, mode: int) -> Path | None:
+    def _write_external(self, target: Path, parts: Export) -> Path | None:
         """Write large pieces to a file of their own and point the headers at it."""
         spans: list[tuple[Piece, int]] = []
         offset = 0
@@ -1042,7 +1048,7 @@ class Model:
             header = onnx.TensorProto()
             header.CopyFrom(piece.header)
             header.ClearField("raw_data")
-            piece = Piece(header, source)
+            piece = Piece(header, source, piece.constant)
             parts.pieces[index] = piece
             offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
             spans.append((piece, offset))
@@ -1056,6 +1062,7 @@ class Model:
             at = 0
             for piece, start in spans:
                 if start > at:
+                    checksum = zlib.crc32(bytes(start - at), checksum)
                     yield bytes(start - at)
                 assert piece.tensor is not None
                 for chunk in piece.tensor.raw_chunks():
@@ -1068,7 +1075,7 @@ class Model:
         data = _write(
             target.with_name(f"{target.name}.data"),
             content(),
-            mode,
+            self.source,
             lambda: target.with_name(f"{target.name}.{checksum:08x}.data"),
         )
         for piece, start in spans:
@@ -1084,27 +1091,38 @@ class Model:
             piece.tensor = None
         return data
 
-    def check_target(self, target: Path) -> None:
+    def check_target(self, target: str | os.PathLike[str]) -> None:
         """Refuse an output that cannot be written, before any work is done.
 
         Raises:
-            OutputError: It is the input itself, a folder, or its folder is missing.
+            OutputError: It is the input itself, a folder, a device, or its folder is
+                missing.
         """
-        if target.is_dir():
-            raise OutputError(f"cannot write {target}: it is a folder")
-        if not target.parent.is_dir():
-            raise OutputError(f"cannot write {target}: there is no such folder")
-        own = list(self._files)
-        if self.source is not None:
-            own.append(self.source)
-        for file in own:
-            if target.exists() and file.exists() and os.path.samefile(target, file):
-                raise OutputError(
-                    f"{target} is the input itself, which is never overwritten; "
-                    "choose another output"
-                )
+        try:
+            final = _followed(target)
+            if final.is_dir():
+                raise OutputError(f"cannot write {target}: it is a folder")
+            if not final.parent.is_dir():
+                raise OutputError(f"cannot write {target}: there is no such folder")
+            exists = final.exists()
+            if exists and not final.is_file():
+                raise OutputError(f"cannot write {target}: it is not a regular file")
+            own = exists and any(
+                file.exists() and os.path.samefile(final, file) for file in self._files
+            )
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror}") from error
+        except ValueError as error:
+            raise OutputError(f"cannot write {str(target)!r}: {error}") from error
+        if own:
+            raise OutputError(
+                f"{target} is the input itself, which is never overwritten; "
+                "choose another output"
+            )
 
-    def publish(self, files: Sequence[Path], target: Path) -> tuple[Path, ...]:
+    def publish(
+        self, files: Sequence[Path], target: str | os.PathLike[str]
+    ) -> tuple[Path, ...]:
         """Move what ``save`` wrote elsewhere on the same file system to its place.
 
         Args:
@@ -1115,20 +1133,31 @@ class Model:
             OutputError: It cannot be moved there.
         """
         self.check_target(target)
-        mode = _mode_for(target, self.source)
-        old = _external_files(target)
+        place = _followed(target)
+        old = _external_files(place)
         moved = []
         try:
+            mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
             for file in [*files[1:], files[0]]:
-                final = target.with_name(file.name) if file is not files[0] else target
-                os.chmod(file, mode)
+                final = place if file is files[0] else place.with_name(file.name)
+                if mode is not None:
+                    os.chmod(file, mode)
                 os.replace(file, final)
                 moved.append(final)
         except OSError as error:
             raise OutputError(f"cannot write {target}: {error.strerror}") from error
-        sync(target.parent)
-        _remove_stale(old - set(moved) - self._files)
+        sync(place.parent)
+        self._remove_stale(old - set(moved))
         return (moved[-1], *moved[:-1])
+
+    def _remove_stale(self, files: set[Path | None]) -> None:
+        """Delete data files of the model that was replaced, but none of our own."""
+        for file in files:
+            if file is None:
+                continue
+            with contextlib.suppress(OSError):
+                if not any(os.path.samefile(file, own) for own in self._files):
+                    file.unlink()
 
     def is_unchanged(self) -> bool:
         """Whether the model is still what its source file holds."""
@@ -1329,16 +1358,18 @@ def _keep_notes(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
 
 
 def _read_path(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:
-    if not path.exists():
-        raise ModelError(f"{path} does not exist")
-    if not path.is_file():
-        raise ModelError(f"{path} is not a file")
     try:
+        if not path.exists():
+            raise ModelError(f"{path} does not exist")
+        if not path.is_file():
+            raise ModelError(f"{path} is not a regular file")
         if path.suffix == ".onnxtxt":
             return _parse_text(path.read_bytes(), str(path)), {}
         return read_skeleton(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _parse_text(data: bytes, label: str) -> onnx.ModelProto:
@@ -1375,37 +1406,121 @@ def _proto_of(source: object) -> onnx.ModelProto:
     )
 
 
-def _mode_for(target: Path, source: Path | None) -> int:
-    """Return the permission bits of what is replaced, or of the source less umask."""
-    with contextlib.suppress(OSError):
-        return stat.S_IMODE(target.stat().st_mode)
-    umask = os.umask(0)
-    os.umask(umask)
-    mode = 0o666
-    if source is not None:
+def _followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file to replace: where a symbolic link leads to, else the path."""
+    target = Path(path)
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
+def _text(proto: onnx.ModelProto) -> bytes:
+    """Return ONNX text that reads back as the same nodes and weights.
+
+    Raises:
+        OutputError: The text form cannot hold this model.
+    """
+    reason = "it reads back differently"
+    try:
+        text = onnx.printer.to_text(proto)
+        back = onnx.parser.parse_model(text)
+        if _essence(back.graph) == _essence(proto.graph):
+            return str(text).encode()
+    except (onnx.parser.ParseError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise OutputError(
+        f"ONNX text cannot hold this model ({reason}); write a .onnx file instead"
+    )
+
+
+def _essence(graph: onnx.GraphProto) -> list[Any]:
+    """Return what a graph computes, without notes and without how data is stored."""
+
+    def tensor(proto: onnx.TensorProto) -> tuple[Any, ...]:
+        values = onnx.numpy_helper.to_array(proto)
+        data = values.tolist() if values.dtype == object else values.tobytes()
+        return proto.data_type, tuple(proto.dims), data
+
+    def attr(proto: onnx.AttributeProto) -> tuple[Any, ...]:
+        if proto.type == onnx.AttributeProto.TENSOR:
+            return proto.name, tensor(proto.t)
+        if proto.type == onnx.AttributeProto.GRAPH:
+            return proto.name, _essence(proto.g)
+        plain = onnx.AttributeProto()
+        plain.CopyFrom(proto)
+        plain.ClearField("doc_string")
+        return proto.name, plain.SerializeToString(deterministic=True)
+
+    return [
+        [
+            (
+                node.op_type,
+                node.domain,
+                list(node.input),
+                list(node.output),
+                [attr(a) for a in node.attribute],
+            )
+            for node in graph.node
+        ],
+        [info.name for info in graph.input],
+        [info.name for info in graph.output],
+        {t.name: tensor(t) for t in graph.initializer},
+        len(graph.sparse_initializer),
+    ]
+
+
+def _open_temporary(folder: Path, name: str, mode: int) -> tuple[int, str]:
+    """Open a new file, without a name where the system can: a crash leaves nothing.
+
+    Returns:
+        Its handle, and its path or an empty string.
+    """
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            mode = stat.S_IMODE(source.stat().st_mode)
-    return mode & ~umask
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, mode), ""
+    path = _temporary_name(folder, name)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, mode), path
+
+
+def _temporary_name(folder: Path, name: str) -> str:
+    return str(folder / f".{name[:200]}.onnxshrink-{secrets.token_hex(6)}")
 
 
 def _write(
     target: Path,
     content: Iterator[bytes | memoryview] | Sequence[bytes],
-    mode: int,
+    source: Path | None,
     rename: Callable[[], Path] | None = None,
 ) -> Path:
-    """Write a temporary file beside ``target``, flush it, and rename it into place."""
+    """Write a file beside ``target``, flush it, and rename it into place.
+
+    It gets the permission bits of the file it replaces, else those of ``source`` less
+    the umask.
+    """
     temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.onnxshrink-", dir=target.parent
-        )
-        with os.fdopen(handle, "wb") as file:
+        replaced: int | None = None
+        mode = 0o666
+        if target.exists():
+            replaced = stat.S_IMODE(target.stat().st_mode)
+        elif source is not None:
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(source.stat().st_mode) & 0o777
+        handle, temporary = _open_temporary(target.parent, target.name, mode)
+        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
             for chunk in content:
                 file.write(chunk)
             file.flush()
+            if replaced is not None:
+                os.chmod(temporary or file.fileno(), replaced)
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)
+            if not temporary:
+                temporary = _temporary_name(target.parent, target.name)
+                # Without a folder handle, Python asks for a link to the link itself.
+                os.link(
+                    f"/proc/self/fd/{file.fileno()}",
+                    temporary,
+                    src_dir_fd=file.fileno(),
+                )
         final = rename() if rename is not None else target
         os.replace(temporary, final)
         temporary = ""
@@ -1423,27 +1538,21 @@ def _write(
                 os.unlink(temporary)
 
 
-def _external_files(path: Path) -> set[Path]:
+def _external_files(path: Path) -> set[Path | None]:
     """Return the data files beside a model that it refers to and that we named."""
     try:
+        if not path.is_file():
+            return set()
         proto, _ = read_skeleton(path)
     except (ModelError, OSError):
         return set()
-    files = set()
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and entry.value.startswith(f"{path.name}."):
-                candidate = path.parent / Path(entry.value).name
-                if candidate.name.endswith(".data") and not candidate.is_symlink():
-                    files.add(candidate)
-    return files
-
-
-def _remove_stale(files: set[Path]) -> None:
-    """Delete data files that the model which was replaced referred to."""
-    for file in files:
-        with contextlib.suppress(OSError):
-            file.unlink()
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
+    return {
+        path.with_name(entry.value)
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location" and ours.fullmatch(entry.value)
+    }
 
 
 def attribute(node: gs.Node, name: str, default: Any = None) -> Any:
