@@ -56,7 +56,8 @@ _BEFORE_GRAPH = (
 def unknown_fields(message: Message) -> bytes:
     """Return the fields of a message that the installed onnx does not know."""
     out = bytearray()
-    for entry in UnknownFieldSet(message):  # type: ignore[no-untyped-call]
+    entries: Any = UnknownFieldSet(message)
+    for entry in entries:
         out += encode_varint(entry.field_number << 3 | entry.wire_type)
         if entry.wire_type == 0:
             out += encode_varint(entry.data)
@@ -213,7 +214,7 @@ def attribute_proto(name: str, value: Any) -> onnx.AttributeProto:
         proto.name = name
         return proto
     if isinstance(value, gs.Node.AttributeRef):
-        kind = value.type if isinstance(value.type, int) else 0
+        kind: Any = value.type if isinstance(value.type, int) else 0
         return onnx.AttributeProto(name=name, ref_attr_name=value.name, type=kind)
     if isinstance(value, gs.Graph):
         return onnx.AttributeProto(name=name, type=_ATTR.GRAPH, g=graph_proto(value))
@@ -292,33 +293,33 @@ def _node_proto(node: gs.Node) -> onnx.NodeProto:
         and outputs == list(origin.output)
     ):
         return origin
-    proto = partial(origin, () if attrs_same else ("attribute",))
-    proto.MergeFromString(unknown_fields(origin))
+    changed: onnx.NodeProto = partial(origin, () if attrs_same else ("attribute",))
+    changed.MergeFromString(unknown_fields(origin))
     if node.op != origin.op_type:
-        proto.op_type = node.op
+        changed.op_type = node.op
     if node.name != origin.name:
-        proto.name = node.name
+        changed.name = node.name
     if (node.domain or "") != origin.domain:
-        proto.domain = node.domain or ""
+        changed.domain = node.domain or ""
     if node.overload != origin.overload:
-        proto.overload = node.overload
+        changed.overload = node.overload
     if inputs != list(origin.input):
-        del proto.input[:]
-        proto.input.extend(inputs)
+        del changed.input[:]
+        changed.input.extend(inputs)
     if outputs != list(origin.output):
-        del proto.output[:]
-        proto.output.extend(outputs)
+        del changed.output[:]
+        changed.output.extend(outputs)
     if not attrs_same:
         for key, value in node.attrs.items():
             if value is None:
                 continue
             if key not in old:
-                proto.attribute.append(attribute_proto(key, value))
+                changed.attribute.append(attribute_proto(key, value))
             elif same[key]:
-                proto.attribute.append(old[key])
+                changed.attribute.append(old[key])
             else:
-                proto.attribute.append(_changed_attribute(old[key], value))
-    return proto
+                changed.attribute.append(_changed_attribute(old[key], value))
+    return changed
 
 
 def _changed_attribute(old: onnx.AttributeProto, value: Any) -> onnx.AttributeProto:
@@ -599,7 +600,7 @@ def _kept_infos(
     for tensor in [*graph.inputs, *constants]:
         here[tensor.name] = tensor
     origin: onnx.GraphProto | None = getattr(graph, "origin", None)
-    produced = set()
+    produced: set[str] = set()
     if origin is not None:
         produced.update(name for node in origin.node for name in node.output)
         produced.update(tensor.name for tensor in origin.initializer)

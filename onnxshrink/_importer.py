@@ -211,8 +211,8 @@ class Importer:
             for name in node.output:
                 if name and name not in scope:
                     listed = name in infos
-                    info = infos[name] if listed else graph.output_info.get(name)
-                    scope[name] = self._variable(name, info, listed)
+                    known = infos.get(name) or graph.output_info.get(name)
+                    scope[name] = self._variable(name, known, listed)
         inner = _Scope(scope, outer)
         graph.nodes.load(self._nodes(proto.node, inner))
         for info in proto.output:

@@ -58,7 +58,7 @@ class Variable(gs.Variable):  # type: ignore[misc]
     def to_constant(self, *args: Any, **kwargs: Any) -> Any:
         """Become a constant, in place (graphsurgeon's name)."""
         super().to_constant(*args, **kwargs)
-        self.__class__ = Constant  # type: ignore[assignment]
+        self.__class__ = Constant
         return self
 
 
@@ -84,7 +84,7 @@ class Constant(gs.Constant):  # type: ignore[misc]
     def to_variable(self, *args: Any, **kwargs: Any) -> Any:
         """Become a variable, in place (graphsurgeon's name)."""
         super().to_variable(*args, **kwargs)
-        self.__class__ = Variable  # type: ignore[assignment]
+        self.__class__ = Variable
         return self
 
 
@@ -200,12 +200,12 @@ class NodeList(list[Any]):
         for step in range(self._REACH):
             for at in (guess + step, guess - step):
                 if 0 <= at < count and self[at] is node:
-                    self._drift = at - notes["_at"]
-                    return at
+                    self._drift = at - int(notes["_at"])
+                    return int(at)
         self._drift = 0
         for at, other in enumerate(self):
             other.__dict__["_at"] = at
-        at = notes["_at"]
+        at = int(notes["_at"])
         return at if at < count and self[at] is node else -1
 
     def __contains__(self, node: object) -> bool:
@@ -392,7 +392,7 @@ class Graph(_Lists, gs.Graph):  # type: ignore[misc]
         self.output_info = {}
         self.value_infos = []
         super().__init__(**kwargs)
-        self._functions = FunctionList(self._functions)
+        self._functions: Any = FunctionList(self.__dict__["_functions"])
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
