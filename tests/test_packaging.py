@@ -82,7 +82,7 @@ def test_every_import_is_a_declared_dependency() -> None:
                 for name in names:
                     found[name.partition(".")[0]] = path.name
     assert {name: where for name, where in found.items() if name not in known} == {}
-    assert declared - set(found) - {"scipy"} == set()
+    assert declared - set(found) == set()
 
 
 def test_the_command_and_the_module_are_the_same_program() -> None:
