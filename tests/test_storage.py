@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -163,8 +163,8 @@ def test_table_and_division_unpack_every_packing(packing: Any):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("opset", [7, 9, 10, 11, 12, 13, 21])
+@pytest.mark.parametrize("zeros", [0.0, 0.9])
+@pytest.mark.parametrize("opset", [7, 10, 11, 21])
 def test_every_type_is_exact_at_every_opset(dtype: str, zeros: float, opset: int):
     for codes in (0, 5, 16):
         array = sparse((53, 61), zeros, codes, dtype)
@@ -257,7 +257,6 @@ def arrays(draw: st.DrawFn) -> Array:
 
 
 @given(arrays(), st.sampled_from([7, 10, 11, 13, 17, 21]), st.sampled_from([1, 256]))
-@settings(max_examples=150)
 @example(np.zeros((), np.float32), 17, 1)
 @example(np.zeros((0, 3), np.float32), 17, 1)
 @example(np.full((1,), -0.0, np.float32), 17, 1)
