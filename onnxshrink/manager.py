@@ -114,6 +114,7 @@ class PassManager:
         progress: Progress | None = None,
         on_step: Callable[[Step], None] | None = None,
         measure_latency: bool = True,
+        measure_memory: bool = True,
     ) -> None:
         """Set up a run.
 
@@ -135,6 +136,8 @@ class PassManager:
             progress: Receives progress of long work.
             on_step: Receives each step's report as soon as it is there.
             measure_latency: Measure latency against the model the run started from.
+            measure_memory: Measure the memory that opening the model takes, before and
+                after, in processes of their own.
 
         Raises:
             UsageError: An unknown value for ``on_breach``.
@@ -159,6 +162,7 @@ class PassManager:
         self.progress: Progress = progress or (lambda done, total, what: None)
         self.on_step = on_step
         self.measure_latency = measure_latency
+        self.measure_memory = measure_memory
 
     # --- plan ---------------------------------------------------------------------
 
@@ -339,7 +343,7 @@ class _Run:
 
     def all(self, resume: bool) -> Result:
         manager = self.manager
-        baseline = self._measure(self.baseline_path, None)
+        baseline = self._measure(self.baseline_path, ends=True)
         baseline = dataclasses.replace(baseline, metric=self.judge.reference_metric())
         accepted, path, stats, start = self.source, self.baseline_path, baseline, 0
         if resume:
@@ -384,7 +388,7 @@ class _Run:
         after = stats
         if kept:
             after = dataclasses.replace(
-                self._measure(attempt.path, before_path), metric=verdict.quality()
+                self._measure(attempt.path), metric=verdict.quality()
             )
         step = Step(
             pass_name=pass_.name,
@@ -513,15 +517,17 @@ class _Run:
                 self.scout = self._validator(splits)
         return self.scout
 
-    def _measure(self, path: Path, before: Path | None) -> Stats:
+    def _measure(self, path: Path, ends: bool = False) -> Stats:
+        """Measure a file; what takes a process of its own only at both ends."""
         manager = self.manager
         return measure(
             path,
             self.splits,
-            baseline=self.baseline_path if before is not None else None,
+            baseline=None if path == self.baseline_path else self.baseline_path,
             threads=manager.threads,
             providers=manager.providers,
             latency=manager.measure_latency,
+            memory=manager.measure_memory and ends,
         )
 
     # --- state for resume ---------------------------------------------------------
@@ -540,7 +546,7 @@ class _Run:
             "budget": dataclasses.asdict(self.budget),
             "on_breach": manager.on_breach,
             "storage": manager.storage,
-            "samples": self.splits.describe(),
+            "samples": list(self.splits.describe()),
         }
 
     def _remember(self, index: int, path: Path, stats: Stats) -> None:
@@ -609,7 +615,7 @@ class _Run:
         if not verdict.ok and (manager.on_breach != "keep" or not verdict.keepable):
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
         stats = dataclasses.replace(
-            self._measure(path, self.baseline_path), metric=verdict.quality()
+            self._measure(path, ends=True), metric=verdict.quality()
         )
         if self.target is not None:
             files = final.publish(files, self.target)
@@ -621,7 +627,7 @@ class _Run:
             baseline=baseline,
             steps=tuple(self.steps),
             final=stats,
-            notes=(self.splits.describe(),),
+            notes=tuple(self.splits.describe()),
             output=tuple(str(file) for file in files) if self.target else (),
         )
         final.source = self.target
