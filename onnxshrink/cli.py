@@ -375,35 +375,26 @@ _shapes = _option(
     section="Samples",
     help="Shape of an input that leaves dimensions open. Repeat it for each input.",
 )
-_samples = _together(
-    _option(
-        "--data",
-        metavar="FILE|DIR",
-        section="Samples",
-        help="Samples: .npz with one array per input, .npy, or a folder of them; "
-        "FILE:input=array/255,labels=other names and scales arrays. Without it seeded "
-        "random inputs are used: a smoke test, no measurement.",
-    ),
-    _option(
-        "--labels",
-        metavar="KEY",
-        section="Samples",
-        help="Array of the data that holds the labels. [default: labels]",
-    ),
-    _option(
-        "--eval",
-        "evaluation",
-        metavar="FILE|DIR",
-        section="Samples",
-        help="Samples that measure and do nothing else. [default: 40 % of the data]",
-    ),
-    _shapes,
-    _option(
-        "--metric",
-        metavar="NAME",
-        section="Samples",
-        help="Task metric: a name, or module:function of (outputs, labels).",
-    ),
+_data = _option(
+    "--data",
+    metavar="FILE|DIR",
+    section="Samples",
+    help="Samples: .npz with one array per input, .npy, or a folder of them; "
+    "FILE:input=array/255,labels=other names and scales arrays. Without it seeded "
+    "random inputs are used: a smoke test, no measurement.",
+)
+_labels = _option(
+    "--labels",
+    metavar="KEY",
+    section="Samples",
+    help="Array of the data that holds the labels. [default: labels]",
+)
+_metric = _option(
+    "--metric",
+    metavar="NAME",
+    section="Samples",
+    help="Task metric: top1, top5, mse, spearman, or module:function or "
+    "file.py:function of (outputs, labels). [default: top1 where labels fit]",
 )
 _runtime = _together(
     _option(
@@ -434,7 +425,9 @@ _runtime = _together(
 )
 
 
-@click.group(cls=_Main, context_settings={"help_option_names": list(_HELP)})
+@click.group(
+    "onnxshrink", cls=_Main, context_settings={"help_option_names": list(_HELP)}
+)
 def main() -> None:
     """Make an ONNX model smaller, checked with onnxruntime after every pass."""
 
@@ -476,20 +469,32 @@ onnxshrink model.onnx --recipe mine.toml --plan
 @_option(
     "--plan", is_flag=True, section="Passes", help="Say what would be done; do nothing."
 )
-@_samples
+@_data
+@_labels
+@_option(
+    "--eval",
+    "evaluation",
+    metavar="FILE|DIR",
+    section="Samples",
+    help="Samples that measure and do nothing else. [default: 40 % of the data]",
+)
+@_shapes
+@_metric
 @_option(
     "--max-drop",
     type=_Share(),
     metavar="X",
     section="Budget",
-    help="Most that the task metric may get worse, in its own unit.",
+    help="Most that the task metric may get worse, in its own unit: 0.1 is a tenth "
+    "of a point of top1. [default: 1 with labels]",
 )
 @_option(
     "--min-agreement",
     type=_Share(),
     metavar="X",
     section="Budget",
-    help="Least share of samples with the same top class as before: 0.99 or 99%.",
+    help="Least share of samples with the same top class as before: 0.99 or 99%. "
+    "[default: 98% without labels]",
 )
 @_option(
     "--min-sqnr",
@@ -940,7 +945,10 @@ onnxshrink compare a.onnx b.onnx --data test.npz --min-agreement 99% --json
 @main.command("compare", cls=_Command, examples=_COMPARE_EXAMPLES)
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
-@_samples
+@_data
+@_labels
+@_shapes
+@_metric
 @_option(
     "--max-drop",
     type=_Share(),
@@ -970,7 +978,6 @@ def compare_(
     b: Path,
     data: str | None,
     labels: str | None,
-    evaluation: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     metric: str | None,
     max_drop: float | None,
@@ -998,7 +1005,7 @@ def compare_(
         found = compare(
             reference,
             other,
-            lambda: _splits(reference, data, evaluation, labels, shapes, seed),
+            lambda: _splits(reference, None, data, labels, shapes, seed),
             budget=_budget(max_drop, min_agreement, min_sqnr),
             metric=metric,
             providers=providers or ("CPUExecutionProvider",),
