@@ -183,7 +183,10 @@ def _modules() -> list[str]:
 
 
 def _built_in(name: str) -> type[Pass]:
-    module = importlib.import_module(f"{onnxshrink.passes.__name__}.{name}")
+    try:
+        module = importlib.import_module(f"{onnxshrink.passes.__name__}.{name}")
+    except ImportError as error:
+        raise UsageError(f"built-in pass {name!r} does not load: {error}") from error
     found = [
         value
         for value in vars(module).values()

@@ -177,11 +177,14 @@ def test_a_pass_of_an_installed_package_runs_from_the_command_line(
     model = tmp_path / "model.onnx"
     model.write_bytes(example_models()["perceptron"].SerializeToString())
 
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(filter(None, [str(tmp_path / "installed"), *known]))
+
     def run(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "onnxshrink", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+            env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=False,
