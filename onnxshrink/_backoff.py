@@ -149,10 +149,6 @@ def _sturdy(plan: Plan, harm: Sequence[float]) -> frozenset[int]:
     return frozenset(sturdy)
 
 
-def _with(plan: Plan, strengths: Sequence[float]) -> Plan:
-    return Plan(plan.sites, tuple(strengths), plan.order)
-
-
 def _common(plan: Plan, sturdy: frozenset[int], strength: float) -> Plan:
     """Weaken all but the sturdy sites to one strength."""
     count = len(plan.sites)

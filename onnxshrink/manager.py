@@ -305,7 +305,12 @@ class _Run:
         self.splits = manager._splits(source)
         budget = manager.budget
         if budget is None and manager.pipeline.budget:
-            budget = Budget(**manager.pipeline.budget)
+            proposed = manager.pipeline.budget
+            budget = Budget(
+                max_drop=proposed.get("max_drop"),
+                min_agreement=proposed.get("min_agreement"),
+                min_sqnr=proposed.get("min_sqnr"),
+            )
         self.budget = budget or Budget.default(self.splits)
         self.name = target.name if target is not None else "model.onnx"
         self.reference = source.copy()
