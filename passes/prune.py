@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from onnxshrink.analysis import layers
-from onnxshrink.analysis.layers import Layer, Role
+from onnxshrink.analysis.layers import Layer, Layout, Role
 from onnxshrink.analysis.sparsity import (
     Pattern,
+    Source,
     choose_smallest,
     smallest,
-    zero_below,
     zero_smallest,
+)
+from onnxshrink.analysis.statistics import Multi, Statistic
+from onnxshrink.analysis.surgeon import (
+    Curvature,
+    Removal,
+    allocate,
+    pattern_mask,
+    refit,
+    removal_order,
 )
 from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Weight
-from onnxshrink.tensors import ArrayTensor, bits_of
+from onnxshrink.tensors import ArrayTensor, LazyTensor, bits_of
 
 __all__ = ["Prune"]
 
-_STEPS = 32
+Array = NDArray[Any]
+Measure = Literal["magnitude", "wanda", "obs"]
+
+STEPS = 32
 """Points of a site's path from untouched to as listed."""
-_PATTERN = re.compile(r"(?:(\d+):(\d+))|(?:(\d+)x(\d+))")
+MAX_INPUTS = 8192
+"""Layers with more inputs are pruned by wanda instead of obs: 512 MB of Gram matrix."""
+
+_PATTERN = re.compile(r"(\d{1,5}):(\d{1,5})|(\d{1,5})x(\d{1,5})")
+_ROLES: tuple[Role, ...] = ("weight", "table", "bias")
 
 
 @dataclass(frozen=True)
@@ -38,28 +55,71 @@ class PruneSite(Site):
     """A weight to prune, and how far it is pruned on the way there.
 
     Attributes:
-        path: Zeros of this weight at strengths 0, 1/32, ..., 1; empty if there is
-            nothing in between.
+        path: Zeros at strengths 0, 1/32, ..., 1, in entries or in blocks; empty if
+            there is nothing in between.
+        total: Entries or blocks it has.
     """
 
     path: tuple[int, ...] = ()
+    total: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Study:
+    """What is known of a weight's inputs, from the model as it was given.
+
+    Attributes:
+        tensor: The weight as it was.
+        measure: How importance is judged.
+        squares: For wanda: sum of squares of each input, [groups, inputs].
+        curvature: For obs.
+        mean: For obs: mean input, [groups, inputs], if a bias makes up for it.
+        removal: For obs without an N:M pattern.
+        mask: For obs with one: what goes.
+    """
+
+    tensor: LazyTensor
+    measure: Measure = "magnitude"
+    squares: Array | None = None
+    curvature: Curvature | None = None
+    mean: Array | None = None
+    removal: Removal | None = None
+    mask: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(SitePass):
     """Set the least important weights to zero.
 
+    Pruned are the weights of Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU and RNN, in
+    the graph, its subgraphs and functions. Weights keep their type. Zeros that are
+    there stay and count.
+
+    Importance: ``magnitude`` is ``|w|``. ``wanda`` is ``|w| * ||x||`` with the norm of
+    the input it multiplies, compared within each output (Sun et al. 2023). ``obs``
+    removes what the layer's outputs feel least and changes what stays to make up for
+    it, and the layer's bias if it has one (Optimal Brain Surgeon, layer by layer:
+    Frantar, Singh and Alistarh 2022; large layers as SparseGPT: Frantar and Alistarh
+    2023). The last two need calibration data. A layer whose inputs cannot be watched
+    (in a subgraph, a table) is pruned by magnitude.
+
+    Scope ``global`` divides the zeros among the weights: by magnitude, the smallest of
+    all; by wanda, the smallest share of a layer's output energy; by obs, so that the
+    sum of the layers' relative output errors is least.
+
     Attributes:
-        sparsity: Fraction of the weights that are zero afterwards; zeros that are
-            there count. 0.5 unless a threshold or an N:M pattern says otherwise.
-        threshold: Set every weight to zero that is smaller than this in magnitude.
-        scope: ``local`` gives every weight tensor that sparsity, ``global`` all of
-            them together.
-        pattern: ``2:4`` keeps at most 2 of 4 neighbours along the inputs, ``4x1`` sets
-            whole blocks of 4 outputs x 1 input to zero; empty leaves zeros free.
-        importance: ``magnitude``.
-        also: ``tables``: embedding tables read by Gather; ``biases``: biases, and
-            scale and shift of normalisations.
+        sparsity: Fraction of the weights that are zero afterwards; 0.5 unless a
+            threshold or an N:M pattern says otherwise. Of blocks, if whole blocks go.
+        threshold: Instead: zero every weight smaller in magnitude than this.
+        scope: ``local`` gives each weight tensor that sparsity, ``global`` all of them
+            together.
+        pattern: ``2:4`` keeps at most 2 of 4 neighbours along the inputs (of a Conv:
+            channel, then kernel); ``4x1`` sets blocks of 4 outputs x 1 input to zero.
+            Empty leaves zeros free.
+        importance: ``auto`` is obs where there is real calibration data, else
+            magnitude; ``sparsegpt`` is another name of obs.
+        also: ``tables`` that Gather reads; ``biases``, and scale and shift of
+            normalisations.
         only: Act only on these weights or nodes: names, glob patterns or op types.
         skip: Leave these weights or nodes alone: names, glob patterns or op types.
     """
@@ -72,40 +132,42 @@ class Prune(SitePass):
     threshold: float | None = None
     scope: Literal["local", "global"] = "global"
     pattern: str = ""
-    importance: Literal["auto", "magnitude"] = "auto"
+    importance: Literal["auto", "magnitude", "wanda", "obs", "sparsegpt"] = "auto"
     also: tuple[Literal["tables", "biases"], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense, alone or together."""
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise UsageError(f"sparsity is a fraction from 0 to 1, not {self.sparsity}")
-        if self.threshold is not None:
-            if not (self.threshold >= 0 and math.isfinite(self.threshold)):
-                raise UsageError(f"threshold is at least 0, not {self.threshold}")
-            if self.sparsity is not None or self.pattern:
-                raise UsageError("threshold goes with neither sparsity nor pattern")
         if self.zeros.of and self.sparsity is not None:
             raise UsageError(f"pattern {self.pattern} leaves no choice of sparsity")
+        if self.threshold is None:
+            return
+        if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+            raise UsageError(f"threshold is a number from 0 on, not {self.threshold}")
+        if self.sparsity is not None or self.pattern:
+            raise UsageError("threshold goes with neither sparsity nor pattern")
+        if self.importance not in ("auto", "magnitude"):
+            raise UsageError("threshold is one of magnitude; leave out importance")
 
     @cached_property
     def zeros(self) -> Pattern:
         """The pattern, read."""
-        found = _PATTERN.fullmatch(self.pattern)
         if not self.pattern:
             return Pattern()
+        found = _PATTERN.fullmatch(self.pattern)
         if found is None:
             raise UsageError(
-                f"pattern is N:M such as 2:4, or blocks such as 4x1, not {self.pattern}"
+                f"pattern is N:M such as 2:4, or blocks such as 4x1, not "
+                f"{self.pattern[:40]!r}"
             )
         keep, of, rows, columns = (int(part or 0) for part in found.groups())
         if of:
             if not 0 < keep < of <= 1024:
-                raise UsageError(
-                    f"pattern {self.pattern} keeps {keep} of {of}; 0 < N < M <= 1024"
-                )
+                raise UsageError(f"pattern {self.pattern}: N:M needs 0 < N < M <= 1024")
             return Pattern(keep=keep, of=of)
         if not (0 < rows <= 4096 and 0 < columns <= 4096):
-            raise UsageError(f"blocks of {self.pattern} do not exist; sizes are 1-4096")
+            raise UsageError(f"pattern {self.pattern}: blocks are 1x1 to 4096x4096")
         return Pattern(rows=rows, columns=columns)
 
     @property
@@ -116,53 +178,70 @@ class Prune(SitePass):
     # --- plan ---------------------------------------------------------------------
 
     def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
-        """List the weights to prune, each with its share of the zeros."""
+        """List the weights to prune, each with its share of the zeros.
+
+        Raises:
+            UsageError: The importance asked for needs data that is not there.
+        """
         found = self._layers(model, ctx)
-        if not found:
-            return []
-        weights = [layer.weight for layer in found]
-        present = [_count_zeros(weight) for weight in weights]
-        paths = self._paths(found, present, ctx)
+        studies = self._studies(model, found, ctx)
+        sources = [self._source(layer, studies[layer.name]) for layer in found]
+        present = [_count_zeros(source) for source in sources]
+        paths = self._paths(found, studies, sources, present, ctx)
         sites = []
         for layer, path, zero in zip(found, paths, present, strict=True):
-            size = layer.weight.size
-            detail: dict[str, object] = {
-                "sparsity": path[-1] / size,
-                "importance": "magnitude",
-            }
-            if self.pattern:
-                detail["pattern"] = self.pattern
-            if path[-1] <= zero:
-                ctx.skipped(layer.name, f"{zero / size:.1%} of it is zero already")
+            study = studies[layer.name]
+            total = self._total(layer)
+            if self.zeros.of and not self._breaks_pattern(layer, study):
+                ctx.skipped(layer.name, f"it keeps {self.pattern} already")
                 continue
-            bits = bits_of(layer.weight.data_type)
-            saved = _stored_bytes(size, zero, bits) - _stored_bytes(
-                size, path[-1], bits
-            )
-            sites.append(
-                PruneSite(
-                    layer.name,
-                    layer.kind,
-                    max(0, saved),
-                    detail=detail,
-                    path=() if self.zeros.of else tuple(path),
-                )
-            )
+            if not self.zeros.of and path[-1] <= zero:
+                share = f"{zero / total:.1%} of it is zero already"
+                ctx.skipped(layer.name, f"{share}; its share is {path[-1] / total:.1%}")
+                continue
+            sites.append(self._site(layer, study, tuple(path), zero))
         return sites
+
+    def _site(
+        self, layer: Layer, study: _Study, path: tuple[int, ...], zero: int
+    ) -> Site:
+        total = self._total(layer)
+        detail: dict[str, object] = {"sparsity": path[-1] / total}
+        if self.threshold is not None:
+            detail["threshold"] = self.threshold
+        if self.pattern:
+            detail["pattern"] = self.pattern
+        detail["importance"] = study.measure
+        bits = bits_of(layer.weight.data_type)
+        size = layer.weight.size
+        before = _stored_bytes(size, size * zero // total, bits)
+        after = _stored_bytes(size, size * path[-1] // total, bits)
+        return PruneSite(
+            layer.name,
+            layer.kind,
+            max(0, before - after),
+            detail=detail,
+            path=() if self.zeros.of else path,
+            total=total,
+        )
 
     def _layers(self, model: Model, ctx: Context) -> list[Layer]:
         roles: list[Role] = ["weight"]
-        if "tables" in self.also:
-            roles.append("table")
-        if "biases" in self.also:
-            roles.append("bias")
+        roles += ["table"] if "tables" in self.also else []
+        roles += ["bias"] if "biases" in self.also else []
         found = []
+        seen = False
         for layer in layers.find(model, only=self.only, skip=self.skip, roles=roles):
-            why = layer.why_not or _unusable(layer.weight) or self._unfit(layer)
+            seen = True
+            why = layer.why_not or self._unfit(layer) or _unusable(layer.weight)
             if why:
                 ctx.skipped(layer.name, why)
             else:
                 found.append(layer)
+        if not seen:
+            what = "only and skip choose" if self.only or self.skip else "there is"
+            kinds = " or ".join(["Conv, Gemm, MatMul, recurrent node", *self.also])
+            ctx.skipped(self.name, f"{what} no weight of a {kinds}")
         return found
 
     def _unfit(self, layer: Layer) -> str:
@@ -176,29 +255,61 @@ class Prune(SitePass):
             return f"it has {inputs} inputs, too few for {self.pattern}"
         return ""
 
+    def _total(self, layer: Layer) -> int:
+        """Return how many entries, or blocks, a layer has."""
+        if self.zeros.is_blocks:
+            return math.prod(self.zeros.blocks(layer.layout.matrices_shape))
+        return layer.weight.size
+
+    def _source(self, layer: Layer, study: _Study) -> Source:
+        """Return what is compared within a layer and, in global scope, among layers."""
+        if study.squares is not None:
+            return _Energies(layer.weight.tensor, layer.layout, study, self.zeros)
+        if self.zeros.is_blocks:
+            return _Energies(layer.weight.tensor, layer.layout, None, self.zeros)
+        return layer.weight.tensor
+
     def _paths(
-        self, found: Sequence[Layer], present: Sequence[int], ctx: Context
-    ) -> list[list[int]]:
+        self,
+        found: Sequence[Layer],
+        studies: Mapping[str, _Study],
+        sources: Sequence[Source],
+        present: Sequence[int],
+        ctx: Context,
+    ) -> list[Sequence[int]]:
         """Return for each layer its zeros at strengths 0, 1/32, ..., 1."""
-        sizes = [layer.weight.size for layer in found]
-        if self.threshold is not None:
-            ends = [_count_below(layer.weight, self.threshold) for layer in found]
-            return [
-                _counts(size, zero, end / size)
-                for size, zero, end in zip(sizes, present, ends, strict=True)
-            ]
         if self.zeros.of:
-            kept = [self._kept(layer) for layer in found]
-            return [[s - k] for s, k in zip(sizes, kept, strict=True)]
-        if self.scope == "local" or len(found) == 1:
+            return [[layer.weight.size - self._kept(layer)] for layer in found]
+        if self.threshold is not None:
             return [
-                _counts(size, zero, self.target)
-                for size, zero in zip(sizes, present, strict=True)
+                _counts(source.size, zero, _share_below(source, self.threshold))
+                for source, zero in zip(sources, present, strict=True)
             ]
-        totals = _counts(sum(sizes), sum(present), self.target)
-        sources = [layer.weight.tensor for layer in found]
-        shares = [smallest(sources, total, ctx.map) for total in totals]
-        return [list(path) for path in zip(*shares, strict=True)]
+        paths: list[Sequence[int]] = [
+            _counts(source.size, zero, self.target)
+            for source, zero in zip(sources, present, strict=True)
+        ]
+        if self.scope == "local":
+            return paths
+        measures = {studies[layer.name].measure for layer in found}
+        for measure in sorted(measures):
+            mine = [
+                i for i, s in enumerate(found) if studies[s.name].measure == measure
+            ]
+            totals = _counts(
+                sum(sources[i].size for i in mine),
+                sum(present[i] for i in mine),
+                self.target,
+            )
+            removals = [studies[found[i].name].removal for i in mine]
+            known = [removal for removal in removals if removal is not None]
+            if measure == "obs":
+                divisions = allocate(known, totals)
+            else:
+                divisions = smallest([sources[i] for i in mine], totals, ctx.map)
+            for column, i in enumerate(mine):
+                paths[i] = [division[column] for division in divisions]
+        return paths
 
     def _kept(self, layer: Layer) -> int:
         """Return how many entries an N:M pattern keeps at most."""
@@ -207,10 +318,17 @@ class Prune(SitePass):
         keep = self.zeros.keep
         return groups * outputs * (runs * keep + min(rest, keep))
 
+    def _breaks_pattern(self, layer: Layer, study: _Study) -> bool:
+        matrices = layer.layout.matrices(layer.weight.read())
+        mask = study.mask
+        if mask is None:
+            mask = self.zeros.drop(_energy(matrices, study))
+        return bool((matrices[mask] != 0).any())
+
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Return the site with fewer zeros.
 
-        The share of weights that stay goes from all to as listed in equal ratios, not
+        The share of weights that stays goes from all to as listed in equal ratios, not
         in equal steps: what a file's size depends on is what stays. Under
         ``scope=global`` all sites at one strength are the global choice at a lower
         sparsity. An N:M pattern has nothing in between.
@@ -219,53 +337,274 @@ class Prune(SitePass):
             return site
         if strength <= 0 or not isinstance(site, PruneSite) or not site.path:
             return None
-        at = np.interp(strength * _STEPS, np.arange(len(site.path)), site.path)
-        size = site.path[-1] / float(str(site.detail["sparsity"]))
-        sparsity = int(at) / size
-        return PruneSite(
-            site.where,
-            site.kind,
-            int(site.bytes_saved * strength),
-            detail={**site.detail, "sparsity": sparsity},
-            path=site.path,
+        at = np.interp(strength * STEPS, np.arange(len(site.path)), site.path)
+        zeros = int(at)
+        if zeros <= site.path[0]:
+            return None
+        detail = {k: v for k, v in site.detail.items() if k != "threshold"}
+        return replace(
+            site,
+            bytes_saved=int(site.bytes_saved * strength),
+            detail={**detail, "sparsity": zeros / site.total},
         )
+
+    # --- what activations say -----------------------------------------------------
+
+    def _measure(self, ctx: Context) -> Measure:
+        has_data = ctx.samples.calibration is not None and not ctx.samples.random
+        if self.importance == "auto":
+            return "obs" if has_data and self.threshold is None else "magnitude"
+        wanted: Measure = "obs" if self.importance == "sparsegpt" else self.importance
+        if wanted != "magnitude" and not has_data:
+            raise UsageError(
+                f"importance={self.importance} needs calibration data; give --data, or "
+                "importance=magnitude"
+            )
+        return wanted
+
+    def _studies(
+        self, model: Model, found: Sequence[Layer], ctx: Context
+    ) -> dict[str, _Study]:
+        """Study each layer's inputs, all in one run; what was studied is remembered."""
+        measure = self._measure(ctx)
+        studies: dict[str, _Study] = {}
+        watched: list[tuple[Layer, Measure, list[tuple[str, Statistic]]]] = []
+        visible = {id(tensor) for tensor in model.graph.inputs}
+        visible |= {id(t) for node in model.graph.nodes for t in node.outputs}
+        for layer in found:
+            key = self._key(layer, measure)
+            if key in ctx.cache:
+                studies[layer.name] = ctx.cache[key]
+                continue
+            studies[layer.name] = _Study(layer.weight.tensor)
+            if measure == "magnitude":
+                continue
+            mine: Measure = measure
+            if layer.layout.matrices_shape[2] > MAX_INPUTS:
+                mine = "wanda"
+            seen = layer.watched("gram" if mine == "obs" else "norm")
+            if seen is not None and all(id(tensor) in visible for tensor, _ in seen):
+                pairs = [(tensor.name, statistic) for tensor, statistic in seen]
+                watched.append((layer, mine, pairs))
+        if not watched:
+            return studies
+        fed = _fed(model, [pair for _, _, pairs in watched for pair in pairs], ctx)
+        tasks = []
+        for layer, mine, pairs in watched:
+            statistics = [fed[name, statistic.key] for name, statistic in pairs]
+            tasks.append(self._task(model, layer, mine, statistics))
+        with threadpool_limits(1):
+            done = ctx.map(_study, tasks, "studying weights")
+        for (layer, _, _), study in zip(watched, done, strict=True):
+            study = replace(study, tensor=layer.weight.tensor)
+            ctx.cache[self._key(layer, measure)] = study
+            studies[layer.name] = study
+        return studies
+
+    def _key(self, layer: Layer, measure: Measure) -> tuple[object, ...]:
+        # The study holds the tensor, so its identity is not used again.
+        adjusts = "biases" not in self.also
+        return ("prune", id(layer.weight.tensor), measure, self.pattern, adjusts)
+
+    def _task(
+        self,
+        model: Model,
+        layer: Layer,
+        measure: Measure,
+        statistics: Sequence[Statistic],
+    ) -> _Task:
+        tensor, layout = layer.weight.tensor, layer.layout
+        if measure == "wanda":
+            squares = layers.norms(layer, statistics)
+            return _Task(tensor, layout, _Study(tensor, "wanda", squares), self.zeros)
+        gram, mean, rows = layers.gram(layer, statistics)
+        adjusts = "biases" not in self.also and layers.bias_of(model, layer) is not None
+        study = _Study(
+            tensor,
+            "obs",
+            curvature=Curvature.of(gram, mean if adjusts else None, rows),
+            mean=mean if adjusts else None,
+        )
+        return _Task(tensor, layout, study, self.zeros)
 
     # --- act ----------------------------------------------------------------------
 
     def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
         """Zero one weight's least important entries."""
-        weight = model.weight(site.where)
-        sparsity = float(str(site.detail["sparsity"]))
-        count = round(sparsity * weight.size)
-        if self.pattern:
-            layer = next(layers.find(model, only=[site.where]))
-            values = self._patterned(layer, count)
-        else:
-            values = zero_smallest(weight.tensor, count, weight.dtype)
-        model.set_weight(weight, values.reshape(weight.shape))
-        ctx.did(weight.name, f"{sparsity:.1%} zero, by magnitude")
+        self.rewrite_all(model, [site], ctx)
 
-    def _patterned(self, layer: Layer, count: int) -> NDArray[Any]:
-        values = layer.weight.read()
-        matrices = layer.layout.matrices(values)
-        energy = np.square(matrices.astype(np.float32))
-        if self.zeros.of:
-            mask = self.zeros.drop(energy)
-        else:
-            scores = self.zeros.scores(energy)
-            blocks = round(count / values.size * scores.size)
-            chosen = choose_smallest(ArrayTensor(scores), blocks)
-            mask = self.zeros.spread(chosen.reshape(scores.shape), matrices.shape)
-        pruned = np.where(mask, matrices.dtype.type(0), matrices)
-        return layer.layout.array(pruned)
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        """Zero the least important entries of several weights."""
+        found = {layer.name: layer for layer in layers.find(model, roles=_ROLES)}
+        # What is seen of activations must not depend on which sites were done before.
+        everything = self._layers(model, replace(ctx, left=[]))
+        studies = self._studies(model, everything, ctx)
+        tasks = []
+        for site in sites:
+            layer, study = found[site.where], studies[site.where]
+            share = float(str(site.detail["sparsity"]))
+            zeros = round(share * self._total(layer))
+            tasks.append(
+                _Task(layer.weight.tensor, layer.layout, study, self.zeros, zeros)
+            )
+        with threadpool_limits(1):
+            results = ctx.map(_prune, tasks, self.name)
+        for site, (values, shift) in zip(sites, results, strict=True):
+            layer = found[site.where]
+            model.set_weight(layer.weight, values)
+            zeros = _count_zeros(layer.weight.tensor)
+            words = (
+                f"{zeros / layer.weight.size:.1%} zero, by {site.detail['importance']}"
+            )
+            bias = layers.bias_of(model, layer) if shift is not None else None
+            if bias is not None and shift is not None:
+                moved = bias.read().astype(np.float64) + shift.reshape(bias.shape)
+                model.set_weight(bias, moved.astype(bias.dtype))
+                words += f"; {bias.name} adjusted"
+            ctx.did(layer.name, words)
 
 
-def _count_zeros(weight: Weight) -> int:
-    return sum(int((chunk == 0).sum()) for chunk in weight.chunks())
+# --- one weight -----------------------------------------------------------------------
 
 
-def _count_below(weight: Weight, threshold: float) -> int:
-    return sum(int((np.abs(chunk) < threshold).sum()) for chunk in weight.chunks())
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One weight to study or to prune, with all that this takes."""
+
+    tensor: LazyTensor
+    layout: Layout
+    study: _Study
+    zeros: Pattern
+    count: int = 0
+
+
+def _study(task: _Task) -> _Study:
+    """Find what obs will remove; wanda needs nothing more."""
+    study, curvature = task.study, task.study.curvature
+    if curvature is None:
+        return study
+    matrices = task.layout.matrices(task.tensor.read()).astype(np.float64)
+    if task.zeros.of:
+        return replace(study, mask=pattern_mask(matrices, curvature, task.zeros))
+    blocks = task.zeros if task.zeros.is_blocks else None
+    return replace(study, removal=removal_order(matrices, curvature, blocks))
+
+
+def _prune(task: _Task) -> tuple[Array, Array | None]:
+    """Return a weight's new values, and what its bias gains."""
+    study, tensor, zeros = task.study, task.tensor, task.zeros
+    if study.measure == "magnitude" and not (zeros.of or zeros.is_blocks):
+        flat = zero_smallest(tensor, task.count, tensor.dtype)
+        return flat.reshape(tensor.shape), None
+    matrices = task.layout.matrices(tensor.read())
+    mask = _mask(task, matrices)
+    if study.curvature is None:
+        pruned = np.where(mask, np.zeros((), matrices.dtype), matrices)
+        return task.layout.array(pruned), None
+    wide = matrices.astype(np.float64)
+    values = refit(wide, study.curvature, ~mask)
+    new = values.astype(matrices.dtype)
+    # Half precision has little room: where the new values do not fit, the old ones do.
+    if not np.isfinite(new.astype(np.float64)).all():
+        new = np.where(mask, np.zeros((), matrices.dtype), matrices)
+    if study.mean is None:
+        return task.layout.array(new), None
+    shift = np.einsum("goi,gi->go", wide - new.astype(np.float64), study.mean)
+    return task.layout.array(new), shift
+
+
+def _mask(task: _Task, matrices: Array) -> Array:
+    """Return which entries of [groups, outputs, inputs] go."""
+    study, zeros = task.study, task.zeros
+    if study.mask is not None:
+        return study.mask
+    if study.removal is not None:
+        gone = study.removal.rank < task.count
+        return zeros.spread(gone, matrices.shape) if zeros.is_blocks else gone
+    energy = _energy(matrices, study)
+    if zeros.of:
+        return zeros.drop(energy)
+    if zeros.is_blocks:
+        scores = zeros.scores(energy)
+        chosen = choose_smallest(ArrayTensor(scores), task.count)
+        return zeros.spread(chosen.reshape(scores.shape), matrices.shape)
+    return _by_row(energy, task.count)
+
+
+def _by_row(energy: Array, count: int) -> Array:
+    """Choose the smallest of each row, as many in each, ``count`` together."""
+    mask = np.zeros(energy.shape, np.bool_)
+    rows = energy.reshape(-1, energy.shape[-1])
+    flat = mask.reshape(rows.shape)
+    each, more = divmod(count, len(rows))
+    for index, row in enumerate(rows):
+        wanted = each + (index < more)
+        flat[index, np.argsort(row, kind="stable")[:wanted]] = True
+    return mask
+
+
+def _energy(matrices: Array, study: _Study | None) -> Array:
+    """Return what each entry is worth, float32: ``w^2``, times ``||x||^2`` if known."""
+    energy = np.square(matrices.astype(np.float32))
+    if study is not None and study.squares is not None:
+        energy = energy * study.squares[:, None, :].astype(np.float32)
+    return np.asarray(energy)
+
+
+@dataclass(frozen=True, eq=False)
+class _Energies:
+    """Worth of a layer's entries or blocks, as shares of all of it where data says so.
+
+    By magnitude they are comparable among layers as they are.
+    """
+
+    tensor: LazyTensor
+    layout: Layout
+    study: _Study | None
+    zeros: Pattern
+
+    @property
+    def size(self) -> int:
+        """Number of entries or blocks."""
+        shape = self.layout.matrices_shape
+        return math.prod(self.zeros.blocks(shape) if self.zeros.is_blocks else shape)
+
+    def chunks(self, _: int) -> Iterator[Array]:
+        """Yield them in one piece."""
+        energy = _energy(self.layout.matrices(self.tensor.read()), self.study)
+        if self.study is not None:
+            energy /= float(energy.sum(dtype=np.float64)) or 1.0
+        if self.zeros.is_blocks:
+            energy = self.zeros.scores(energy)
+        yield energy.reshape(-1)
+
+
+def _fed(
+    model: Model, wanted: Sequence[tuple[str, Statistic]], ctx: Context
+) -> dict[tuple[str, object], Statistic]:
+    """Gather several statistics, more than one of a tensor if need be, in one run."""
+    by_name: dict[str, dict[object, Statistic]] = {}
+    for name, statistic in wanted:
+        by_name.setdefault(name, {}).setdefault(statistic.key, statistic)
+    request = {
+        name: Multi(**{str(i): s for i, s in enumerate(parts.values())})
+        for name, parts in by_name.items()
+    }
+    fed: dict[tuple[str, object], Statistic] = {}
+    for name, multi in ctx.statistics(model, request).items():
+        assert isinstance(multi, Multi)
+        for part in multi.parts.values():
+            fed[name, part.key] = part
+    return fed
+
+
+def _count_zeros(source: Source) -> int:
+    return sum(int((chunk == 0).sum()) for chunk in source.chunks(8 << 20))
+
+
+def _share_below(source: Source, threshold: float) -> float:
+    below = sum(int((np.abs(c) < threshold).sum()) for c in source.chunks(8 << 20))
+    return below / source.size
 
 
 def _unusable(weight: Weight) -> str:
@@ -284,16 +623,14 @@ def _counts(size: int, present: int, sparsity: float) -> list[int]:
     end = max(present, math.floor(sparsity * size + 0.5))
     left, last = size - present, size - end
     if not left:
-        return [size] * (_STEPS + 1)
+        return [size] * (STEPS + 1)
     ratio = max(last, 1) / left
-    path = [size - round(left * ratio ** (k / _STEPS)) for k in range(_STEPS)]
-    return [*path, end]
+    return [*(size - round(left * ratio ** (k / STEPS)) for k in range(STEPS)), end]
 
 
 def _stored_bytes(size: int, zeros: int, bits: int) -> int:
     """Estimate what a tensor takes in a file: plain, bit mask, or gaps."""
     left = size - zeros
     values = left * bits
-    mask = size + values
     gaps = [left * g + values + size * g // (1 << g) for g in (4, 8)]
-    return min(size * bits, mask, *gaps) // 8
+    return min(size * bits, size + values, *gaps) // 8

@@ -19,10 +19,34 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxshrink.analysis.statistics import (
+    ChannelNorm,
+    ConvGram,
+    ConvNorm,
+    ConvWindow,
+    Gram,
+    Statistic,
+)
 from onnxshrink.base import selected
+from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, Weight, attribute
 
-__all__ = ["FLOATS", "Layer", "Layout", "Use", "find", "is_float"]
+__all__ = [
+    "FLOATS",
+    "Layer",
+    "Layout",
+    "Use",
+    "bias_of",
+    "find",
+    "gram",
+    "is_float",
+    "norms",
+]
+
+Array = NDArray[np.float64]
+
+POSITIONS = 256
+"""Output positions of a sample that a convolution's Gram matrix is made of."""
 
 FLOATS = frozenset(
     {
@@ -128,6 +152,28 @@ class Layer:
     def kind(self) -> str:
         """Operator type of the first use."""
         return str(self.uses[0].node.op)
+
+    def watched(
+        self, what: Literal["gram", "norm"]
+    ) -> tuple[tuple[gs.Tensor, Statistic], ...] | None:
+        """Return the activations the weight multiplies, each with an empty statistic.
+
+        Args:
+            what: ``gram`` for what ``gram`` reads, ``norm`` for ``norms``.
+
+        Returns:
+            ``None`` if a use has inputs that no statistic covers: a table, a bias, a
+            recurrent layer that does not give its states.
+        """
+        if any(use.layout != self.layout for use in self.uses):
+            return None
+        found = []
+        for use in self.uses:
+            tensor = _multiplied(use)
+            if tensor is None:
+                return None
+            found.append((tensor[0], _statistic(use, tensor[1], what)))
+        return tuple(found)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -279,6 +325,123 @@ def _use(node: Node, index: int, shape: tuple[int, ...]) -> Use | None:
     return None
 
 
+def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
+    """Return what a use multiplies the weight with, and the axis of its channels."""
+    node, index, layout = use.node, use.index, use.layout
+    groups = layout.matrices_shape[0]
+    if use.role != "weight":
+        return None
+    if node.op in {"Conv", "ConvTranspose"}:
+        return node.inputs[0], 1
+    if node.op == "Gemm":
+        transposed = bool(attribute(node, "transA" if index else "transB", 0))
+        return node.inputs[1 - index], -1 if transposed != bool(index) else -2
+    if node.op == "MatMul":
+        axis = -1 if index or len(layout.shape) == 1 else -2
+        return (node.inputs[1 - index], axis) if groups == 1 else None
+    if index == 1:
+        return node.inputs[0], -1
+    if groups == 1 and node.outputs and node.outputs[0].name:
+        # Every state but the first and the last is an input of the next step.
+        return node.outputs[0], -1
+    return None
+
+
+def _statistic(use: Use, axis: int, what: Literal["gram", "norm"]) -> Statistic:
+    # ConvTranspose: what one input pixel gives each output pixel is an output of its
+    # own; that outputs of neighbours overlap is left out of account.
+    if use.node.op == "Conv":
+        window = ConvWindow.of(use.node.attrs, use.layout.shape)
+        if what == "gram":
+            return ConvGram(window, positions=POSITIONS)
+        return ConvNorm(window)
+    return Gram(axis) if what == "gram" else ChannelNorm(axis)
+
+
+def norms(layer: Layer, statistics: Sequence[Statistic]) -> Array:
+    """Return the sum of squares of each input, [groups, inputs].
+
+    Args:
+        layer: The layer.
+        statistics: Those of ``layer.watched("norm")``, fed.
+    """
+    groups, _, inputs = layer.layout.matrices_shape
+    total = np.zeros((groups, inputs))
+    for part in statistics:
+        if not isinstance(part, (ChannelNorm, ConvNorm)) or part.squares is None:
+            raise ModelError(f"nothing was seen of the inputs of {layer.name}")
+        if part.squares.size != total.size:
+            raise ModelError(
+                f"{layer.name} has {total.size} inputs, but {part.squares.size} were "
+                "seen in its activations"
+            )
+        total += part.squares.reshape(total.shape)
+    return total
+
+
+def gram(layer: Layer, statistics: Sequence[Statistic]) -> tuple[Array, Array, int]:
+    """Return ``X^T X`` [groups, inputs, inputs], the mean input and the rows.
+
+    Args:
+        layer: The layer.
+        statistics: Those of ``layer.watched("gram")``, fed.
+    """
+    groups, _, inputs = layer.layout.matrices_shape
+    total = np.zeros((groups, inputs, inputs))
+    sums, rows = np.zeros((groups, inputs)), 0
+    for part in statistics:
+        if not isinstance(part, (Gram, ConvGram)) or part.matrix is None:
+            raise ModelError(f"nothing was seen of the inputs of {layer.name}")
+        matrix, seen = part.matrix, part.sums
+        if layer.kind == "ConvTranspose" and groups > 1:
+            blocks = matrix.reshape(groups, inputs, groups, inputs)
+            matrix = np.einsum("gigj->gij", blocks)
+            seen = np.asarray(seen).reshape(groups, inputs)
+        if matrix.shape[-1] != inputs:
+            raise ModelError(
+                f"{layer.name} has {inputs} inputs, but {matrix.shape[-1]} were "
+                "seen in its activations"
+            )
+        total += matrix
+        sums += np.asarray(seen)
+        rows += part.rows
+    return total, sums / max(rows, 1), rows
+
+
+def bias_of(model: Model, layer: Layer) -> Weight | None:
+    """Return the bias that is added to the layer's outputs, if it is free to change.
+
+    That is one value for each output, read by this layer's only node and no other.
+    """
+    if len(layer.uses) != 1:
+        return None
+    node = layer.uses[0].node
+    groups, outputs, _ = layer.layout.matrices_shape
+    tensor: gs.Tensor | None = None
+    reader, at = node, 2
+    if node.op in {"Conv", "Gemm"} and layer.uses[0].index == 1:
+        plain = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
+        if plain == (1.0, 1.0) and len(node.inputs) > 2:
+            tensor = node.inputs[2]
+    elif (
+        node.op == "MatMul"
+        and layer.uses[0].index == 1
+        and len(layer.layout.shape) == 2
+    ):
+        readers = list(dict.fromkeys(node.outputs[0].outputs))
+        if len(readers) == 1 and readers[0].op == "Add":
+            reader = readers[0]
+            at = 1 if reader.inputs[0] is node.outputs[0] else 0
+            tensor = reader.inputs[at]
+    bias = None if tensor is None or not tensor.name else model.constant(tensor)
+    if bias is None or not is_float(bias) or bias.is_input or bias.is_output:
+        return None
+    if bias.size != groups * outputs or bias.shape[-1] != bias.size:
+        return None
+    free = bias.uses == ((reader, at),)
+    return bias if free else None
+
+
 def _is_bias(node: Node, index: int) -> bool:
     if node.op in {"Conv", "ConvTranspose", "Gemm"}:
         return index == 2
@@ -309,12 +472,13 @@ def _weight_layout(node: Node, index: int, shape: tuple[int, ...]) -> Layout | N
         transposed = bool(attribute(node, "transB" if index else "transA", 0))
         # [outputs, inputs] is B transposed, or A as it is.
         straight = transposed == bool(index)
-        return Layout(shape, (1, *shape), (0, 1, 2) if straight else (0, 2, 1))
+        matrix = (1, shape[0], shape[1])
+        return Layout(shape, matrix, (0, 1, 2) if straight else (0, 2, 1))
     if node.op == "MatMul" and index in (0, 1):
         if rank == 1:
             return Layout(shape, (1, 1, shape[0]))
-        split = (math.prod(shape[:-2]), shape[-2], shape[-1])
-        return Layout(shape, split, (0, 2, 1) if index else (0, 1, 2))
+        stacked = (math.prod(shape[:-2]), shape[-2], shape[-1])
+        return Layout(shape, stacked, (0, 2, 1) if index else (0, 1, 2))
     if node.op in RECURRENT and index in (1, 2) and rank == 3:
         return Layout(shape, (shape[0], shape[1], shape[2]))
     return None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.errors import ModelError
 
-__all__ = ["Pattern", "Source", "is_finite", "smallest", "zero_below", "zero_smallest"]
+__all__ = ["Pattern", "Source", "choose_smallest", "smallest", "zero_smallest"]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = 0x7F800000
@@ -27,7 +27,6 @@ _HIGH_BINS = 1 << 16
 _CHUNK = 4 << 20
 
 Floats = NDArray[Any]
-Indices = NDArray[np.intp]
 
 
 class Source(Protocol):
@@ -37,7 +36,7 @@ class Source(Protocol):
     def size(self) -> int:
         """Number of values."""
 
-    def chunks(self, nbytes: int = ..., /) -> Iterable[NDArray[Any]]:
+    def chunks(self, nbytes: int, /) -> Iterable[NDArray[Any]]:
         """Yield the values in C order."""
 
 
@@ -47,75 +46,92 @@ def magnitude_bits(values: NDArray[Any]) -> NDArray[np.uint32]:
     return narrow.view(np.uint32) & _MAGNITUDE
 
 
-def _histogram(task: tuple[Source, int | None]) -> NDArray[np.int64]:
-    """Count patterns by their high half, or by the low half within one high half."""
-    source, high = task
-    bins = _HIGH_BINS if high is None else 1 << _LOW_BITS
-    counts = np.zeros(bins, np.int64)
+def _histogram(task: tuple[Source, tuple[int, ...]]) -> NDArray[np.int64]:
+    """Count patterns by their high half, or by the low half within some high halves.
+
+    Returns:
+        int64 [65536], or [high halves, 32768].
+    """
+    source, highs = task
+    counts = np.zeros((len(highs), 1 << _LOW_BITS) if highs else _HIGH_BINS, np.int64)
     for chunk in source.chunks(_CHUNK):
         bits = magnitude_bits(chunk)
         top = bits >> np.uint32(_LOW_BITS)
-        if high is None:
-            part = top
-        else:
+        if not highs:
+            counts += np.bincount(top, minlength=_HIGH_BINS)
+        for row, high in enumerate(highs):
             part = bits[top == high] & _LOW
-        counts += np.bincount(part, minlength=bins)
+            counts[row] += np.bincount(part, minlength=1 << _LOW_BITS)
     return counts
 
 
 def smallest(
     sources: Sequence[Source],
-    count: int,
+    counts: Sequence[int],
     run: Callable[..., list[NDArray[np.int64]]] | None = None,
-) -> tuple[int, ...]:
-    """Return how many of each source are among the ``count`` smallest magnitudes.
+) -> list[list[int]]:
+    """Return how many of each source are among the smallest magnitudes of all.
 
-    Values are compared as float32. Two passes over the data, whatever its size.
+    Values are compared as float32. Two passes over the data, whatever its size and
+    however many counts are asked for.
 
     Args:
         sources: Where the values are.
-        count: How many are chosen, of all sources together.
+        counts: How many are chosen, of all sources together.
         run: ``run(function, tasks)``, such as ``Context.map``.
+
+    Returns:
+        For each count, the number from each source; they add up to the count.
 
     Raises:
         ModelError: There is a NaN among the values.
     """
+    run = run or (lambda function, tasks: [function(task) for task in tasks])
     total = sum(source.size for source in sources)
-    count = min(max(count, 0), total)
-    if not count:
-        return (0,) * len(sources)
-
-    def histograms(high: int | None) -> list[NDArray[np.int64]]:
-        tasks = [(source, high) for source in sources]
-        return [_histogram(t) for t in tasks] if run is None else run(_histogram, tasks)
-
-    coarse = histograms(None)
+    coarse = run(_histogram, [(source, ()) for source in sources])
     whole = np.sum(coarse, axis=0)
     if whole[(_INFINITY >> _LOW_BITS) + 1 :].any():
         raise ModelError("a weight holds NaN")
-    high = int(np.searchsorted(np.cumsum(whole), count))
-    below = [int(part[:high].sum()) for part in coarse]
-    fine = histograms(high)
-    whole = np.sum(fine, axis=0)
+    ends = np.cumsum(whole)
+    wanted = [min(max(count, 0), total) for count in counts]
+    highs = {c: int(np.searchsorted(ends, c)) for c in wanted if c}
+    bins = tuple(sorted(set(highs.values())))
+    fine = run(_histogram, [(source, bins) for source in sources]) if bins else []
+    divisions = []
+    for count in wanted:
+        if not count:
+            divisions.append([0] * len(sources))
+            continue
+        high = highs[count]
+        halves = [part[bins.index(high)] for part in fine]
+        below = [int(part[:high].sum()) for part in coarse]
+        divisions.append(_divided(below, halves, count))
+    return divisions
+
+
+def _divided(
+    below: Sequence[int], halves: Sequence[NDArray[np.int64]], count: int
+) -> list[int]:
+    """Finish a selection from the counts of low halves within one high half."""
     missing = count - sum(below)
-    low = int(np.searchsorted(np.cumsum(whole), missing))
-    chosen = [b + int(f[:low].sum()) for b, f in zip(below, fine, strict=True)]
+    low = int(np.searchsorted(np.cumsum(np.sum(halves, axis=0)), missing))
+    chosen = [b + int(h[:low].sum()) for b, h in zip(below, halves, strict=True)]
     ties = count - sum(chosen)
-    for index, part in enumerate(fine):
-        taken = min(ties, int(part[low]))
+    for index, half in enumerate(halves):
+        taken = min(ties, int(half[low]))
         chosen[index] += taken
         ties -= taken
-    return tuple(chosen)
+    return chosen
 
 
 def _cut(source: Source, count: int) -> tuple[int, int]:
     """Return the pattern of the count-th smallest, and how many equal to it to take."""
-    coarse = _histogram((source, None))
+    coarse = _histogram((source, ()))
     if coarse[(_INFINITY >> _LOW_BITS) + 1 :].any():
         raise ModelError("a weight holds NaN")
     high = int(np.searchsorted(np.cumsum(coarse), count))
     missing = count - int(coarse[:high].sum())
-    fine = _histogram((source, high))
+    fine = _histogram((source, (high,)))[0]
     low = int(np.searchsorted(np.cumsum(fine), missing))
     return (high << _LOW_BITS) | low, missing - int(fine[:low].sum())
 
@@ -166,23 +182,6 @@ def zero_smallest(source: Source, count: int, dtype: np.dtype[Any]) -> NDArray[A
             ties -= equal.size
         at += bits.size
     return out
-
-
-def zero_below(source: Source, threshold: float, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return a flat copy in which what is smaller than ``threshold`` is zero."""
-    out = np.empty(source.size, dtype)
-    at = 0
-    for chunk in source.chunks(_CHUNK):
-        part = out[at : at + chunk.size]
-        part[...] = chunk
-        part[np.abs(chunk) < threshold] = 0
-        at += chunk.size
-    return out
-
-
-def is_finite(source: Source) -> bool:
-    """Whether no value is NaN or infinite."""
-    return all(bool(np.isfinite(chunk).all()) for chunk in source.chunks(_CHUNK))
 
 
 @dataclass(frozen=True)
