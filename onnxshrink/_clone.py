@@ -56,15 +56,15 @@ def _tensor(tensor: gs.Tensor, mapping: dict[int, Any]) -> gs.Tensor:
         return found
     if isinstance(tensor, gs.Constant):
         twin: Any = Constant(tensor.name, tensor_of(tensor))
-        twin.origin = getattr(tensor, "origin", None)
-        twin.origin_tensor = getattr(tensor, "origin_tensor", None)
+        twin.__dict__["origin"] = getattr(tensor, "origin", None)
+        twin.__dict__["origin_tensor"] = getattr(tensor, "origin_tensor", None)
         if "_is_new" in tensor.__dict__:
             twin.__dict__["_is_new"] = True
     else:
         shape = None if tensor.shape is None else list(tensor.shape)
         twin = Variable(tensor.name, tensor.dtype, shape)
-        twin.origin = getattr(tensor, "origin", None)
-        twin.origin_info = getattr(tensor, "origin_info", None)
+        twin.__dict__["origin"] = getattr(tensor, "origin", None)
+        twin.__dict__["origin_info"] = getattr(tensor, "origin_info", None)
     mapping[id(tensor)] = twin
     return twin
 
@@ -107,7 +107,7 @@ def _fill(
             [_tensor(tensor, mapping) for tensor in node.outputs],
             node.domain,
         )
-        copied.origin = getattr(node, "origin", None)
+        copied.__dict__["origin"] = getattr(node, "origin", None)
         overload = getattr(node, "overload", "")
         if overload:
             copied.overload = overload

@@ -1315,6 +1315,10 @@ def _disconnect(*nodes: gs.Node) -> None:
 
     for node in nodes:
         visit(node)
+    if len(gone) == 1:
+        nodes[0].inputs.clear()
+        nodes[0].outputs.clear()
+        return
     read = {id(t): t for node in gone.values() for t in node.inputs}
     made = {id(t): t for node in gone.values() for t in node.outputs}
     for tensor in read.values():

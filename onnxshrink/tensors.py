@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from abc import abstractmethod
@@ -60,6 +61,7 @@ _MAX_DENSE = 1 << 31
 hold it, and a few bytes of a hostile file could ask for any amount of memory."""
 
 
+@functools.cache
 def numpy_type(data_type: int) -> np.dtype[Any]:
     """Return the numpy dtype of an ONNX element type; ``object`` for strings.
 
