@@ -50,10 +50,14 @@ class Recipe:
 
 
 RECIPES = {
-    "lenet-300-100": Recipe(network=LeNet300, epochs=30, rate=3e-3),
-    "lenet-5": Recipe(network=LeNet5, epochs=25, rate=2e-3),
     "residual-cnn": Recipe(network=ResidualCNN, epochs=8, rate=5e-3),
-    "vit": Recipe(network=VisionTransformer, epochs=8, rate=2e-3),
+    "lenet-5": Recipe(network=LeNet5, epochs=25, rate=2e-3),
+    "lenet-300-100": Recipe(
+        network=LeNet300, epochs=50, rate=2e-3, teachers=("lenet-5",)
+    ),
+    "vit": Recipe(
+        network=VisionTransformer, epochs=12, rate=2e-3, teachers=("residual-cnn",)
+    ),
 }
 BATCH = 128
 EMA = 0.999
