@@ -55,6 +55,11 @@ class Variable(gs.Variable):  # type: ignore[misc]
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
+    @staticmethod
+    def empty() -> Variable:
+        """Return what stands for an input or output that is left out."""
+        return Variable("")
+
     def to_constant(self, *args: Any, **kwargs: Any) -> Any:
         """Become a constant, in place (graphsurgeon's name)."""
         super().to_constant(*args, **kwargs)
