@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import tempfile
+import weakref
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -359,9 +360,10 @@ class Spool:
     """Collects batches of one array in a temporary file without a name."""
 
     def __init__(self, name: str) -> None:
-        """Start empty; ``close`` or ``column`` ends it."""
+        """Start empty; the file goes with the object, what is mapped stays."""
         self._name = name
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # see finalize
+        weakref.finalize(self, self._file.close)
         self._count = 0
         self._shape: tuple[int, ...] = ()
         self._dtype: np.dtype[Any] | None = None
@@ -383,18 +385,18 @@ class Spool:
         self._file.write(np.ascontiguousarray(array).tobytes())
         self._count += len(array)
 
-    def column(self) -> Column:
-        """Return all that was collected, mapped."""
+    def whole(self) -> Array:
+        """Return all that was collected in one array, mapped."""
         assert self._dtype is not None
         shape = (self._count, *self._shape)
         if not math.prod(shape) * self._dtype.itemsize:
-            return Stored(np.zeros(shape, self._dtype))
+            return np.zeros(shape, self._dtype)
         self._file.flush()
-        return Stored(np.memmap(self._file, self._dtype, "r", 0, shape))
+        return np.memmap(self._file, self._dtype, "r", 0, shape)
 
-    def close(self) -> None:
-        """Close the file; what is mapped stays readable."""
-        self._file.close()
+    def column(self) -> Column:
+        """Return all that was collected as a column."""
+        return Stored(self.whole())
 
 
 def split_path(text: str) -> tuple[Path, str | None]:

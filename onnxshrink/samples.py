@@ -26,7 +26,6 @@ are stored flat, where the element count fits the input exactly.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -173,23 +172,21 @@ class Samples:
         """
         spools: dict[str, Spool] = {}
         count = 0
-        with contextlib.ExitStack() as files:
-            for number, batch in enumerate(batches):
-                given = batch if isinstance(batch, Mapping) else {UNNAMED: batch}
-                if number and given.keys() != spools.keys():
-                    raise ModelError(
-                        f"batch {number} has arrays {sorted(given)}, the first had "
-                        f"{sorted(spools)}"
-                    )
-                for name, array in given.items():
-                    if name not in spools:
-                        spools[name] = Spool(name)
-                        files.callback(spools[name].close)
-                    spools[name].add(np.asarray(array), number)
-                count += 1
-            if not count:
-                raise ModelError("the iterable gave no batch")
-            columns = {name: spool.column() for name, spool in spools.items()}
+        for number, batch in enumerate(batches):
+            given = batch if isinstance(batch, Mapping) else {UNNAMED: batch}
+            if number and given.keys() != spools.keys():
+                raise ModelError(
+                    f"batch {number} has arrays {sorted(given)}, the first had "
+                    f"{sorted(spools)}"
+                )
+            for name, array in given.items():
+                if name not in spools:
+                    spools[name] = Spool(name)
+                spools[name].add(np.asarray(array), number)
+            count += 1
+        if not count:
+            raise ModelError("the iterable gave no batch")
+        columns = {name: spool.column() for name, spool in spools.items()}
         return cls._made(f"{count} batches", columns, None, labels)
 
     @classmethod
@@ -831,14 +828,33 @@ class Splits:
         """Whether what measures has labels."""
         return self.evaluation is not None and self.evaluation._labels is not None
 
-    def describe(self) -> str:
-        """Say which samples serve what, in one line."""
+    def describe(self) -> tuple[str, ...]:
+        """Say which samples serve what, and what was adapted, a line each."""
+        if self.random:
+            return (self.how,)
         parts = [
             f"{name} {len(samples):,}"
             for name, samples in self._named()
             if samples is not None
         ]
-        return f"{', '.join(parts)} ({self.how})"
+        lines = [f"samples: {', '.join(parts)}; {self.how}"]
+        for _, samples in self._named():
+            lines += [] if samples is None else [f"data: {n}" for n in samples.notes]
+        return tuple(dict.fromkeys(lines))
+
+    def for_choices(self) -> Splits | None:
+        """Return splits whose ``evaluation`` is what choices may be made on.
+
+        That is the validation samples, else the calibration samples: a choice made on
+        evaluation samples would flatter the final figure.
+
+        Returns:
+            ``None`` where there are neither, or all is random anyway.
+        """
+        chosen = self.validation or self.calibration
+        if self.random or chosen is None:
+            return None
+        return replace(self, evaluation=chosen)
 
     def to_json(self) -> dict[str, object]:
         """Return the facts for a report."""

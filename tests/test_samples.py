@@ -505,8 +505,21 @@ def test_one_file_is_divided_into_disjoint_parts():
         assert np.array_equal(whole(part)["x"][:, 0] // 2, part.labels)
     again = Splits.build(m, data, seed=4, calibration_size=20)
     assert np.array_equal(again.calibration.labels, seen[0])  # type: ignore[union-attr]
-    assert "held out by a permutation with seed 4" in splits.describe()
+    assert splits.describe() == (
+        "samples: calibration 20, training 32, validation 8, evaluation 40; evaluation "
+        "is 40 of 100 samples, held out by a permutation with seed 4",
+    )
     assert splits.labelled
+
+
+def test_choices_are_made_on_validation_samples():
+    splits = Splits.build(model(LINEAR), np.ones((100, 2), np.float32))
+    choices = splits.for_choices()
+    assert choices is not None
+    assert choices.evaluation is splits.validation
+    few = Splits.build(model(LINEAR), np.ones((3, 2), np.float32)).for_choices()
+    assert few is not None
+    assert few.evaluation is few.calibration
 
 
 def test_evaluation_data_is_used_exactly_as_given():
@@ -541,7 +554,8 @@ def test_no_data_is_a_smoke_test_with_disjoint_seeds():
     one, two = splits.calibration.read([0]), splits.evaluation.read([0])
     assert one["x"].shape == (3, 2)
     assert not np.array_equal(one["x"], two["x"])
-    assert "smoke test" in splits.describe()
+    assert "smoke test" in splits.describe()[0]
+    assert splits.for_choices() is None
 
 
 def test_a_fixed_batch_size_is_kept_whole_in_every_split():
