@@ -25,7 +25,6 @@ from onnxshrink.errors import OnnxshrinkError, OutputError, UsageError, nearest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxshrink.manager import Planned
     from onnxshrink.model import Model
     from onnxshrink.pipeline import Pipeline
     from onnxshrink.report import Step
@@ -629,14 +628,20 @@ def shrink(
 
     from onnxshrink.manager import PassManager
     from onnxshrink.model import Model
+    from onnxshrink.report import render_plan, step_line
 
     screen = _Screen.open(quiet=quiet, verbose=verbose)
+    accepted = []
+
+    def on_step(step: Step) -> None:
+        accepted.append(step.accepted)
+        screen.text(step_line(step), err=True)
+
     with screen.bar(f"loading {model.name}") as bar:
         loaded = Model.load(model)
-        splits = _splits(loaded, data, evaluation, labels, shapes, seed)
         manager = PassManager(
             pipeline,
-            splits=splits,
+            splits=_splits(loaded, data, evaluation, labels, shapes, seed),
             budget=_budget(max_drop, min_agreement, min_sqnr),
             metric=metric,
             on_breach=on_breach,
@@ -648,14 +653,20 @@ def shrink(
             jobs=jobs,
             shapes=dict(shapes),
             progress=bar,
-            on_step=lambda step: _show_step(screen, step),
+            on_step=on_step,
         )
         if plan:
             planned = manager.plan(loaded)
         else:
-            result = manager.run(loaded, target, resume=resume)
+            try:
+                result = manager.run(loaded, target, resume=resume)
+            except KeyboardInterrupt:
+                if any(accepted):
+                    hint = "the same command with --resume continues from here"
+                    screen.text(hint, err=True)
+                raise
     if plan:
-        _show_plan(screen, pipeline, planned)
+        render_plan(screen.out, str(pipeline), planned, verbose=verbose)
         return
     for path in reports:
         result.report.write(path)
@@ -683,7 +694,7 @@ def _pipeline(passes: Sequence[str], recipe: str | None) -> Pipeline:
 
 def _target(model: Path, output: Path | None) -> Path:
     """Return the file to write, refusing early what would fail late."""
-    if model.name in _words() and not model.exists():
+    if str(model) in _words() and not model.is_file():
         raise UsageError(
             f"{model} does not exist; as a command it must come first: "
             f"onnxshrink {model} ..."
@@ -771,18 +782,6 @@ def _check_shapes(model: Model, shapes: Sequence[tuple[str, tuple[int, ...]]]) -
                 f"--shape: input {name!r} takes {takes or 'a scalar'}, "
                 f"not {'x'.join(map(str, shape)) or 'a scalar'}"
             )
-
-
-def _show_step(screen: _Screen, step: Step) -> None:
-    from onnxshrink.report import step_line
-
-    screen.text(step_line(step), err=True)
-
-
-def _show_plan(screen: _Screen, pipeline: Pipeline, planned: Sequence[Planned]) -> None:
-    from onnxshrink.report import render_plan
-
-    render_plan(screen.out, str(pipeline), planned, verbose=screen.verbose)
 
 
 # --- onnxshrink passes ------------------------------------------------------------

@@ -74,7 +74,7 @@ class Comparison:
         stats_b: Figures of the other; its latency ratio is against the reference.
         verdict: How the outputs differ; ``None`` if nothing was run.
         checked: Whether limits were given.
-        note: Which samples were used.
+        notes: Which samples were used.
     """
 
     a: str
@@ -84,7 +84,7 @@ class Comparison:
     stats_b: Stats
     verdict: Verdict | None
     checked: bool
-    note: str
+    notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -102,7 +102,7 @@ class Comparison:
             "a": {"model": self.a, **self.stats_a.to_json()},
             "b": {"model": self.b, **self.stats_b.to_json()},
             "verdict": None if verdict is None else verdict.to_json(),
-            "note": self.note,
+            "notes": list(self.notes),
         }
 
     def render(self, console: Console) -> None:
@@ -115,8 +115,8 @@ class Comparison:
             console.print(clean(difference), soft_wrap=True)
         if self.verdict is not None and self.verdict.outputs:
             console.print(self._outputs(self.verdict))
-        if self.note:
-            console.print(clean(self.note), soft_wrap=True)
+        for note in self.notes:
+            console.print(clean(note), soft_wrap=True)
         console.print(clean(self._conclusion()), soft_wrap=True, style="bold")
 
     def _rows(self) -> list[list[str]]:
@@ -244,7 +244,7 @@ def compare(
         stats_b=stats_b,
         verdict=verdict,
         checked=budget is not None,
-        note="" if samples is None else samples.describe(),
+        notes=() if samples is None else tuple(samples.describe()),
     )
 
 

@@ -33,10 +33,14 @@ SUFFIXES = (".json", ".md", ".html")
 """What the name of a report file may end in."""
 
 Notes = tuple[tuple[str, str], ...]
+_FEW = 12
+"""Weakened places that the terminal shows for each pass."""
+_WIDE = 110
+"""Columns from which figures of quality stand side by side."""
 _HEADERS = (
     "pass",
     "file",
-    "parameters",
+    "params",
     "non-zeros",
     "MACs",
     "latency",
@@ -194,15 +198,28 @@ class Report:
         rows.append(["as written", *_figures(self.final), ""])
         return rows
 
-    def remarks(self) -> list[str]:
-        """Return what the figures do not say: rejections, weakened places, notes."""
+    def remarks(self, most: int = 0) -> list[str]:
+        """Return what the figures do not say: rejections, weakened places, notes.
+
+        Args:
+            most: Weakened places that are named for each pass; 0 names all.
+        """
         lines = []
         for step in self.steps:
-            if step.reason and (not step.accepted or step.reason != "ok"):
+            if step.reason != "ok":
                 lines.append(f"{step.pass_name}: {step.reason}")
-            if step.left_out:
-                shown = "; ".join(f"{where}: {how}" for where, how in step.left_out)
-                lines.append(f"{step.pass_name}: to stay within the budget, {shown}")
+            shown = [
+                f"{step.pass_name}, to stay within the budget: {where}: {how}"
+                for where, how in step.left_out
+            ]
+            lines += shown[: most or None]
+            if most and len(shown) > most:
+                lines.append(f"... and {len(shown) - most} more; -v names all")
+        before, after = self.baseline.peak_memory_bytes, self.final.peak_memory_bytes
+        if before is not None and after is not None:
+            lines.append(
+                f"memory to load it: {size_text(before)} -> {size_text(after)}"
+            )
         return [*lines, *self.notes]
 
     def summary(self) -> str:
@@ -228,14 +245,18 @@ class Report:
 
     def render(self, console: Console, *, verbose: bool = False) -> None:
         """Print the table, the remarks and the summary."""
-        made = table(_HEADERS)
+        made = table(_HEADERS, left=(0, 6, 7), wrap=(0, 6))
+        narrow = console.width < _WIDE
         for row in self.rows():
-            made.add_row(*(clean(cell, 80) for cell in row))
+            cells = [clean(cell, 80) for cell in row]
+            if narrow:
+                cells[6] = cells[6].replace(", ", "\n")
+            made.add_row(*cells)
         console.print(made)
         if verbose:
             for line in self.details():
                 console.print(clean(line, 2000), soft_wrap=True)
-        for line in self.remarks():
+        for line in self.remarks(0 if verbose else _FEW):
             console.print(clean(line, 2000), soft_wrap=True)
         console.print(clean(self.summary(), 4000), soft_wrap=True, style="bold")
 
@@ -405,7 +426,11 @@ def render_plan(
 
 def _render_sites(console: Console, step: Planned, most: int) -> None:
     sites = sorted(step.sites or (), key=lambda site: -site.bytes_saved)
-    made = table(["where", "kind", "bytes saved", "MACs saved", "how"], left=2)
+    made = table(
+        ["where", "kind", "bytes saved", "MACs saved", "how"],
+        left=(0, 1, 4),
+        wrap=(0, 4),
+    )
     for site in sites[:most]:
         how = ", ".join(f"{key}={value}" for key, value in site.detail.items())
         made.add_row(
@@ -505,13 +530,17 @@ _ERRORS = {"top1": "error", "top5": "top-5 error"}
 
 def _figures(stats: Stats) -> list[str]:
     """Return the cells of one row of the table."""
-    ratio = stats.latency_ratio
+    latency = "-"
+    if stats.latency_ratio is not None:
+        latency = f"{stats.latency_ratio:.2f}x"
+    elif stats.latency_ms is not None:
+        latency = f"{stats.latency_ms:.3g} ms"
     return [
         size_text(stats.file_bytes),
         count_text(stats.parameters),
         count_text(stats.nonzeros),
         count_text(stats.macs),
-        "-" if ratio is None else f"{ratio:.2f}x",
+        latency,
         ", ".join(quality_texts(stats.metric)) or "-",
     ]
 

@@ -20,7 +20,6 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 __all__ = [
     "Bar",
@@ -178,19 +177,22 @@ def clean(text: object, limit: int = 400) -> str:
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
-def table(headers: Sequence[str], *, left: int = 1, title: str = "") -> Table:
-    """Return an empty table; columns after the first ``left`` ones align right."""
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
-        pad_edge=False,
-    )
+def table(
+    headers: Sequence[str], *, left: Sequence[int] = (0,), wrap: Sequence[int] = (0,)
+) -> Table:
+    """Return an empty table.
+
+    Args:
+        headers: Heads of the columns.
+        left: Columns that align left; the others align right.
+        wrap: Columns that give way where the terminal is narrow.
+    """
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, header in enumerate(headers):
         made.add_column(
             header,
-            justify="left" if index < left else "right",
-            no_wrap=index > 0,
+            justify="left" if index in left else "right",
+            no_wrap=index not in wrap,
             overflow="fold",
         )
     return made

@@ -228,7 +228,7 @@ class Inventory:
     def _layer_table(self, top: int) -> Table:
         made = table(
             ["layer", "operator", "values", "bytes", "share", "MACs", "share"],
-            left=2,
+            left=(0, 1),
         )
         for layer in self.layers[: top or None]:
             made.add_row(
@@ -253,9 +253,9 @@ class Inventory:
                 "zeros",
                 "distinct",
                 "could be",
-                "as",
             ],
-            left=3,
+            left=(0, 1, 2, 7),
+            wrap=(0, 1),
         )
         for weight in self.weights[: top or None]:
             zeros = "-"
@@ -269,9 +269,10 @@ class Inventory:
                 "x".join(map(str, weight.shape)) or "scalar",
                 size_text(weight.nbytes),
                 zeros,
-                "> 256" if weight.distinct is None else str(weight.distinct),
-                size_text(weight.encoded),
-                weight.encoding or "not tried",
+                ">256" if weight.distinct is None else str(weight.distinct),
+                size_text(weight.encoded)
+                if weight.encoding == "plain"
+                else f"{size_text(weight.encoded)} {weight.encoding or '(not tried)'}",
             )
         return made
 
