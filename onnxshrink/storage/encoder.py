@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,10 @@ _DIVIDE_UP_TO = 1 << 16
 """Streams up to this length are unpacked by division, which needs no table."""
 _MIN_SAVED = 1 / 64
 """Share of the plain bytes that an encoding has to save."""
+_CLOSE = 1 / 64
+"""How near to the smallest a form has to be to win by its decode memory."""
 _SMALL_DECODE = 16 << 20
+"""Decode memory up to which nobody minds."""
 _INT32_LIMIT = 2**31 - 2**16
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -271,8 +275,14 @@ class _Values:
 
     def payload(self, count: int, itemsize: int) -> int:
         """Return the bytes of ``count`` values, codebook included."""
-        if self.packing is not None and self.keys is not None:
-            return self.packing.nbytes(count) + self.keys.nbytes
+        if self.keys is not None:
+            return self.floor(count, itemsize) + self.keys.nbytes
+        return self.floor(count, itemsize)
+
+    def floor(self, count: int, itemsize: int) -> int:
+        """Return the bytes of ``count`` values if the codebook is already there."""
+        if self.packing is not None:
+            return self.packing.nbytes(count)
         if self.kind == "cast":
             return count * cast_type(self.data_type).itemsize
         return count * itemsize
@@ -293,24 +303,26 @@ class _Forms:
         self.start = start
         self.opset = start.opset
 
-    def drafts(self) -> Iterator[_Draft]:
-        """Yield one finished draft for each form worth weighing."""
+    def candidates(self) -> Iterator[tuple[int, Callable[[], _Draft]]]:
+        """Yield each form worth weighing: bytes of its data alone, and its draft."""
         census = self.census
+        all_keys = None if census.codes is None else census.codes.keys
         if census.stored == 0:
             if self.opset >= 9:
-                yield self._fill()
-            if census.codes is not None:
-                yield self._dense(self._codes(census.codes.keys))
+                yield 0, self._fill
+            if all_keys is not None:
+                yield 0, partial(self._dense, self._codes(all_keys))
             return
-        all_keys = None if census.codes is None else census.codes.keys
         for values in self._value_forms(all_keys):
             if values.kind != "raw":
-                yield self._dense(values)
+                floor = values.floor(self.size, self.item)
+                yield floor, partial(self._dense, values)
         if self.opset < _MIN_SPARSE_OPSET or self.size >= _INT32_LIMIT:
             return
         keys = None if all_keys is None else all_keys[all_keys != census.default]
         for values in self._best_values(keys, census.stored):
-            yield self._mask(values)
+            floor = BITS.nbytes(self.size) + values.floor(census.stored, self.item)
+            yield floor, partial(self._mask, values)
         if census.stored * 2 < self.size:
             yield from self._gap_forms(keys)
 
@@ -548,7 +560,9 @@ class _Forms:
         whole = draft.node("Gather", store, rank, nbytes=nbytes)
         return self._finish(draft, _Stream(whole, 8 * words, flat=False))
 
-    def _gap_forms(self, keys: Array | None) -> Iterator[_Draft]:
+    def _gap_forms(
+        self, keys: Array | None
+    ) -> Iterator[tuple[int, Callable[[], _Draft]]]:
         census = self.census
         steps = census.steps()
         few = np.bincount(steps[steps < 1 << 16])
@@ -567,21 +581,23 @@ class _Forms:
                 count = moves(packing.base)
                 ways.append((packing.nbytes(count), packing.base, packing, count))
         ways.sort(key=lambda way: way[:2])
-        for _, _, packing, count in ways[:3]:
+        for nbytes, _, packing, count in ways[:3]:
             for values in self._best_values(keys, census.stored):
-                yield self._skips(packing, values, steps, count)
+                floor = nbytes + values.floor(census.stored, self.item)
+                yield floor, partial(self._skips, packing, values, steps, count)
         # Every stop costs a value here, so that a larger base may be better.
         best = self._best_values(keys, census.stored)[0]
         rate = best.payload(1 << 20, self.item) / (1 << 20)
         ways.sort(key=lambda way: (way[0] + rate * way[3], way[1]))
-        for _, _, packing, count in ways[:3]:
+        for nbytes, _, packing, count in ways[:3]:
             more = keys
             if keys is not None and count > census.stored:
                 default = np.array([census.default], census.unsigned)
                 more = np.union1d(keys, default)
                 more = more if more.size <= 256 else None
             for values in self._best_values(more, count):
-                yield self._gaps(packing, values, steps, count)
+                floor = nbytes + values.floor(count, self.item)
+                yield floor, partial(self._gaps, packing, values, steps, count)
 
     def _moves(self, steps: Array, base: int, count: int) -> tuple[Array, Array]:
         """Return the last move of each step, and where it stands among all moves."""
@@ -701,7 +717,9 @@ class Encoder:
     def encode(self, name: str, tensor: LazyTensor) -> Encoding | None:
         """Return the smallest exact encoding, or ``None`` if plain is best.
 
-        The choice depends on the tensor, its name, and what was encoded before, never
+        Where decoding takes more than 16 MiB, the form that decodes in least memory
+        wins among those within 2 % of the smallest. A form that saves less than 2 % of
+        the plain bytes is not worth its nodes. The choice depends on the tensor, its name, and what was encoded before, never
         on chance. The tensor is read at most a few times, chunk by chunk.
 
         Args:
@@ -719,17 +737,27 @@ class Encoder:
         start = _Draft(self._opset, self._known, self._number)
         plain = plain_nbytes(name, tensor)
         limit = max(self._max_decode_ratio * tensor.nbytes, _SMALL_DECODE)
-        best: _Draft | None = None
-        for draft in _Forms(name, tensor, census, start).drafts():
-            if draft.decode_nbytes > limit:
+        worth = int(plain * (1 - _MIN_SAVED))
+        smallest = worth
+        drafts: list[_Draft] = []
+        forms = _Forms(name, tensor, census, start)
+        for floor, build in sorted(forms.candidates(), key=lambda found: found[0]):
+            if floor >= min(worth, smallest * (1 + _CLOSE)):
+                break
+            draft = build()
+            if draft.nbytes >= worth or draft.decode_nbytes > limit:
                 continue
-            if tensor.nbytes > SLACK + MAX_INFLATION * _leaf_bytes(draft):
-                continue
-            if draft.nbytes > plain * (1 - _MIN_SAVED):
-                continue
-            if best is None or draft.nbytes < best.nbytes:
-                best = draft
-        return None if best is None else self._commit(best, plain)
+            if tensor.nbytes <= SLACK + MAX_INFLATION * _leaf_bytes(draft):
+                drafts.append(draft)
+                smallest = min(smallest, draft.nbytes)
+        if not drafts:
+            return None
+        best = min(drafts, key=lambda draft: draft.nbytes)
+        if best.decode_nbytes > _SMALL_DECODE:
+            within = best.nbytes * (1 + _CLOSE)
+            close = [draft for draft in drafts if draft.nbytes <= within]
+            best = min(close, key=lambda draft: (draft.decode_nbytes, draft.nbytes))
+        return self._commit(best, plain)
 
     def _commit(self, draft: _Draft, plain: int) -> Encoding:
         """Fill in the data, and ask for the names that the draft assumed."""

@@ -4,8 +4,8 @@ Weights of a model (or of a generated convolutional network) are pruned to sever
 shares of zeros, with fp32 values or 16 distinct ones, and written three ways: plain, as
 ``sparse_initializer`` with int64 indices (what a naive tool writes), and by
 ``Model.save``. Each file is loaded by onnxruntime in processes of their own, several
-times in turn; latencies are of runs in turn in one process. Ratios are of the smallest
-figure of each, to the plain file of the same values.
+times in turn; latencies are CPU time of runs in turn in one process. Ratios are of the
+smallest figure of each, to the plain file of the same values.
 """
 
 from __future__ import annotations
@@ -104,16 +104,16 @@ def naive(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def latencies(model: Model, paths: Sequence[Path], seconds: float) -> list[float]:
-    """Return the least time of one inference for each file, run in turn."""
+    """Return the least CPU time of one inference for each file, run in turn."""
     feeds = next(iter(Samples.random_for(model, count=1).batches(1)))
     sessions = [runtime.session(path, threads=1) for path in paths]
     times: list[list[float]] = [[] for _ in paths]
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times[0]) < 5:
         for session, taken in zip(sessions, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             session.run(feeds)
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
     return [min(taken) for taken in times]
 
 
