@@ -464,9 +464,7 @@ def _program(
             return name
         if values.nbytes > _INLINE and values.data_type in _NATIVE:
             graph.input.append(
-                onnx.helper.make_tensor_value_info(
-                    name, values.data_type, values.shape
-                )
+                onnx.helper.make_tensor_value_info(name, values.data_type, values.shape)
             )
             feeds[name] = np.ascontiguousarray(values.read())
         else:
@@ -527,9 +525,7 @@ def merge_constants(rewriter: Rewriter) -> int:
             owner[constant] = graph
     for node in rewriter.nodes():
         for tensor in node.inputs:
-            if rewriter.constant(tensor) is None or not isinstance(
-                tensor, gs.Constant
-            ):
+            if rewriter.constant(tensor) is None or not isinstance(tensor, gs.Constant):
                 continue
             found.setdefault(tensor)
             if is_function(rewriter._root[rewriter.home[node]]):

@@ -53,9 +53,7 @@ class RuleSet:
 
     def rule(
         self, name: str, *ops: str
-    ) -> Callable[
-        [Callable[[Rewriter, Node], bool]], Callable[[Rewriter, Node], bool]
-    ]:
+    ) -> Callable[[Callable[[Rewriter, Node], bool]], Callable[[Rewriter, Node], bool]]:
         """Register the decorated function for nodes of these operators."""
 
         def register(
@@ -174,7 +172,7 @@ class Rewriter:
             return
         for graph in list(self._opsets):
             if any(node in self._dead for node in graph.nodes):
-                graph.nodes[:] = [n for n in graph.nodes if n not in self._dead]
+                graph.nodes.keep([n for n in graph.nodes if n not in self._dead])
         self._dead.clear()
 
     def opset(self, node: gs.Node) -> int:

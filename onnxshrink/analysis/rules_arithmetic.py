@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon import Constant as GsConstant
 
 from onnxshrink.analysis.rewriter import Rewriter, RuleSet, float_type
-from onnxshrink.analysis.symbolic import broadcast
-from onnxshrink.model import Node
+from onnxshrink.model import Node, Variable
 
 __all__ = ["ARITHMETIC", "OUTPUTS"]
 
@@ -221,23 +219,6 @@ def _reduce(
     rewriter.become(node, op, inputs, attrs)
 
 
-@FUSION.rule("ReduceSumSquare in place of squares summed", "ReduceSum")
-def sum_of_squares(rewriter: Rewriter, node: Node) -> bool:
-    """``ReduceSum(x * x)`` -> ``ReduceSumSquare(x)``."""
-    y = node.inputs[0]
-    square = rewriter.producer(y, "Mul")
-    if square is None or square.inputs[0] is not square.inputs[1]:
-        return False
-    if not rewriter.is_only_for(y, node) or not float_type(rewriter.type(y)):
-        return False
-    axes = _reduced(rewriter, node)
-    if not axes or rewriter.type(y) != onnx.TensorProto.FLOAT:
-        return False
-    keep = int(node.attrs.get("keepdims", 1))
-    _reduce(rewriter, node, "ReduceSumSquare", square.inputs[0], axes, keep)
-    return True
-
-
 @FUSION.rule("Softmax in place of its parts", "Div")
 def softmax(rewriter: Rewriter, node: Node) -> bool:
     """``e / ReduceSum(e)`` with ``e = Exp(x - ReduceMax(x))`` -> ``Softmax(x)``."""
@@ -388,13 +369,15 @@ def gelu(rewriter: Rewriter, node: Node) -> bool:
     while stack:
         tensor = stack.pop()
         source = rewriter.producer(tensor, "Mul")
-        if source is not None and source.outputs[0].outputs and len(factors) < 4:
-            if rewriter.only_reader(tensor) in (node, *inner) and _has_parts(
-                rewriter, source
-            ):
-                inner.append(source)
-                stack.extend(source.inputs)
-                continue
+        if (
+            source is not None
+            and len(factors) < 4
+            and rewriter.only_reader(tensor) in (node, *inner)
+            and _has_parts(rewriter, source)
+        ):
+            inner.append(source)
+            stack.extend(source.inputs)
+            continue
         factors.append(tensor)
     if len(factors) != 3:
         return False
@@ -457,11 +440,12 @@ def _erf_of(rewriter: Rewriter, tensor: gs.Tensor) -> gs.Tensor | None:
     *("BatchNormalization", "SimplifiedLayerNormalization", "RMSNormalization"),
 )
 def unused_outputs(rewriter: Rewriter, node: Node) -> bool:
-    """Take optional outputs that nothing reads off the end of a node, or unname them."""
-    if node.op == "BatchNormalization":
-        # More than one output means training before opset 14.
-        if rewriter.opset(node) < 14 or node.attrs.get("training_mode", 0):
-            return False
+    """Take off or unname optional outputs that nothing reads."""
+    # More than one output of BatchNormalization means training before opset 14.
+    if node.op == "BatchNormalization" and (
+        rewriter.opset(node) < 14 or node.attrs.get("training_mode", 0)
+    ):
+        return False
     used = set(rewriter.outputs_used(node))
     last = max(used, default=0)
     required = 0 if node.op in ("LSTM", "GRU", "RNN") else 1
@@ -471,9 +455,6 @@ def unused_outputs(rewriter: Rewriter, node: Node) -> bool:
         changed = True
     for index, tensor in enumerate(node.outputs):
         if index >= required and index not in used and tensor.name:
-            node.outputs[index] = gs.Variable.empty()
+            node.outputs[index] = Variable.empty()
             changed = True
     return changed
-
-
-_ = (broadcast, GsConstant)

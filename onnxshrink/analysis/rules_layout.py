@@ -10,9 +10,8 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.analysis.rewriter import Rewriter, RuleSet
 from onnxshrink.analysis.rules_linear import pads_nothing
-from onnxshrink.analysis.symbolic import Dims, Poly, broadcast, product, slice_plan
+from onnxshrink.analysis.symbolic import Dims, broadcast, slice_plan
 from onnxshrink.model import Node
-from onnxshrink.tensors import bits_of
 
 __all__ = ["LAYOUT", "reshape_target"]
 
@@ -68,10 +67,27 @@ def single(rewriter: Rewriter, node: Node) -> bool:
 
 # --- Cast -------------------------------------------------------------------------
 
-_MANTISSA = {_T.FLOAT16: 11, _T.BFLOAT16: 8, _T.FLOAT: 24, _T.DOUBLE: 53}
-_EXPONENT = {_T.FLOAT16: 5, _T.BFLOAT16: 8, _T.FLOAT: 8, _T.DOUBLE: 11}
-_SIGNED = {_T.INT4: 4, _T.INT8: 8, _T.INT16: 16, _T.INT32: 32, _T.INT64: 64}
-_UNSIGNED = {_T.UINT4: 4, _T.UINT8: 8, _T.UINT16: 16, _T.UINT32: 32, _T.UINT64: 64}
+_MANTISSA: dict[int, int] = {
+    _T.FLOAT16: 11,
+    _T.BFLOAT16: 8,
+    _T.FLOAT: 24,
+    _T.DOUBLE: 53,
+}
+_EXPONENT: dict[int, int] = {_T.FLOAT16: 5, _T.BFLOAT16: 8, _T.FLOAT: 8, _T.DOUBLE: 11}
+_SIGNED: dict[int, int] = {
+    _T.INT4: 4,
+    _T.INT8: 8,
+    _T.INT16: 16,
+    _T.INT32: 32,
+    _T.INT64: 64,
+}
+_UNSIGNED: dict[int, int] = {
+    _T.UINT4: 4,
+    _T.UINT8: 8,
+    _T.UINT16: 16,
+    _T.UINT32: 32,
+    _T.UINT64: 64,
+}
 
 
 def holds(wide: int, narrow: int) -> bool:
@@ -118,6 +134,16 @@ def cast(rewriter: Rewriter, node: Node) -> bool:
     if {"saturate", "round_mode"} & {*node.attrs, *before.attrs}:
         return False
     rewriter.set_input(node, 0, before.inputs[0])
+    return True
+
+
+@LAYOUT.rule("CastLike made Cast", "CastLike")
+def cast_like(rewriter: Rewriter, node: Node) -> bool:
+    """``CastLike(x, y)`` -> ``Cast(x)`` where the type of ``y`` is known."""
+    target = rewriter.type(node.inputs[1])
+    if not target or "saturate" in node.attrs:
+        return False
+    rewriter.become(node, "Cast", [node.inputs[0]], {"to": target})
     return True
 
 
@@ -185,7 +211,9 @@ def _resolved(rewriter: Rewriter, node: Node, wanted: Dims | None) -> Dims | Non
     return tuple(result)
 
 
-@LAYOUT.rule("Reshape removed", *_RESHAPES, "Expand", "Slice", "Pad", "Transpose", "Tile")
+@LAYOUT.rule(
+    "Reshape removed", *_RESHAPES, "Expand", "Slice", "Pad", "Transpose", "Tile"
+)
 def no_change(rewriter: Rewriter, node: Node) -> bool:
     """Drop what gives its input back, shape and values."""
     x, y = node.inputs[0], node.outputs[0]
@@ -317,12 +345,12 @@ def join_transposes(rewriter: Rewriter, node: Node) -> bool:
 @LAYOUT.rule(
     "Expand left to broadcasting",
     *("Add", "Sub", "Mul", "Div", "Where", "Equal", "Less", "Greater", "And", "Or"),
-    *("Pow", "LessOrEqual", "GreaterOrEqual", "Xor", "Min", "Max", "PRelu"),
+    *("Pow", "LessOrEqual", "GreaterOrEqual", "Xor", "Min", "Max"),
 )
 def expanded_operand(rewriter: Rewriter, node: Node) -> bool:
-    """``a + Expand(b)`` -> ``a + b`` where the addition broadcasts to the same shape."""
+    """``a + Expand(b)`` -> ``a + b`` where that broadcasts to the same shape."""
     wanted = rewriter.shape(node.outputs[0])
-    if wanted is None or (node.op == "PRelu"):
+    if wanted is None:
         return False
     for index, tensor in enumerate(node.inputs):
         expand = rewriter.producer(tensor, "Expand")
@@ -478,6 +506,3 @@ def _not_negative(rewriter: Rewriter, tensor: gs.Tensor) -> bool:
     return node.op in ("MaxPool", "Identity", "Dropout") and _not_negative(
         rewriter, node.inputs[0]
     )
-
-
-_ = (Poly, product, bits_of)

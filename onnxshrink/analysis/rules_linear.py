@@ -140,7 +140,7 @@ def affine_of(
     value = _per_channel(rewriter, other, rank, axis, channels)
     if value is None or not np.isfinite(value).all():
         return None
-    one, zero = np.float64(1.0), np.float64(0.0)
+    one, zero = np.ones(()), np.zeros(())
     if node.op == "Mul":
         scale, shift = value, zero
     elif node.op == "Add":
@@ -183,7 +183,7 @@ class Linear:
     @property
     def where(self) -> str:
         """Name for notes."""
-        return self.node.name or self.node.outputs[0].name
+        return str(self.node.name or self.node.outputs[0].name)
 
 
 def linear_of(rewriter: Rewriter, tensor: gs.Tensor) -> Linear | None:
@@ -198,11 +198,9 @@ def linear_of(rewriter: Rewriter, tensor: gs.Tensor) -> Linear | None:
                 continue
             found = _matmul_of(rewriter, source)
             bias = node.inputs[1 - index]
-            if found is None or found.rank is None and found.axis != -1:
+            if found is None or (found.rank is None and found.axis != -1):
                 continue
-            size = _per_channel(
-                rewriter, bias, found.rank, found.axis, found.channels
-            )
+            size = _per_channel(rewriter, bias, found.rank, found.axis, found.channels)
             if size is not None:
                 found.add, found.bias = node, bias
                 return found
@@ -373,9 +371,7 @@ def fold_behind(rewriter: Rewriter, node: Node) -> bool:
         if x is None or linear is None:
             _explain(rewriter, node, x)
             continue
-        affine = affine_of(
-            rewriter, node, x, linear.rank, linear.axis, linear.channels
-        )
+        affine = affine_of(rewriter, node, x, linear.rank, linear.axis, linear.channels)
         if affine is None:
             continue
         if not rewriter.is_only_for(x, node):
@@ -416,9 +412,7 @@ def _explain(rewriter: Rewriter, node: Node, x: gs.Tensor | None) -> None:
         )
 
 
-def _shift_only(
-    rewriter: Rewriter, node: Node, linear: Linear, affine: Affine
-) -> bool:
+def _shift_only(rewriter: Rewriter, node: Node, linear: Linear, affine: Affine) -> bool:
     """Let a BatchNormalization behind a MatMul be the Add of its shift."""
     shift = np.broadcast_to(affine.shift, (linear.channels,))
     values = rewriter.constant(linear.weight)
@@ -426,7 +420,7 @@ def _shift_only(
     rounded = _rounded(shift, values.dtype)
     if linear.rank != 2 or rounded is None:
         return False
-    scaled = Affine(affine.x, affine.scale, np.float64(0.0), affine.freed)
+    scaled = Affine(affine.x, affine.scale, np.zeros(()), affine.freed)
     if not absorb(rewriter, linear, scaled):
         return False
     bias = rewriter.add_constant(f"{linear.where}_bias", rounded)
@@ -655,7 +649,7 @@ def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
         linear = _linear_above(rewriter, x, 6)
         if linear is None:
             continue
-        affine = Affine(x, np.float64(scale), np.float64(0.0), _OVERHEAD)
+        affine = Affine(x, np.asarray(scale), np.zeros(()), _OVERHEAD)
         if absorb(rewriter, linear, affine):
             return rewriter.replace(node.outputs[0], x)
     return False
@@ -709,7 +703,7 @@ def join_constants(rewriter: Rewriter, node: Node) -> bool:
     if (before.op in ("Mul", "Div")) != multiplies or before.op not in _AFFINE[1:]:
         return False
     inner = _split(rewriter, before)
-    if inner is None or before.op == "Sub" and before.inputs[0] is not inner[0]:
+    if inner is None or (before.op == "Sub" and before.inputs[0] is not inner[0]):
         return False
     x, a = inner
     for part, op in ((node, node.op), (before, before.op)):
@@ -770,7 +764,11 @@ def matmul_add(rewriter: Rewriter, node: Node) -> bool:
         if matmul is None or not rewriter.is_only_for(y, node):
             continue
         a, b = matmul.inputs
-        if rewriter.rank(a) != 2 or rewriter.rank(b) != 2 or _quantized(rewriter, matmul):
+        if (
+            rewriter.rank(a) != 2
+            or rewriter.rank(b) != 2
+            or _quantized(rewriter, matmul)
+        ):
             continue
         if rewriter.type(node.outputs[0]) not in _GEMM_TYPES:
             continue
@@ -889,4 +887,3 @@ def zero_bias(rewriter: Rewriter, node: Node) -> bool:
     del node.inputs[2:]
     rewriter.sweep(bias)
     return True
-

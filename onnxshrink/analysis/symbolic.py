@@ -245,7 +245,7 @@ def facts_of(model: Model, unknown: Iterable[gs.Tensor] = ()) -> Facts:
     for name in ambiguous:
         infos.pop(name, None)
     inside_functions = _inside(model.graph.functions)
-    hidden = {tensor: None for tensor in unknown}
+    hidden = dict.fromkeys(unknown)
 
     def visit(graph: gs.Graph) -> None:
         named = {} if graph in inside_functions else infos
@@ -817,7 +817,7 @@ def _combine(op: str, a: Dim, b: Dim) -> Dim | None:
         if a >= 0 and b > 0:
             return a // b if op == "Div" else a % b
         return None
-    sizes = all(isinstance(x, int) and x > 0 or _is_size(x) for x in (a, b))
+    sizes = all((isinstance(x, int) and x > 0) or _is_size(x) for x in (a, b))
     # Integer division truncates towards zero: as sizes only.
     return quotient(a, b) if op == "Div" and sizes else None
 
@@ -877,9 +877,7 @@ def _where_value(facts: Facts, node: Node) -> Dims | None:
     condition, a, b = (part * (size if len(part) == 1 else 1) for part in known)
     if any(not isinstance(flag, int) for flag in condition):
         return None
-    return tuple(
-        x if flag else y for flag, x, y in zip(condition, a, b, strict=True)
-    )
+    return tuple(x if flag else y for flag, x, y in zip(condition, a, b, strict=True))
 
 
 def as_array(value: Sequence[Dim], rank: int, data_type: int) -> np.ndarray[Any, Any]:
