@@ -192,10 +192,10 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """Return the table of the report, a row for the start and for each pass."""
-        rows = [["as it came", *_figures(self.baseline), ""]]
+        rows = [["before", *_figures(self.baseline), ""]]
         for step in self.steps:
             rows.append([step.pass_name, *_figures(step.after), _kept(step)])
-        rows.append(["as written", *_figures(self.final), ""])
+        rows.append(["after", *_figures(self.final), ""])
         return rows
 
     def remarks(self, most: int = 0) -> list[str]:
@@ -245,7 +245,7 @@ class Report:
 
     def render(self, console: Console, *, verbose: bool = False) -> None:
         """Print the table, the remarks and the summary."""
-        made = table(_HEADERS, left=(0, 6, 7), wrap=(0, 6))
+        made = table(_HEADERS, left=(0, 6, 7), wrap=(6,))
         narrow = console.width < _WIDE
         for row in self.rows():
             cells = [clean(cell, 80) for cell in row]
@@ -432,7 +432,10 @@ def _render_sites(console: Console, step: Planned, most: int) -> None:
         wrap=(0, 4),
     )
     for site in sites[:most]:
-        how = ", ".join(f"{key}={value}" for key, value in site.detail.items())
+        how = ", ".join(
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in site.detail.items()
+        )
         made.add_row(
             clean(site.where, 60),
             clean(site.kind, 30),

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Inventory", "Layer", "WeightEntry", "inventory", "type_name"]
 
+_FIRST_BLOCK = 1 << 11
+"""Values in which most weights show more distinct ones than are counted."""
 _BLOCK = 1 << 16
 _ENCODE_LIMIT = 256 << 20
 """Weights of more bytes are not encoded to see what that saves: it takes too long."""
@@ -370,9 +372,12 @@ def distinct_values(tensor: LazyTensor) -> int | None:
         texts = set(tensor.read().reshape(-1).tolist())
         return len(texts) if len(texts) <= MAX_CODES else None
     codes: Codes | None = None
+    size = _FIRST_BLOCK
     for chunk in tensor.chunks():
-        for start in range(0, chunk.size, _BLOCK):
-            found = bits_view(chunk[start : start + _BLOCK])
+        start = 0
+        while start < chunk.size:
+            found = bits_view(chunk[start : start + size])
+            start, size = start + size, _BLOCK
             new = np.unique(found if codes is None else codes.unknown(found))
             if new.size:
                 keys = new if codes is None else np.union1d(codes.keys, new)
