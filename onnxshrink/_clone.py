@@ -37,6 +37,7 @@ def clone_graph(graph: gs.Graph) -> Graph:
         )
         twin.origin = getattr(function, "origin", None)
         twin.overload = getattr(function, "overload", "")
+        twin.value_infos = list(function.value_infos)
         _fill(twin, function, mapping, functions)
         functions.append(twin)
     twin_graph = _graph(graph, {}, functions)

@@ -393,11 +393,11 @@ def _piece(constant: gs.Constant) -> Piece:
             stored = origin.data_location == onnx.TensorProto.EXTERNAL
             if not isinstance(before, FileTensor):
                 if constant.name == origin.name:
-                    return Piece(origin)
+                    return Piece(origin, None, constant)
                 renamed = onnx.TensorProto()
                 renamed.CopyFrom(origin)
                 renamed.name = constant.name
-                return Piece(renamed)
+                return Piece(renamed, None, constant)
             header = onnx.TensorProto()
             header.CopyFrom(origin)
             if stored:
@@ -599,12 +599,15 @@ def _kept_infos(
             here[tensor.name] = tensor
     for tensor in [*graph.inputs, *constants]:
         here[tensor.name] = tensor
-    origin: onnx.GraphProto | None = getattr(graph, "origin", None)
+    origin = getattr(graph, "origin", None)
     produced: set[str] = set()
     if origin is not None:
         produced.update(name for node in origin.node for name in node.output)
+    if isinstance(origin, onnx.GraphProto):
         produced.update(tensor.name for tensor in origin.initializer)
         produced.update(info.name for info in origin.input)
+    elif origin is not None:
+        produced.update(origin.input)
     for info in infos:
         tensor = here.get(info.name)
         if tensor is None:
@@ -630,7 +633,7 @@ def graph_proto(graph: gs.Graph) -> onnx.GraphProto:
 def _function_proto(function: gs.Graph) -> onnx.FunctionProto:
     origin: onnx.FunctionProto | None = getattr(function, "origin", None)
     if origin is not None:
-        proto: onnx.FunctionProto = partial(origin, ("node",))
+        proto: onnx.FunctionProto = partial(origin, ("node", "value_info"))
         proto.MergeFromString(unknown_fields(origin))
     else:
         proto = onnx.FunctionProto()
@@ -642,7 +645,9 @@ def _function_proto(function: gs.Graph) -> onnx.FunctionProto:
             proto.overload = function.overload
     if proto.name != function.name:
         proto.name = function.name
-    for constant in owned_constants(function, stray_constants(function)):
+    constants = owned_constants(function, stray_constants(function))
+    proto.value_info.extend(_kept_infos(function, constants))
+    for constant in constants:
         node = proto.node.add(op_type="Constant", output=[constant.name])
         value = node.attribute.add(name="value", type=_ATTR.TENSOR)
         value.t.CopyFrom(_piece(constant).whole())
@@ -730,6 +735,8 @@ def _write_opsets(template: onnx.ModelProto, model: Model) -> None:
         kept.CopyFrom(entry)
         if kept.version != version:
             kept.version = version
+    if not written and wanted == {"": 1}:
+        return  # before IR version 3 there was one opset, and nothing said so
     for domain, version in wanted.items():
         if domain in written:
             continue

@@ -320,6 +320,7 @@ class Importer:
         function._functions = self.functions
         function.nodes.load(nodes)
         function.origin = proto
+        function.value_infos = list(proto.value_info)
         function.overload = proto.overload
         return function
 

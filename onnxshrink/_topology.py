@@ -411,15 +411,18 @@ class Function(_Lists, GsFunction):  # type: ignore[misc]
         overload: Its overload name (IR version 10).
         initializers: Constants of its body that have no node yet; written as Constant
             nodes, because a function has no initializers.
+        value_infos: The original ``value_info`` entries, in file order.
     """
 
     origin: onnx.FunctionProto | None = None
     overload: str = ""
     initializers: dict[str, Constant]
+    value_infos: list[onnx.ValueInfoProto]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make a function; arguments are graphsurgeon's."""
         self.initializers = {}
+        self.value_infos = []
         super().__init__(*args, **kwargs)
 
     __eq__ = object.__eq__

@@ -310,7 +310,8 @@ class Model:
         try:
             skeleton = self.skeleton()
             # What a newer IR version adds arrives as unknown fields, which are kept.
-            skeleton.ir_version = min(skeleton.ir_version, onnx.IR_VERSION)
+            if skeleton.ir_version > onnx.IR_VERSION:
+                skeleton.ir_version = onnx.IR_VERSION
             onnx.checker.check_model(skeleton)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
@@ -641,7 +642,8 @@ class Model:
         list.__setitem__(
             old.outputs, slice(None), [n for n in readers if id(n) in makers]
         )
-        for node in dict.fromkeys(node for node in readers if id(node) not in makers):
+        others = {id(node): node for node in readers if id(node) not in makers}
+        for node in others.values():
             for index, tensor in enumerate(node.inputs):
                 if tensor is old:
                     # Past the list's bookkeeping, which searches all readers each time.
@@ -720,15 +722,16 @@ class Model:
                 graph.nodes.keep(kept)
             return count
 
-        while True:
+        before = -1
+        while dropped > before:  # a dead node may have been a function's last call
+            before = dropped
+            for graph in [self.graph, *self.graph.functions]:
+                dropped += sweep(graph)
             called = {call_key(node) for node in self.nodes()}
             functions = [f for f in self.graph.functions if function_key(f) in called]
-            if len(functions) == len(self.graph.functions):
-                break
-            dropped += len(self.graph.functions) - len(functions)
-            self.graph.functions = functions
-        for graph in [self.graph, *self.graph.functions]:
-            dropped += sweep(graph)
+            if len(functions) < len(self.graph.functions):
+                dropped += len(self.graph.functions) - len(functions)
+                self.graph.functions = functions
         for graph in self.graphs():
             pinned = {id(t) for t in [*graph.inputs, *graph.outputs]}
             for name, constant in list(graph.initializers.items()):
@@ -740,8 +743,7 @@ class Model:
     def forget_shapes(self) -> None:
         """Drop recorded shapes of inner values, after a pass changed some."""
         for graph in self.graphs():
-            if isinstance(graph, Graph):
-                graph.value_infos = []
+            graph.value_infos = []
             fixed = {id(t) for t in [*graph.inputs, *graph.outputs]}
             for node in graph.nodes:
                 for tensor in node.outputs:
@@ -838,7 +840,7 @@ class Model:
         if placeholder is None:
             return
         twin = Constant(constant.name, tensor_of(constant))
-        for node in list(dict.fromkeys(placeholder.outputs)):
+        for node in list({id(node): node for node in placeholder.outputs}.values()):
             for index, tensor in enumerate(node.inputs):
                 if tensor is placeholder:
                     node.inputs[index] = twin
@@ -904,7 +906,9 @@ class Model:
         kept: list[tuple[gs.Constant, bool]] = []
         proto = onnx.ModelProto()
         proto.CopyFrom(parts.template)
-        if proto.HasField("ir_version") and 0 < proto.ir_version < 4:
+        if 0 < proto.ir_version < 4:
+            if proto.ir_version < 3 and not proto.opset_import:
+                proto.opset_import.add(domain="", version=1)
             proto.ir_version = 4
         graph = proto.graph
         graph.CopyFrom(parts.head)
@@ -1259,7 +1263,7 @@ class Model:
             if id(current) in seen:
                 continue
             seen.add(id(current))
-            for node in dict.fromkeys(current.outputs):
+            for node in {id(node): node for node in current.outputs}.values():
                 function = functions.get(call_key(node)) if functions else None
                 for index, read in enumerate(node.inputs):
                     if read is not current:
