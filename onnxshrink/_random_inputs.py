@@ -182,7 +182,7 @@ def index_limits(model: Model) -> dict[str, int]:
                     if place in table:
                         if shapes is None:
                             shapes = model.infer_shapes()
-                        rows = _rows(node, node.inputs[table[place]], shapes)
+                        rows = _rows(model, node, node.inputs[table[place]], shapes)
                         if rows is not None:
                             limits[info.name] = min(rows, limits.get(info.name, rows))
                     elif node.op in _FOLLOWED or (node.op == "Gather" and place == 0):
@@ -194,15 +194,26 @@ _TABLES: Mapping[str, Mapping[int, int]] = {
     "Gather": {1: 0},
     "EmbedLayerNormalization": {0: 2, 1: 4},
     "OneHot": {0: 1},
+    "Equal": {0: 1, 1: 0},
 }
-"""Operators that read a table: input with the indices -> input with the table."""
+"""Operators that read a table: input with the indices -> input with the table.
+
+Equal with a list of numbers is how some exporters write one-hot coding.
+"""
+_LONGEST_LIST = 1 << 20
 
 
-def _rows(node: Any, table: Any, shapes: Mapping[str, ValueInfo]) -> int | None:
-    if node.op == "OneHot":
-        values = getattr(table, "values", None)
-        depth = None if values is None else np.asarray(values).reshape(-1)
-        return int(depth[0]) if depth is not None and depth.size else None
+def _rows(
+    model: Model, node: Any, table: Any, shapes: Mapping[str, ValueInfo]
+) -> int | None:
+    """Return how many indices the table takes, from 0 on."""
+    if node.op in ("OneHot", "Equal"):
+        weight = model.constant(table)
+        if weight is None or not 0 < weight.size <= _LONGEST_LIST:
+            return None
+        if node.op == "Equal" and weight.size < 2:
+            return None
+        return int(np.max(weight.read())) + (node.op == "Equal")
     info = shapes.get(table.name)
     shape = info.shape if info is not None else getattr(table, "shape", None)
     axis = int(node.attrs.get("axis", 0)) if node.op == "Gather" else 0

@@ -431,6 +431,28 @@ def test_random_token_ids_stay_inside_the_table():
     assert samples.whole
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = OneHot<axis = -1>(ids, depth, values)",
+        "wide = Unsqueeze(ids, minus)  same = Equal(wide, list)  y = Cast<to = 1>(same)",
+    ],
+)
+def test_random_ids_for_one_hot_coding_stay_below_its_depth(body: str):
+    m = model(
+        f"""
+        <ir_version: 10, opset_import: ["" : 17]>
+        g (int64[N, 3] ids) => (float[N, 3, 4] y)
+        <int64 depth = {{4}}, float[2] values = {{0, 1}}, int64[1] minus = {{-1}},
+         int64[4] list = {{0, 1, 2, 3}}>
+        {{ {body} }}
+        """
+    )
+    feeds = Samples.random_for(m, count=20).batches()
+    ids = np.stack([feed["ids"] for feed in feeds])
+    assert set(ids.ravel().tolist()) == {0, 1, 2, 3}
+
+
 def test_random_inputs_are_the_same_for_the_same_seed_in_any_order():
     one = Samples.random_for(model(LINEAR), seed=1, count=4)
     two = Samples.random_for(model(LINEAR), seed=1, count=4)
