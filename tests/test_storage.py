@@ -556,6 +556,34 @@ def test_the_optimised_graph_and_the_outputs_are_those_of_the_plain_model(
     assert outputs["auto"].tobytes() == outputs["plain"].tobytes()
 
 
+def test_a_weight_read_only_inside_a_subgraph_is_encoded_and_taken_back():
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (bool b, float[1, 80] x) => (float[1, 80] y)
+    {
+      y = If(b) <
+        then_branch = t () => (float[1, 80] p) { p = MatMul(x, w) },
+        else_branch = e () => (float[1, 80] q) { q = Sub(x, x) }
+      >
+    }
+    """
+    proto = onnx.parser.parse_model(text)
+    array = sparse((80, 80), 0.9, 16)
+    proto.graph.initializer.append(numpy_helper.from_array(array, "w"))
+    data = Model.load(proto).to_bytes("auto")
+    assert len(data) < array.nbytes / 5
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    providers = ["CPUExecutionProvider"]
+    session = ort.InferenceSession(data, options, providers=providers)
+    x = np.ones((1, 80), np.float32)
+    y = session.run(None, {"b": np.array(True), "x": x})[0]
+    np.testing.assert_allclose(y, x @ array, rtol=1e-5)
+    again = Model.load(data)
+    assert again.to_bytes("auto") == data
+    assert again.to_proto("plain") == proto
+
+
 def test_doc_strings_of_weights_are_not_lost():
     proto = perceptron(16, 0.9, (70, 90, 10))
     proto.graph.initializer[0].doc_string = "from the paper"

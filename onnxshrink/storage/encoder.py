@@ -719,7 +719,9 @@ class Encoder:
 
         Where decoding takes more than 16 MiB, the form that decodes in least memory
         wins among those within 2 % of the smallest. A form that saves less than 2 % of
-        the plain bytes is not worth its nodes. The choice depends on the tensor, its name, and what was encoded before, never
+        the plain bytes is not worth its nodes.
+
+        The choice depends on the tensor, its name, and what was encoded before, never
         on chance. The tensor is read at most a few times, chunk by chunk.
 
         Args:
