@@ -1102,6 +1102,8 @@ class Model:
             OutputError: It is the input itself, a folder, a device, or its folder is
                 missing.
         """
+        if "\0" in str(target):
+            raise OutputError(f"cannot write {str(target)!r}: it is no file name")
         try:
             final = _followed(target)
             if final.is_dir():
@@ -1116,8 +1118,6 @@ class Model:
             )
         except OSError as error:
             raise OutputError(f"cannot write {target}: {error.strerror}") from error
-        except ValueError as error:
-            raise OutputError(f"cannot write {str(target)!r}: {error}") from error
         if own:
             raise OutputError(
                 f"{target} is the input itself, which is never overwritten; "
