@@ -84,6 +84,21 @@ class _Command(click.Command):
         _write_block(formatter, "Examples", self.examples)
 
 
+class _BareContext(click.Context):
+    """Names the bare command as one types it: not at all."""
+
+    @property
+    def command_path(self) -> str:
+        """The words typed so far."""
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class _Bare(_Command):
+    """The command without a word."""
+
+    context_class = _BareContext
+
+
 class _Main(click.Group):
     """A group whose bare form is a command: ``onnxshrink MODEL`` and ``... inspect``.
 
@@ -166,7 +181,7 @@ def _joined_passes(args: Sequence[str]) -> list[str]:
         if word == "--passes" or word.startswith("--passes="):
             joined.append(word)
             if word == "--passes":
-                joined.extend(value for value in [next(words, None)] if value)
+                joined += [value for value in [next(words, None)] if value is not None]
             collecting = True
         elif word.startswith("-"):
             joined.append(word)
@@ -219,6 +234,12 @@ def _guarded(work: Callable[[], Any], *, verbose: bool) -> int:
         if verbose and error.__cause__ is not None:
             _trace(error)
         _complain(str(error))
+        return 1
+    except OSError as error:
+        if verbose:
+            _trace(error)
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}")
         return 1
     except MemoryError:
         _complain("there is not enough memory; nothing was written")
@@ -346,7 +367,7 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]  # generic in new click
         return match[1], tuple(int(dim) for dim in dims)
 
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # what reads it says why it cannot
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -444,7 +465,7 @@ onnxshrink model.onnx --recipe mine.toml --plan
 
 @main.command(
     _BARE,
-    cls=_Command,
+    cls=_Bare,
     hidden=True,
     options_metavar="[OPTIONS]",
     examples=_SHRINK_EXAMPLES,
@@ -538,6 +559,14 @@ onnxshrink model.onnx --recipe mine.toml --plan
     "small.",
 )
 @_option(
+    "--max-decode-ratio",
+    type=float,
+    metavar="X",
+    section="Output",
+    help="Write a weight plain if decoding it at load takes more than X times its "
+    "bytes.  [default: 10]",
+)
+@_option(
     "--report",
     "reports",
     type=_PATH,
@@ -602,6 +631,7 @@ def shrink(
     on_breach: Any,
     output: Path | None,
     storage: Any,
+    max_decode_ratio: float | None,
     external: Any,
     reports: tuple[Path, ...],
     resume: bool,
@@ -621,10 +651,14 @@ def shrink(
         raise click.UsageError("give either --passes or --recipe, not both")
     if quiet and verbose:
         raise click.UsageError("give either -q or -v, not both")
+    if not model.name:
+        raise UsageError(f"{str(model)!r} names no file; give a model")
     pipeline = _pipeline(passes, recipe)
-    target = _target(model, output)
-    for report in reports:
-        _check_report(report, model, target)
+    target = model
+    if not plan:
+        target = _target(model, output)
+        for report in reports:
+            _check_report(report, model, target)
 
     from onnxshrink.manager import PassManager
     from onnxshrink.model import Model
@@ -646,6 +680,7 @@ def shrink(
             metric=metric,
             on_breach=on_breach,
             storage=storage,
+            max_decode_ratio=max_decode_ratio,
             external=external,
             providers=providers or ("CPUExecutionProvider",),
             threads=threads,

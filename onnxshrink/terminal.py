@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ __all__ = [
     "clean",
     "console",
     "count_text",
+    "middle",
     "percent_text",
     "size_text",
     "table",
@@ -85,7 +87,10 @@ class _Stream:
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console for results (stdout) or for everything else (stderr)."""
-    stream: Any = _Stream(sys.stderr if stderr else sys.stdout)
+    found: TextIO | None = sys.stderr if stderr else sys.stdout
+    if found is None:  # closed by the caller: ``>&-``
+        found, quiet = io.StringIO(), True
+    stream: Any = _Stream(found)
     made = Console(file=stream, quiet=quiet, highlight=False, emoji=False, markup=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _WIDE
@@ -175,6 +180,15 @@ def clean(text: object, limit: int = 400) -> str:
     shown = str(text)[: 4 * limit]
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def middle(text: object, limit: int) -> str:
+    """Return clean text cut in the middle: the end of a path tells most."""
+    shown = clean(text, 4000)
+    if len(shown) <= limit:
+        return shown
+    tail = (limit - 3) * 2 // 3
+    return f"{shown[: limit - 3 - tail]}...{shown[-tail:]}"
 
 
 def table(

@@ -19,6 +19,7 @@ from onnxshrink import cli, measure, registry, runtime
 from onnxshrink.manager import PassManager
 
 ROOT = Path(__file__).resolve().parent.parent
+AS_ROOT = getattr(os, "geteuid", lambda: 1)() == 0
 COMMAND = Path(sys.executable).with_name("onnxshrink")
 
 TEXT = """
@@ -162,7 +163,8 @@ def test_a_command_line_that_cannot_be_read_is_exit_code_2(
 ) -> None:
     shown = run(model, *args)
     assert shown.exit_code == 2
-    assert "Error" in shown.stderr
+    assert shown.stderr.startswith("Usage: onnxshrink [OPTIONS] MODEL\n")
+    assert "Error: " in shown.stderr
     assert shown.stdout == ""
 
 
@@ -197,6 +199,15 @@ def test_an_unknown_option_of_a_pass_is_named_with_the_nearest(
 ) -> None:
     says = "prune has no option sparsty; .* Did you mean 'sparsity'"
     fails(model, "--passes", "prune:sparsty=1", says=says, tmp_path=tmp_path)
+
+
+def test_an_empty_pipeline_is_an_error(model: Path, tmp_path: Path) -> None:
+    fails(model, "--passes", "", says="there is no pass to run", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_what_cannot_name_a_model_is_an_error(name: str, tmp_path: Path) -> None:
+    fails(name, says="names no file|is not a", tmp_path=tmp_path)
 
 
 def test_an_unknown_recipe_is_named_with_the_nearest(
@@ -269,11 +280,17 @@ def test_a_report_never_replaces_a_model(model: Path, tmp_path: Path) -> None:
     fails(path, "--report", path, says="it is a model", tmp_path=tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(AS_ROOT, reason="root may write everywhere")
 def test_a_folder_without_permission_is_an_error(model: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     fails(model, "-o", locked / "x.onnx", says="no permission", tmp_path=tmp_path)
+
+
+@pytest.mark.skipif(AS_ROOT, reason="root may read everything")
+def test_a_model_without_permission_is_an_error(model: Path, tmp_path: Path) -> None:
+    model.chmod(0)
+    fails(model, says="cannot read .*ermission", tmp_path=tmp_path)
 
 
 def test_a_word_that_comes_too_late_is_explained(tmp_path: Path) -> None:
@@ -593,6 +610,26 @@ def test_the_help_imports_neither_onnx_nor_onnxruntime() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
+def test_ctrl_c_stops_with_130_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from onnxshrink import cli, validate\n"
+        "def stop(*args, **kwargs):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "validate.Validator.check = stop\n"
+        f"cli.main([{str(model)!r}])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "tiny-shrunk.onnx").exists()
+    assert done.stdout == ""
 
 
 @pytest.mark.slow

@@ -12,9 +12,8 @@ import pytest
 from onnx import parser
 
 from onnxshrink.analysis.inventory import (
-    distinct_values,
+    count_values,
     inventory,
-    nonzero_values,
 )
 from onnxshrink.model import Model
 from onnxshrink.report import dump
@@ -110,15 +109,25 @@ def test_every_kind_of_model_has_an_inventory(name: str) -> None:
 def test_values_of_every_type_are_counted(
     array: np.ndarray, distinct: int | None, nonzeros: int | None
 ) -> None:
-    tensor = ArrayTensor(array)
-    assert distinct_values(tensor) == distinct
-    assert nonzero_values(tensor) == nonzeros
+    found = count_values(ArrayTensor(array))
+    assert (found.distinct, found.nonzeros) == (distinct, nonzeros)
 
 
 def test_a_value_that_comes_late_is_counted() -> None:
     array = np.zeros(3_000_000, np.float32)
     array[-1], array[70_000] = 1, 2
-    assert distinct_values(ArrayTensor(array)) == 3
+    assert count_values(ArrayTensor(array)).distinct == 3
+
+
+def test_a_large_tensor_is_counted_whole_and_sampled_evenly() -> None:
+    array = np.zeros(12 << 20, np.float32)
+    array[8 << 20 :] = 1
+    tensor = ArrayTensor(array)
+    found = count_values(tensor, sampled=40 << 20)
+    assert (found.nonzeros, found.distinct) == (4 << 20, 2)
+    assert found.sample.nbytes == 24 << 20
+    assert np.count_nonzero(found.sample.read()) == 2 << 20
+    assert count_values(tensor).sample is tensor
 
 
 def test_external_data_counts_as_part_of_the_file(tmp_path: Path) -> None:

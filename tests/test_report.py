@@ -22,7 +22,15 @@ from onnxshrink.manager import Planned
 from onnxshrink.measure import Stats
 from onnxshrink.registry import get
 from onnxshrink.report import Report, Step, dump, plain, render_plan, step_line
-from onnxshrink.terminal import Bar, clean, console, count_text, percent_text, size_text
+from onnxshrink.terminal import (
+    Bar,
+    clean,
+    console,
+    count_text,
+    middle,
+    percent_text,
+    size_text,
+)
 from onnxshrink.validate import MetricChange, OutputMetrics, Verdict
 
 EVIL = "<b>|`\x1b[31m[red]\n*x*"
@@ -319,6 +327,7 @@ def test_text_of_a_model_is_made_harmless_and_short() -> None:
     assert clean("a\x1b[31mb\nc") == "a\\x1b[31mb\\nc"
     assert clean("é字") == "é字"
     assert len(clean("x" * 10_000, 50)) == 50
+    assert middle("encoder/layer.11/output/weight", 20) == "encode...tput/weight"
 
 
 def test_a_stream_that_cannot_say_a_letter_writes_an_escape(

@@ -19,8 +19,15 @@ from onnxshrink.model import Model, Node, ValueInfo, Weight
 from onnxshrink.samples import Samples
 from onnxshrink.storage import Encoder
 from onnxshrink.storage.census import MAX_CODES, Codes, bits_view
-from onnxshrink.tensors import LazyTensor
-from onnxshrink.terminal import clean, count_text, percent_text, size_text, table
+from onnxshrink.tensors import ArrayTensor, LazyTensor
+from onnxshrink.terminal import (
+    clean,
+    count_text,
+    middle,
+    percent_text,
+    size_text,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +38,9 @@ __all__ = ["Group", "Inventory", "Layer", "WeightEntry", "inventory", "type_name
 _FIRST_BLOCK = 1 << 11
 """Values in which most weights show more distinct ones than are counted."""
 _BLOCK = 1 << 16
-_ENCODE_LIMIT = 256 << 20
-"""Weights of more bytes are not encoded to see what that saves: it takes too long."""
+_SAMPLED = 64 << 20
+"""Bytes from which a part of a weight is encoded to see what that saves."""
+_SAMPLE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class WeightEntry:
         encoding: Smallest exact in-graph encoding, ``plain`` if nothing is smaller;
             ``None`` if none was tried.
         encoded: Bytes with that encoding, nodes and tables included.
+        estimated: Whether only a sample of a large weight was encoded.
     """
 
     name: str
@@ -65,6 +74,7 @@ class WeightEntry:
     distinct: int | None
     encoding: str | None
     encoded: int
+    estimated: bool
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ class Inventory:
         )
         for layer in self.layers[: top or None]:
             made.add_row(
-                clean(layer.name, 60),
+                middle(layer.name, 60),
                 clean(layer.op, 40),
                 count_text(layer.values),
                 size_text(layer.nbytes),
@@ -265,26 +275,32 @@ class Inventory:
                 zeros = percent_text(weight.size - weight.nonzeros, weight.size)
             used = ", ".join(weight.used_by) or "nothing"
             made.add_row(
-                clean(weight.name, 60),
+                middle(weight.name, 60),
                 clean(used, 30) + (f" ({weight.nodes}x)" if weight.nodes > 1 else ""),
                 weight.dtype,
                 "x".join(map(str, weight.shape)) or "scalar",
                 size_text(weight.nbytes),
                 zeros,
                 ">256" if weight.distinct is None else str(weight.distinct),
-                size_text(weight.encoded)
-                if weight.encoding == "plain"
-                else f"{size_text(weight.encoded)} {weight.encoding or '(not tried)'}",
+                _could_be(weight),
             )
         return made
 
     def _saving(self) -> str:
         saved = self.weight_bytes - self.encoded_bytes
+        about = "about " if any(w.estimated for w in self.weights) else ""
         return (
-            f"Weights take {size_text(self.weight_bytes)} plain and "
+            f"Weights take {size_text(self.weight_bytes)} plain and {about}"
             f"{size_text(self.encoded_bytes)} in their smallest exact encoding "
             f"({percent_text(saved, self.weight_bytes)} less)."
         )
+
+
+def _could_be(weight: WeightEntry) -> str:
+    if weight.encoding in (None, "plain"):
+        return size_text(weight.encoded)
+    about = "~" if weight.estimated else ""
+    return f"{about}{size_text(weight.encoded)} {weight.encoding}"
 
 
 def _cut(console: Console, what: str, shown: Table, total: int, top: int) -> None:
@@ -366,37 +382,79 @@ def type_name(data_type: int) -> str:
         return "?"
 
 
-def distinct_values(tensor: LazyTensor) -> int | None:
-    """Count distinct bit patterns; ``None`` if there are more than 256."""
+@dataclass(frozen=True)
+class Values:
+    """What one reading of a tensor counts.
+
+    Attributes:
+        nonzeros: Values that are not zero; ``None`` for strings.
+        distinct: Distinct bit patterns, ``None`` if there are more than 256.
+        sample: The tensor itself, or evenly spaced parts of a large one.
+    """
+
+    nonzeros: int | None
+    distinct: int | None
+    sample: LazyTensor
+
+
+def count_values(tensor: LazyTensor, sampled: int = _SAMPLED) -> Values:
+    """Read a tensor once, in chunks, and count its values.
+
+    Args:
+        tensor: Any tensor.
+        sampled: Bytes from which ``sample`` holds a part only.
+    """
     if tensor.data_type == onnx.TensorProto.STRING:
         texts = set(tensor.read().reshape(-1).tolist())
-        return len(texts) if len(texts) <= MAX_CODES else None
-    codes: Codes | None = None
-    size = _FIRST_BLOCK
-    for chunk in tensor.chunks():
-        start = 0
-        while start < chunk.size:
-            found = bits_view(chunk[start : start + size])
-            start, size = start + size, _BLOCK
-            new = np.unique(found if codes is None else codes.unknown(found))
-            if new.size:
-                keys = new if codes is None else np.union1d(codes.keys, new)
-                if keys.size > MAX_CODES:
-                    return None
-                codes = Codes(keys)
-    return 0 if codes is None else int(codes.keys.size)
-
-
-def nonzero_values(tensor: LazyTensor) -> int | None:
-    """Count the values that are not zero; ``None`` for strings."""
-    if tensor.data_type == onnx.TensorProto.STRING:
-        return None
-    total = 0
-    for chunk in tensor.chunks():
+        return Values(None, _few(len(texts)), tensor)
+    patterns = _Distinct()
+    nonzeros = 0
+    stride = -(-tensor.nbytes // _SAMPLE) if tensor.nbytes >= sampled else 0
+    kept = []
+    for number, chunk in enumerate(tensor.chunks()):
         # numpy counts bits, and so -0.0, in types that are not its own.
         own = chunk.dtype.isbuiltin == 1
-        total += int(np.count_nonzero(chunk if own else chunk.astype(np.float32)))
-    return total
+        nonzeros += int(np.count_nonzero(chunk if own else chunk.astype(np.float32)))
+        patterns.update(chunk)
+        if stride and number % stride == 0:
+            kept.append(chunk)
+    sample = ArrayTensor(np.concatenate(kept), tensor.data_type) if kept else tensor
+    return Values(nonzeros, patterns.count, sample)
+
+
+class _Distinct:
+    """Counts distinct bit patterns until there are too many."""
+
+    def __init__(self) -> None:
+        self._codes: Codes | None = None
+        self._many = False
+        self._block = _FIRST_BLOCK
+
+    @property
+    def count(self) -> int | None:
+        """How many there are, ``None`` if there are more than 256."""
+        if self._many:
+            return None
+        return 0 if self._codes is None else int(self._codes.keys.size)
+
+    def update(self, chunk: np.ndarray[Any, Any]) -> None:
+        """Count the patterns of a flat array too."""
+        start = 0
+        while start < chunk.size and not self._many:
+            found = bits_view(chunk[start : start + self._block])
+            start, self._block = start + self._block, _BLOCK
+            codes = self._codes
+            new = np.unique(found if codes is None else codes.unknown(found))
+            if not new.size:
+                continue
+            keys = new if codes is None else np.union1d(codes.keys, new)
+            self._many = _few(keys.size) is None
+            if not self._many:
+                self._codes = Codes(keys)
+
+
+def _few(count: int) -> int | None:
+    return count if count <= MAX_CODES else None
 
 
 def _macs(
@@ -431,12 +489,14 @@ def _file_bytes(model: Model) -> int:
 
 def _entry(weight: Weight, encoder: Encoder) -> WeightEntry:
     tensor = weight.tensor
+    values = count_values(tensor)
     kind, encoded = None, tensor.nbytes
     # Only initializers are encoded when a model is written.
-    if weight.node is None and tensor.nbytes <= _ENCODE_LIMIT:
-        encoding = encoder.encode(weight.name, tensor)
+    if weight.node is None:
+        encoding = encoder.encode(weight.name, values.sample)
         kind = "plain" if encoding is None else encoding.kind
-        encoded = tensor.nbytes if encoding is None else encoding.nbytes
+        if encoding is not None:
+            encoded = encoding.nbytes * tensor.nbytes // values.sample.nbytes
     uses = weight.uses
     return WeightEntry(
         name=weight.name,
@@ -446,10 +506,11 @@ def _entry(weight: Weight, encoder: Encoder) -> WeightEntry:
         shape=tensor.shape,
         nbytes=tensor.nbytes,
         size=tensor.size,
-        nonzeros=nonzero_values(tensor),
-        distinct=distinct_values(tensor),
+        nonzeros=values.nonzeros,
+        distinct=values.distinct,
         encoding=kind,
         encoded=encoded,
+        estimated=values.sample is not tensor,
     )
 
 
