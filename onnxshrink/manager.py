@@ -105,6 +105,7 @@ class PassManager:
         on_breach: OnBreach = "back-off",
         storage: Storage = "auto",
         external: External = "auto",
+        max_decode_ratio: float | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         threads: int = 0,
         seed: int = 0,
@@ -127,6 +128,8 @@ class PassManager:
             on_breach: What happens when a pass breaks the budget.
             storage: How weights are written, see ``Model.save``.
             external: Whether weights go to a second file, see ``Model.save``.
+            max_decode_ratio: Most memory that decoding one weight may take, see
+                ``Model.save``.
             providers: onnxruntime execution providers.
             threads: onnxruntime's threads in one operator; 0 lets it choose.
             seed: Seed of every random draw.
@@ -153,6 +156,7 @@ class PassManager:
         self.on_breach = on_breach
         self.storage: Storage = storage
         self.external: External = external
+        self.max_decode_ratio = max_decode_ratio
         self.providers = providers
         self.threads = threads
         self.seed = seed
@@ -462,9 +466,7 @@ class _Run:
         """Write the candidate and let the validator look at the file."""
         path = self.folder / f"{index}-{self.name}"
         candidate.fit_runtime()
-        files = candidate.save(
-            path, storage=self.manager.storage, external=self.manager.external
-        )
+        files = self._save(candidate, path)
         verdict = self.judge.check(
             path,
             pass_.promise,
@@ -472,6 +474,15 @@ class _Run:
             after_bytes=sum(file.stat().st_size for file in files),
         )
         return _Attempt(candidate, path, verdict, list(ctx.done), list(ctx.left))
+
+    def _save(self, model: Model, path: Path) -> tuple[Path, ...]:
+        manager = self.manager
+        return model.save(
+            path,
+            storage=manager.storage,
+            external=manager.external,
+            max_decode_ratio=manager.max_decode_ratio,
+        )
 
     def _backed_off(
         self,
@@ -550,7 +561,7 @@ class _Run:
             "seed": manager.seed,
             "budget": dataclasses.asdict(self.budget),
             "on_breach": manager.on_breach,
-            "storage": manager.storage,
+            "storage": [manager.storage, manager.external, manager.max_decode_ratio],
             "samples": list(self.splits.describe()),
         }
 
@@ -615,7 +626,7 @@ class _Run:
         staging = self.folder / "final"
         staging.mkdir(exist_ok=True)
         path = staging / self.name
-        files = final.save(path, storage=manager.storage, external=manager.external)
+        files = self._save(final, path)
         verdict = self.judge.check(path, Promise.CLOSE)
         if not verdict.ok and (manager.on_breach != "keep" or not verdict.keepable):
             raise PromiseError(f"the written model does not hold: {verdict.reason}")

@@ -933,13 +933,18 @@ class Model:
                 graph.value_info.extend(infos)
         return proto, kept
 
-    def _encoded(self, storage: Storage) -> Export:
+    def _encoded(
+        self, storage: Storage, max_decode_ratio: float | None = None
+    ) -> Export:
         if storage == "plain":
             return export(self)
         if storage != "auto":
             raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
-        from onnxshrink.storage import Encoder
+        from onnxshrink.storage import MAX_DECODE_RATIO, Encoder
 
+        ratio = MAX_DECODE_RATIO if max_decode_ratio is None else max_decode_ratio
+        if not ratio > 0:
+            raise UsageError(f"max_decode_ratio is greater than 0, not {ratio}")
         lent: set[str] = set()
         self.fresh("")  # notes the names that are there
         numbers = dict(self._numbers)
@@ -948,7 +953,7 @@ class Model:
             lent.add(unused := self.fresh(name))
             return unused
 
-        encoder = Encoder(opset=self.opset, fresh=fresh)
+        encoder = Encoder(opset=self.opset, fresh=fresh, max_decode_ratio=ratio)
 
         def encode(
             constant: gs.Constant,
@@ -989,6 +994,7 @@ class Model:
         *,
         storage: Storage = "auto",
         external: External = "auto",
+        max_decode_ratio: float | None = None,
     ) -> tuple[Path, ...]:
         """Write the model, atomically: the file is either whole or not there.
 
@@ -1001,6 +1007,9 @@ class Model:
                 ``plain`` as it is.
             external: Put weights into a second file: ``auto`` if the source did or if
                 they exceed protobuf's 2 GiB, ``never`` or ``always``.
+            max_decode_ratio: A weight whose decoding would take more than this multiple
+                of its plain bytes when the model is loaded is written plain; ``None``
+                is ``storage.MAX_DECODE_RATIO``.
 
         Returns:
             The files written, the model first.
@@ -1011,7 +1020,7 @@ class Model:
         """
         self.check_target(path)
         target = _followed(path)
-        parts = self._encoded(storage)
+        parts = self._encoded(storage, max_decode_ratio)
         total = sum(piece.data_bytes for piece in parts.pieces)
         is_text = target.suffix == ".onnxtxt"
         outside = external == "always" or (

@@ -9,6 +9,13 @@ weights back, unread until someone asks.
 from __future__ import annotations
 
 from onnxshrink.storage.decoder import DecodedTensor, recognise
-from onnxshrink.storage.encoder import Encoder, Encoding, plain_nbytes
+from onnxshrink.storage.encoder import MAX_DECODE_RATIO, Encoder, Encoding, plain_nbytes
 
-__all__ = ["DecodedTensor", "Encoder", "Encoding", "plain_nbytes", "recognise"]
+__all__ = [
+    "MAX_DECODE_RATIO",
+    "DecodedTensor",
+    "Encoder",
+    "Encoding",
+    "plain_nbytes",
+    "recognise",
+]

@@ -51,6 +51,9 @@ __all__ = [
     "plain_nbytes",
 ]
 
+MAX_DECODE_RATIO = 10.0
+"""Most memory that decoding a weight may take, in multiples of its plain bytes."""
+
 Array = np.ndarray[Any, Any]
 _T = onnx.TensorProto
 
@@ -693,7 +696,7 @@ class Encoder:
         *,
         opset: int,
         fresh: Callable[[str], str],
-        max_decode_ratio: float = 10.0,
+        max_decode_ratio: float = MAX_DECODE_RATIO,
         min_bytes: int = 256,
     ) -> None:
         """Start a graph.
