@@ -173,6 +173,13 @@ class Seen:
 
     def update(self, name: str, value: Any, samples: int) -> None:
         """Take in one batch."""
+        if isinstance(value, dict):
+            value = [np.asarray(item) for item in value.values()]
+        if isinstance(value, (list, tuple)):
+            self.scores = False
+            for item in value:
+                self.update(name, np.asarray(item), samples)
+            return
         if not isinstance(value, np.ndarray):
             self.scores = False
             return
@@ -180,8 +187,7 @@ class Seen:
         if not is_float(value):
             self.scores = False
             return
-        wide = value.astype(np.float64)
-        wide = wide[np.isfinite(wide) & (np.abs(wide) < _FILL)]
+        wide = plain(value.astype(np.float64))
         if wide.size:
             self.scale = max(self.scale, float(np.abs(wide).max()))
             self.power += float(wide @ wide)
@@ -209,7 +215,14 @@ _EMBEDDING = re.compile(r"embed|hidden|feature|pooler|pooled", re.IGNORECASE)
 
 
 class Difference:
-    """Running comparison of one output with its reference."""
+    """Running comparison of one output with its reference.
+
+    Attributes:
+        max_abs: Largest absolute error of floats.
+        noise: Sum of squared errors.
+        far: Values that are another integer, boolean or string, for 8-bit ones by more
+            than one step, and floats that are finite only here.
+    """
 
     def __init__(self, scores: bool) -> None:
         self._scores = scores
@@ -282,7 +295,9 @@ class Difference:
         self.nan += int(nan.sum())
         self.inf += int(inf.sum())
         special = ~(np.isfinite(ref) & np.isfinite(out))
-        special |= (np.abs(ref) >= _FILL) & (np.abs(out) >= _FILL) & (ref * out > 0)
+        self.far += int((~np.isfinite(ref) & np.isfinite(out)).sum())
+        fills = (np.abs(ref) >= _FILL) & (np.abs(out) >= _FILL)
+        special |= fills & (np.sign(ref) == np.sign(out))
         if special.any():
             ref, out = np.where(special, 0, ref), np.where(special, 0, out)
         with np.errstate(over="ignore"):

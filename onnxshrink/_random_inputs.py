@@ -213,7 +213,7 @@ def _rows(
             return None
         if node.op == "Equal" and weight.size < 2:
             return None
-        return int(np.max(weight.read())) + (node.op == "Equal")
+        return int(np.max(weight.read())) + int(node.op == "Equal")
     info = shapes.get(table.name)
     shape = info.shape if info is not None else getattr(table, "shape", None)
     axis = int(node.attrs.get("axis", 0)) if node.op == "Gather" else 0

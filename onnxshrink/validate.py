@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 
 from onnxshrink import runtime
 from onnxshrink._columns import Array
@@ -27,6 +26,12 @@ from onnxshrink._differences import (
     Store,
     is_float,
     plain,
+)
+from onnxshrink._signature import (
+    Source,
+    check_form,
+    signature_of,
+    signature_problem,
 )
 from onnxshrink._tasks import (
     BUILT_IN,
@@ -39,7 +44,7 @@ from onnxshrink._tasks import (
 )
 from onnxshrink.base import Progress, Promise
 from onnxshrink.errors import ModelError, UsageError, nearest
-from onnxshrink.model import Model, ValueInfo
+from onnxshrink.model import ValueInfo
 from onnxshrink.samples import Samples, Splits
 
 __all__ = [
@@ -53,7 +58,6 @@ __all__ = [
 
 Metric = str | Callable[[Mapping[str, Any], Any], float] | None
 """A built-in name, ``module:function``, ``file.py:function``, a callable, or none."""
-Source = Model | Path | bytes | onnx.ModelProto
 
 DEFAULT_DROP = 1.0
 DEFAULT_AGREEMENT = 0.98
@@ -252,14 +256,15 @@ class Verdict:
 
 @dataclass
 class _Reference:
-    """The reference's outputs and what was learnt from them."""
+    """A model's outputs on the samples and what was learnt from them."""
 
+    source: Source
     store: Store
     seen: dict[str, Seen]
     spans: list[tuple[int, int]]
     inputs: tuple[ValueInfo, ...]
     outputs: tuple[ValueInfo, ...]
-    task: Task | None
+    task: Task | None = None
     before: float = 0.0
     noise: dict[str, tuple[float, float]] | None = None
 
@@ -335,6 +340,7 @@ class Validator:
         if isinstance(self._metric, str) and self._labels is None:
             raise UsageError(f"metric {metric} needs labels")
         self._known: _Reference | None = None
+        self._last: tuple[object, _Reference] | None = None
 
     # --- the reference ------------------------------------------------------------
 
@@ -376,12 +382,25 @@ class Validator:
         return self._known
 
     def _run_reference(self) -> _Reference:
-        session = self._session(self._source)
-        inputs, outputs = _signature(self._source, session)
+        reference = self._observe(self._source, "reference")
+        task = self._task(reference)
+        if task is not None:
+            reference.task = task
+            task.start()
+            for index, span in enumerate(reference.spans):
+                task.feed(reference.store.read(index), self._labels_of(span))
+            reference.before = task.value(self._used_labels(reference.spans))
+        self._check_budget(reference)
+        return reference
+
+    def _observe(self, source: Source, what: str) -> _Reference:
+        """Run a model over the samples and keep what it says."""
+        session = self._session(source)
+        inputs, outputs = signature_of(source, session)
         spans = list(self.samples.spans(self._size()))
         store = Store()
         seen = {info.name: Seen() for info in session.outputs}
-        for number, (feed, span) in enumerate(self._feeds(spans, "reference")):
+        for number, (feed, span) in enumerate(self._feeds(spans, what)):
             if number == 0:
                 few = self.samples.read(np.arange(self.samples.batch or 1))
                 one, two = self._run(session, few), self._run(session, few)
@@ -392,16 +411,17 @@ class Validator:
             for name, value in out.items():
                 seen[name].update(name, value, count)
             store.add(out)
-        reference = _Reference(store, seen, spans, inputs, outputs, None)
-        task = self._task(reference)
-        if task is not None:
-            reference.task = task
-            task.start()
-            for index, span in enumerate(spans):
-                task.feed(store.read(index), self._labels_of(span))
-            reference.before = task.value(self._used_labels(spans))
-        self._check_budget(reference)
-        return reference
+        return _Reference(source, store, seen, spans, inputs, outputs)
+
+    def _start(self, before: Source | None) -> _Reference:
+        """Return what SAME is measured against: the model before the pass."""
+        reference = self._reference()
+        if before is None or _identity(before) == _identity(self._source):
+            return reference
+        key = _identity(before)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._observe(before, "before the pass")
+        return self._last[1]
 
     def _check_budget(self, reference: _Reference) -> None:
         """Refuse a budget that nothing could be measured for."""
@@ -514,14 +534,15 @@ class Validator:
         """
         reference = self._reference()
         session = self._session(candidate)
-        inputs, outputs = _signature(candidate, session)
-        return _signature_problem(reference.inputs, reference.outputs, inputs, outputs)
+        inputs, outputs = signature_of(candidate, session)
+        return signature_problem(reference.inputs, reference.outputs, inputs, outputs)
 
     def check(
         self,
         candidate: Source,
         promise: Promise = Promise.CLOSE,
         *,
+        before: Source | None = None,
         before_bytes: int | None = None,
         after_bytes: int | None = None,
         latency_ratio: float | None = None,
@@ -532,6 +553,8 @@ class Validator:
             candidate: A model, or the file that holds it.
             promise: What the pass claims. SAME allows float noise only; CLOSE is held
                 to the budget; SIGNATURE only to names, types, shapes and finiteness.
+            before: The model before the pass, for SAME; the reference if not given.
+                Metrics and budget are always those against the reference.
             before_bytes: Size of the file before the pass.
             after_bytes: Size after; it must not grow by more than 1 % (or 4 KiB).
             latency_ratio: Latency against the reference's, if it was measured; it is
@@ -555,40 +578,43 @@ class Validator:
             )
 
         try:
-            _check_form(candidate)
+            check_form(candidate)
             session = self._session(candidate)
         except ModelError as error:
             return refused("broken", str(error))
-        inputs, outputs = _signature(candidate, session)
-        problem = _signature_problem(
+        inputs, outputs = signature_of(candidate, session)
+        problem = signature_problem(
             reference.inputs, reference.outputs, inputs, outputs
         )
         if problem:
             return refused("signature", problem)
+        start = self._start(before) if promise is Promise.SAME else reference
+        change = None
         try:
-            differences = self._compare(reference, session)
+            differences, from_start = self._compare(reference, start, session)
+            if reference.task is not None:
+                change = MetricChange(
+                    reference.task.name,
+                    reference.before,
+                    reference.task.value(self._used_labels(reference.spans)),
+                    reference.task.lower_is_better,
+                )
         except ModelError as error:
             return refused("broken", str(error))
         metrics = {
             name: difference.result(reference.seen[name])
             for name, difference in differences.items()
         }
-        change = None
-        if reference.task is not None:
-            change = MetricChange(
-                reference.task.name,
-                reference.before,
-                reference.task.value(self._used_labels(reference.spans)),
-                reference.task.lower_is_better,
-            )
+        moved = ""
+        if promise is Promise.SAME:
+            moved = self._not_same(start, from_start)
         limit = self.budget.max_latency_ratio
         if limit is not None and latency_ratio is None:
             latency_ratio = self._latency_ratio(session)
         return self._judge(
-            reference,
             promise,
             metrics,
-            differences,
+            moved,
             change,
             used,
             (before_bytes, after_bytes),
@@ -596,23 +622,27 @@ class Validator:
         )
 
     def _compare(
-        self, reference: _Reference, session: runtime.Session
-    ) -> dict[str, Difference]:
-        differences = {
-            name: Difference(seen.is_scores) for name, seen in reference.seen.items()
-        }
+        self, reference: _Reference, start: _Reference, session: runtime.Session
+    ) -> tuple[dict[str, Difference], dict[str, Difference]]:
+        """Run the candidate once; compare it with the reference and with the start."""
+        against = [reference] if start is reference else [reference, start]
+        found = [
+            {name: Difference(seen.is_scores) for name, seen in known.seen.items()}
+            for known in against
+        ]
         if reference.task is not None:
             reference.task.start()
         for index, (feed, span) in enumerate(self._feeds(reference.spans, "check")):
             out = session.run(feed)
-            wanted = reference.store.read(index)
             count = _count(feed, span, self.samples)
-            for name, difference in differences.items():
-                _same_kind(name, wanted[name], out[name])
-                difference.update(wanted[name], out[name], count)
+            for known, differences in zip(against, found, strict=True):
+                wanted = known.store.read(index)
+                for name, difference in differences.items():
+                    _same_kind(name, wanted[name], out[name])
+                    difference.update(wanted[name], out[name], count)
             if reference.task is not None:
                 reference.task.feed(out, self._labels_of(span))
-        return differences
+        return found[0], found[-1]
 
     def _latency_ratio(self, session: runtime.Session) -> float:
         from onnxshrink.measure import latencies
@@ -625,10 +655,9 @@ class Validator:
 
     def _judge(
         self,
-        reference: _Reference,
         promise: Promise,
         metrics: Mapping[str, OutputMetrics],
-        differences: Mapping[str, Difference],
+        moved: str,
         change: MetricChange | None,
         samples: int,
         sizes: tuple[int | None, int | None],
@@ -644,7 +673,7 @@ class Validator:
         if broken:
             problem, reason, usage = "broken", broken, math.inf
         elif promise is Promise.SAME:
-            reason = self._not_same(reference, metrics, differences)
+            reason = moved
             if reason:
                 problem, usage = "same", math.inf
         elif promise is Promise.CLOSE:
@@ -714,21 +743,19 @@ class Validator:
         return worst, reason
 
     def _not_same(
-        self,
-        reference: _Reference,
-        metrics: Mapping[str, OutputMetrics],
-        differences: Mapping[str, Difference],
+        self, start: _Reference, differences: Mapping[str, Difference]
     ) -> str:
         """Return how outputs differ by more than float noise, or ``""``.
 
         Float noise is an error of at most 1e-4 of the output's largest value, and 60
         dB (1e-2 and 36 dB for fp16). A deep or ill-conditioned model may do worse on
         its own: then ten times the difference between onnxruntime's optimised and
-        plain run of the reference is allowed, up to 1e-2 and 40 dB. Integers, booleans
+        plain run of it is allowed, up to 1e-2 and 40 dB. Integers, booleans
         and strings must be equal; 8-bit values may differ by one step in 1 %.
         """
-        for name, m in metrics.items():
-            seen = reference.seen[name]
+        for name, difference in differences.items():
+            seen = start.seen[name]
+            m = difference.result(seen)
             if m.note and not seen.stable:
                 continue
             if m.note:
@@ -737,18 +764,23 @@ class Validator:
                 return f"promised the same outputs, but the shape of {name!r} differs"
             if seen.dtype is None or not is_float(np.zeros(0, seen.dtype)):
                 equal = m.agreement is None or m.agreement == 1
-                small = differences[name].far == 0 and (m.agreement or 0) >= 0.99
+                small = difference.far == 0 and (m.agreement or 0) >= 0.99
                 if equal or (small and seen.dtype is not None):
                     continue
                 return (
                     f"promised the same outputs, but {1 - (m.agreement or 0):.2%} of "
                     f"the values of {name!r} differ"
                 )
+            if difference.far:
+                return (
+                    f"promised the same outputs, but {difference.far:,} values of "
+                    f"{name!r} are finite that were not"
+                )
             half = seen.dtype.itemsize == 2
             error, level = (1e-2, 36.0) if half else (1e-4, 60.0)
             if m.max_abs <= error * seen.scale + 1e-12 and m.sqnr_db >= level:
                 continue
-            own_error, own_level = self._own_noise(reference)[name]
+            own_error, own_level = self._own_noise(start)[name]
             error = max(error, min(10 * own_error, 1e-2))
             level = min(level, max(own_level - 20, 36.0 if half else 40.0))
             if m.max_abs <= error * seen.scale + 1e-12 and m.sqnr_db >= level:
@@ -760,30 +792,38 @@ class Validator:
             )
         return ""
 
-    def _own_noise(self, reference: _Reference) -> dict[str, tuple[float, float]]:
-        """Relative error and SQNR of the reference run without optimisations."""
-        if reference.noise is None:
-            unoptimised = self._session(self._source, "off")
-            differences = {name: Difference(False) for name in reference.seen}
-            power = dict.fromkeys(reference.seen, 0.0)
-            for index, (start, stop) in enumerate(reference.spans[:8]):
-                feed = self.samples.read(np.arange(start, stop))
-                out, wanted = self._run(unoptimised, feed), reference.store.read(index)
+    def _own_noise(self, start: _Reference) -> dict[str, tuple[float, float]]:
+        """Relative error and SQNR of a model run without optimisations."""
+        if start.noise is None:
+            unoptimised = self._session(start.source, "off")
+            differences = {name: Difference(False) for name in start.seen}
+            power = dict.fromkeys(start.seen, 0.0)
+            for index, (first, last) in enumerate(start.spans[:8]):
+                feed = self.samples.read(np.arange(first, last))
+                out, wanted = self._run(unoptimised, feed), start.store.read(index)
                 for name, difference in differences.items():
-                    difference.update(wanted[name], out[name], stop - start)
+                    difference.update(wanted[name], out[name], last - first)
                     if is_float(wanted[name]):
                         wide = plain(wanted[name].astype(np.float64))
                         power[name] += float(wide @ wide)
             found = {}
             for name, difference in differences.items():
-                scale = reference.seen[name].scale or 1.0
+                scale = start.seen[name].scale or 1.0
                 noise = difference.noise
                 level = math.inf
                 if noise > 0:
                     level = 10 * math.log10(power[name] / noise) if power[name] else 0.0
                 found[name] = (difference.max_abs / scale, level)
-            reference.noise = found
-        return reference.noise
+            start.noise = found
+        return start.noise
+
+
+def _identity(source: Source) -> object:
+    """Return what tells two sources apart: a file's state, or the object."""
+    if isinstance(source, Path) and source.exists():
+        state = source.stat()
+        return str(source.resolve()), state.st_mtime_ns, state.st_size
+    return id(source)
 
 
 def _amplitude(sqnr_db: float) -> float:
@@ -856,103 +896,3 @@ def _count(feed: Mapping[str, Array], span: tuple[int, int], samples: Samples) -
         return span[1] - span[0]
     first = next(iter(feed.values()))
     return len(first) if first.ndim else 1
-
-
-# --- form and signature -----------------------------------------------------------
-
-
-def _check_form(candidate: Source) -> None:
-    """Run onnx.checker over a candidate.
-
-    Raises:
-        ModelError: What the checker refuses.
-    """
-    try:
-        if isinstance(candidate, Model):
-            candidate.check()
-        elif isinstance(candidate, (bytes, onnx.ModelProto)):
-            onnx.checker.check_model(candidate)
-        elif not candidate.is_file():
-            raise ModelError(f"{candidate} does not exist or is not a file")
-        elif candidate.suffix == ".onnxtxt" or candidate.stat().st_size > 1 << 29:
-            Model.load(candidate)
-        else:
-            onnx.checker.check_model(str(candidate))
-    except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else "invalid"
-        raise ModelError(f"onnx.checker refuses it: {reason}") from error
-
-
-def _signature(
-    source: Source, session: runtime.Session
-) -> tuple[tuple[ValueInfo, ...], tuple[ValueInfo, ...]]:
-    """Return inputs and outputs as the model declares them.
-
-    onnxruntime reports shapes that it inferred, which can be sharper in a candidate
-    that declares the same.
-    """
-    if isinstance(source, Model):
-        return source.inputs, source.outputs
-    if isinstance(source, Path) and source.suffix != ".onnxtxt":
-        from onnxshrink.wire import read_skeleton
-
-        graph = read_skeleton(source)[0].graph
-    elif isinstance(source, onnx.ModelProto):
-        graph = source.graph
-    else:
-        return session.inputs, session.outputs
-    defaults = {tensor.name for tensor in graph.initializer}
-    defaults |= {tensor.values.name for tensor in graph.sparse_initializer}
-    inputs = [info for info in graph.input if info.name not in defaults]
-    return (
-        tuple(ValueInfo.from_proto(info) for info in inputs),
-        tuple(ValueInfo.from_proto(info) for info in graph.output),
-    )
-
-
-def _signature_problem(
-    inputs: Sequence[ValueInfo],
-    outputs: Sequence[ValueInfo],
-    new_inputs: Sequence[ValueInfo],
-    new_outputs: Sequence[ValueInfo],
-) -> str:
-    """Return the first difference between two signatures, or ``""``.
-
-    Names and their order, types and fixed dimensions must be the same. A dynamic
-    dimension stays dynamic, whatever its symbol; an output dimension about which the
-    reference says nothing may become known.
-    """
-    for what, old, new in (
-        ("input", inputs, new_inputs),
-        ("output", outputs, new_outputs),
-    ):
-        before = [info.name for info in old]
-        after = [info.name for info in new]
-        if before != after:
-            lost = [name for name in before if name not in after]
-            added = [name for name in after if name not in before]
-            if lost:
-                return f"{what} {lost[0]!r} is gone"
-            if added:
-                return f"{what} {added[0]!r} is new"
-            return f"the order of the {what}s changed to {', '.join(after)}"
-        for one, two in zip(old, new, strict=True):
-            if not _same_type(one, two, what == "output"):
-                return f"{what} {runtime.describe(one)} became {runtime.describe(two)}"
-    return ""
-
-
-def _same_type(old: ValueInfo, new: ValueInfo, is_output: bool) -> bool:
-    if (old.kind, old.data_type) != (new.kind, new.data_type):
-        return False
-    if old.shape is None:
-        return is_output or new.shape is None
-    if new.shape is None or len(old.shape) != len(new.shape):
-        return False
-    for before, after in zip(old.shape, new.shape, strict=True):
-        if isinstance(before, int):
-            if before != after:
-                return False
-        elif isinstance(after, int) and not (before is None and is_output):
-            return False
-    return True

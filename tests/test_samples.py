@@ -435,7 +435,7 @@ def test_random_token_ids_stay_inside_the_table():
     "body",
     [
         "y = OneHot<axis = -1>(ids, depth, values)",
-        "wide = Unsqueeze(ids, minus)  same = Equal(wide, list)  y = Cast<to = 1>(same)",
+        "wide = Unsqueeze(ids, minus) same = Equal(wide, list) y = Cast<to = 1>(same)",
     ],
 )
 def test_random_ids_for_one_hot_coding_stay_below_its_depth(body: str):
