@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
-from onnxshrink._exporter import _node_proto, in_order, is_function
+from onnxshrink._exporter import _node_proto, is_function
 from onnxshrink._topology import Constant, subgraphs_of, tensor_of
 from onnxshrink.analysis.rewriter import (
     STANDARD,
@@ -75,25 +75,6 @@ _BOUNDED = frozenset({"NonZero", "Compress", "Unique", "Where", "Gather", "Slice
 """Operators whose output is never much larger than their inputs."""
 
 
-def ordered(rewriter: Rewriter) -> Iterator[tuple[gs.Graph, Node]]:
-    """Yield every node behind what it reads, those of subgraphs behind their owner.
-
-    Bodies of model-local functions come last, without the subgraphs inside them.
-    """
-
-    def visit(graph: gs.Graph, inner: bool) -> Iterator[tuple[gs.Graph, Node]]:
-        for node in list(in_order(graph.nodes)):
-            yield graph, node
-            if inner:
-                for subgraph in subgraphs_of(node):
-                    yield from visit(subgraph, True)
-
-    rewriter.flush()
-    yield from visit(rewriter.model.graph, True)
-    for function in rewriter.model.graph.functions:
-        yield from visit(function, False)
-
-
 # --- Constant nodes ---------------------------------------------------------------
 
 
@@ -103,7 +84,7 @@ def adopt_constant_nodes(rewriter: Rewriter) -> int:
     One whose value is an output of its graph stays, and so do those of functions.
     """
     count = 0
-    for graph, node in list(ordered(rewriter)):
+    for graph, node in rewriter.ordered():
         if node.op != "Constant" or not is_plain(node) or is_function(graph):
             continue
         output = node.outputs[0]
@@ -126,7 +107,7 @@ def fold_known_values(rewriter: Rewriter) -> int:
     """Replace integers that follow from static shapes alone by constants."""
     count = 0
     facts = rewriter.facts
-    for _, node in list(ordered(rewriter)):
+    for _, node in rewriter.ordered():
         if not rewriter.is_live(node) or node.domain not in STANDARD:
             continue
         if node.op == "Constant" or len(node.outputs) != 1:
@@ -241,7 +222,7 @@ def _tensor_of_result(
 def _fold_uniform(rewriter: Rewriter) -> int:
     """Keep ConstantOfShape and what only reshapes it as one value with a shape."""
     count = 0
-    for graph, node in list(ordered(rewriter)):
+    for graph, node in rewriter.ordered():
         if not rewriter.is_live(node) or not is_plain(node) or is_function(graph):
             continue
         if len(node.outputs) != 1 or rewriter.is_result(node.outputs[0]):
@@ -299,7 +280,7 @@ def _uniform(rewriter: Rewriter, node: Node) -> LazyTensor | None:
 def _plan(rewriter: Rewriter, budget: Budget) -> _Plan:
     known: dict[gs.Tensor, int] = {}
     nodes: list[Node] = []
-    for graph, node in ordered(rewriter):
+    for graph, node in rewriter.ordered():
         if node in budget.refused or not _foldable(rewriter, graph, node):
             continue
         size = 0
@@ -621,7 +602,7 @@ def merge_nodes(rewriter: Rewriter) -> int:
     """Let nodes that compute the same from the same be one, in every graph."""
     count = 0
     seen: dict[Any, Node] = {}
-    for graph, node in list(ordered(rewriter)):
+    for graph, node in rewriter.ordered():
         if not rewriter.is_live(node) or not is_plain(node):
             continue
         if node.op in RANDOM or node.op in ("Dropout", "Constant"):
@@ -659,7 +640,7 @@ def merge_values(rewriter: Rewriter) -> int:
     count = 0
     facts = rewriter.facts
     seen: dict[Any, gs.Tensor] = {}
-    for graph, node in list(ordered(rewriter)):
+    for graph, node in rewriter.ordered():
         if not rewriter.is_live(node) or len(node.outputs) != 1:
             continue
         output = node.outputs[0]

@@ -110,6 +110,7 @@ def _move_out(rewriter: Rewriter, node: gs.Node, branch: gs.Graph) -> None:
             if tensor.name and tensor.name in taken:
                 tensor.name = model.fresh(tensor.name)
         rewriter.home[inner] = home
+    rewriter.is_sorted = False
     home.nodes.extend(moved)
     branch.nodes.clear()
     returned = list(branch.outputs)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink._exporter import is_function
+from onnxshrink._exporter import in_order, is_function
 from onnxshrink._topology import Constant, Variable, subgraphs_of, tensor_of
 from onnxshrink.analysis.symbolic import Dims, Facts, facts_of
 from onnxshrink.model import Model, Node
@@ -131,6 +131,7 @@ class Rewriter:
         self._queue: deque[gs.Node] = deque()
         self._queued: set[gs.Node] = set()
         self._values: dict[gs.Tensor, Array] = {}
+        self.is_sorted = False
         self.overridable = {
             tensor for tensor in model.graph.inputs if isinstance(tensor, gs.Constant)
         }
@@ -140,6 +141,7 @@ class Rewriter:
 
     def index(self) -> None:
         """Look at the whole model again, after an edit that went around this class."""
+        self.is_sorted = False
         self.home.clear()
         self._results.clear()
         self._opsets.clear()
@@ -174,6 +176,32 @@ class Rewriter:
             if any(node in self._dead for node in graph.nodes):
                 graph.nodes.keep([n for n in graph.nodes if n not in self._dead])
         self._dead.clear()
+
+    def ordered(self) -> list[tuple[gs.Graph, Node]]:
+        """Return every node with its graph, each behind what it reads.
+
+        Nodes of a subgraph stand behind the node that has it. Bodies of model-local
+        functions come last, without the subgraphs inside them.
+        """
+        self.flush()
+        found: list[tuple[gs.Graph, Node]] = []
+
+        def visit(graph: gs.Graph, inner: bool) -> None:
+            if not self.is_sorted:
+                order = list(in_order(graph.nodes))
+                if any(a is not b for a, b in zip(order, graph.nodes, strict=True)):
+                    graph.nodes[:] = order
+            for node in graph.nodes:
+                found.append((graph, node))
+                if inner:
+                    for subgraph in subgraphs_of(node):
+                        visit(subgraph, True)
+
+        visit(self.model.graph, True)
+        for function in self.model.graph.functions:
+            visit(function, False)
+        self.is_sorted = True
+        return found
 
     def opset(self, node: gs.Node) -> int:
         """Return the ai.onnx opset a node is written in."""
@@ -328,6 +356,7 @@ class Rewriter:
         old = node.inputs[index]
         if old is tensor:
             return
+        self.is_sorted = False
         node.inputs[index] = tensor
         self.touch(node)
         self.sweep(old)
@@ -335,6 +364,7 @@ class Rewriter:
     def set_inputs(self, node: gs.Node, tensors: Sequence[gs.Tensor]) -> None:
         """Give a node other inputs; what only fed the old ones goes."""
         old = list(node.inputs)
+        self.is_sorted = False
         node.inputs.clear()
         node.inputs.extend(tensors)
         self.touch(node)
@@ -347,7 +377,9 @@ class Rewriter:
         while stack:
             current = stack.pop()
             if current.outputs or current in self._results:
-                self.touch(*current.outputs)
+                if len(current.outputs) == 1:
+                    # The reader that is left may now do what it could not before.
+                    self.touch(*current.outputs, *current.inputs)
                 continue
             for node in list(current.inputs):
                 if self.is_live(node) and not self.outputs_used(node):
@@ -400,10 +432,11 @@ class Rewriter:
                     graph.outputs[index] = new
             self._results.setdefault(new, []).append(graph)
             self._take_name(old, new)
+        self.is_sorted = False
         for node in list(dict.fromkeys(old.outputs)):
-            for index, tensor in enumerate(node.inputs):
-                if tensor is old:
-                    node.inputs[index] = new
+            # Some nodes read thousands of tensors, so let the list itself search.
+            for _ in range(node.inputs.count(old)):
+                node.inputs[node.inputs.index(old)] = new
             self.touch(node)
         for node in list(new.inputs):
             self.touch(node)
@@ -434,6 +467,7 @@ class Rewriter:
         output = Variable(self.model.fresh(f"{label}_out"))
         node = Node(op, label, dict(attrs or {}), list(inputs), [output], None)
         graph.nodes.append(node)
+        self.is_sorted = False
         self.home[node] = graph
         self.facts.describe(output, data_type, dims)
         self.touch_around(node)
