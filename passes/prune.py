@@ -196,8 +196,8 @@ class Prune(SitePass):
                 ctx.skipped(layer.name, f"it keeps {self.pattern} already")
                 continue
             if not self.zeros.of and path[-1] <= zero:
-                share = f"{zero / total:.1%} of it is zero already"
-                ctx.skipped(layer.name, f"{share}; its share is {path[-1] / total:.1%}")
+                share = f"its share is {path[-1] / total:.1%} zeros"
+                ctx.skipped(layer.name, f"{share}, and it has {zero / total:.1%}")
                 continue
             sites.append(self._site(layer, study, tuple(path), zero))
         return sites

@@ -370,12 +370,15 @@ def norms(layer: Layer, statistics: Sequence[Statistic]) -> Array:
     for part in statistics:
         if not isinstance(part, (ChannelNorm, ConvNorm)) or part.squares is None:
             raise ModelError(f"nothing was seen of the inputs of {layer.name}")
-        if part.squares.size != total.size:
+        # Both directions of a recurrent layer read the same inputs.
+        shared = layer.kind in RECURRENT
+        seen = part.squares.reshape((1, -1) if shared else (groups, -1))
+        if seen.shape[1] != inputs:
             raise ModelError(
-                f"{layer.name} has {total.size} inputs, but {part.squares.size} were "
-                "seen in its activations"
+                f"{layer.name} has {inputs} inputs, but {seen.shape[1]} were seen in "
+                "its activations"
             )
-        total += part.squares.reshape(total.shape)
+        total += seen
     return total
 
 

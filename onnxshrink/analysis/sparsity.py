@@ -46,22 +46,16 @@ def magnitude_bits(values: NDArray[Any]) -> NDArray[np.uint32]:
     return narrow.view(np.uint32) & _MAGNITUDE
 
 
-def _histogram(task: tuple[Source, tuple[int, ...]]) -> NDArray[np.int64]:
-    """Count patterns by their high half, or by the low half within some high halves.
-
-    Returns:
-        int64 [65536], or [high halves, 32768].
-    """
-    source, highs = task
-    counts = np.zeros((len(highs), 1 << _LOW_BITS) if highs else _HIGH_BINS, np.int64)
+def _histogram(task: tuple[Source, int | None]) -> NDArray[np.int64]:
+    """Count patterns by their high half, or by the low half within one high half."""
+    source, high = task
+    bins = _HIGH_BINS if high is None else 1 << _LOW_BITS
+    counts = np.zeros(bins, np.int64)
     for chunk in source.chunks(_CHUNK):
         bits = magnitude_bits(chunk)
         top = bits >> np.uint32(_LOW_BITS)
-        if not highs:
-            counts += np.bincount(top, minlength=_HIGH_BINS)
-        for row, high in enumerate(highs):
-            part = bits[top == high] & _LOW
-            counts[row] += np.bincount(part, minlength=1 << _LOW_BITS)
+        part = top if high is None else bits[top == high] & _LOW
+        counts += np.bincount(part, minlength=bins)
     return counts
 
 
@@ -72,8 +66,9 @@ def smallest(
 ) -> list[list[int]]:
     """Return how many of each source are among the smallest magnitudes of all.
 
-    Values are compared as float32. Two passes over the data, whatever its size and
-    however many counts are asked for.
+    Values are compared as float32. Two passes over the data, whatever its size. The
+    last count is divided exactly; for the others, magnitudes that differ by less than
+    1/256 are taken from all sources in proportion.
 
     Args:
         sources: Where the values are.
@@ -81,57 +76,57 @@ def smallest(
         run: ``run(function, tasks)``, such as ``Context.map``.
 
     Returns:
-        For each count, the number from each source; they add up to the count.
+        For each count, the number from each source. Those of the last add up to it.
 
     Raises:
         ModelError: There is a NaN among the values.
     """
     run = run or (lambda function, tasks: [function(task) for task in tasks])
     total = sum(source.size for source in sources)
-    coarse = run(_histogram, [(source, ()) for source in sources])
+    coarse = run(_histogram, [(source, None) for source in sources])
     whole = np.sum(coarse, axis=0)
     if whole[(_INFINITY >> _LOW_BITS) + 1 :].any():
         raise ModelError("a weight holds NaN")
     ends = np.cumsum(whole)
-    wanted = [min(max(count, 0), total) for count in counts]
-    highs = {c: int(np.searchsorted(ends, c)) for c in wanted if c}
-    bins = tuple(sorted(set(highs.values())))
-    fine = run(_histogram, [(source, bins) for source in sources]) if bins else []
     divisions = []
-    for count in wanted:
-        if not count:
-            divisions.append([0] * len(sources))
-            continue
-        high = highs[count]
-        halves = [part[bins.index(high)] for part in fine]
+    for place, count in enumerate(counts):
+        count = min(max(count, 0), total)
+        high = int(np.searchsorted(ends, count))
         below = [int(part[:high].sum()) for part in coarse]
-        divisions.append(_divided(below, halves, count))
+        missing = count - sum(below)
+        if not missing:
+            divisions.append(below)
+        elif place < len(counts) - 1:
+            inside = [int(part[high]) * missing // int(whole[high]) for part in coarse]
+            divisions.append([b + i for b, i in zip(below, inside, strict=True)])
+        else:
+            fine = run(_histogram, [(source, high) for source in sources])
+            divisions.append(_divided(below, fine, missing))
     return divisions
 
 
 def _divided(
-    below: Sequence[int], halves: Sequence[NDArray[np.int64]], count: int
+    below: Sequence[int], halves: Sequence[NDArray[np.int64]], missing: int
 ) -> list[int]:
     """Finish a selection from the counts of low halves within one high half."""
-    missing = count - sum(below)
     low = int(np.searchsorted(np.cumsum(np.sum(halves, axis=0)), missing))
-    chosen = [b + int(h[:low].sum()) for b, h in zip(below, halves, strict=True)]
-    ties = count - sum(chosen)
+    inside = [int(half[:low].sum()) for half in halves]
+    ties = missing - sum(inside)
     for index, half in enumerate(halves):
         taken = min(ties, int(half[low]))
-        chosen[index] += taken
+        inside[index] += taken
         ties -= taken
-    return chosen
+    return [b + i for b, i in zip(below, inside, strict=True)]
 
 
 def _cut(source: Source, count: int) -> tuple[int, int]:
     """Return the pattern of the count-th smallest, and how many equal to it to take."""
-    coarse = _histogram((source, ()))
+    coarse = _histogram((source, None))
     if coarse[(_INFINITY >> _LOW_BITS) + 1 :].any():
         raise ModelError("a weight holds NaN")
     high = int(np.searchsorted(np.cumsum(coarse), count))
     missing = count - int(coarse[:high].sum())
-    fine = _histogram((source, (high,)))[0]
+    fine = _histogram((source, high))
     low = int(np.searchsorted(np.cumsum(fine), missing))
     return (high << _LOW_BITS) | low, missing - int(fine[:low].sum())
 

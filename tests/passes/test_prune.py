@@ -1,0 +1,595 @@
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import numpy_helper
+
+from onnxshrink import testing
+from onnxshrink.analysis import layers
+from onnxshrink.analysis.sparsity import (
+    Pattern,
+    choose_smallest,
+    smallest,
+    zero_smallest,
+)
+from onnxshrink.analysis.surgeon import (
+    Curvature,
+    Removal,
+    allocate,
+    pattern_mask,
+    refit,
+    removal_order,
+)
+from onnxshrink.base import Context, Site
+from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.model import Model
+from onnxshrink.passes.prune import Prune
+from onnxshrink.pipeline import Pipeline
+from onnxshrink.samples import Samples, Splits
+from onnxshrink.tensors import ArrayTensor, FileTensor
+
+Array = np.ndarray[Any, Any]
+
+FLOATS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
+    elements=st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0]),
+)
+
+
+def _model(text: str, **weights: Array) -> Model:
+    """Parse a graph body; arrays become initializers."""
+    header = '<ir_version: 8, opset_import: ["" : 17]>\n'
+    proto = onnx.parser.parse_model(header + text)
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items()
+    )
+    return Model.load(proto)
+
+
+def _matmul(weight: Array) -> Model:
+    inputs, outputs = weight.shape
+    return _model(
+        f"g (float[N,{inputs}] x) => (float[N,{outputs}] y) {{ y = MatMul(x, w) }}",
+        w=weight,
+    )
+
+
+def _splits(**arrays: Array) -> Splits:
+    return Splits(calibration=Samples.from_arrays(arrays))
+
+
+def _context(model: Model, splits: Splits | None = None) -> Context:
+    return Context(samples=splits or Splits(random=True), reference=model)
+
+
+def _pruned(pass_: Prune, model: Model, splits: Splits | None = None) -> Model:
+    copy = model.copy()
+    pass_.apply(copy, _context(model, splits))
+    return copy
+
+
+def _zeros(model: Model, name: str = "w") -> int:
+    return int((model.weight(name).read() == 0).sum())
+
+
+def _inputs(rows: int, inputs: int, seed: int = 0) -> Array:
+    """Make inputs that depend on each other, as activations do."""
+    random = np.random.default_rng(seed)
+    mixed = random.standard_normal((rows, inputs)) @ random.standard_normal(
+        (inputs, inputs)
+    )
+    return mixed.astype(np.float32)
+
+
+def _error(before: Array, after: Array, x: Array) -> float:
+    return float(np.square(x.astype(np.float64) @ (before - after)).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(testing.example_models()))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prune:sparsity=0.75,scope=local,also=tables,also=biases",
+        "prune:pattern=2x3,sparsity=0.6",
+        "prune:threshold=0.3",
+    ],
+)
+def test_the_laws_hold(text: str, name: str) -> None:
+    (pass_,) = Pipeline.parse(text)
+    testing.check_laws(pass_, {name: testing.example_models()[name]})
+
+
+@pytest.mark.parametrize("importance", ["obs", "wanda"])
+@pytest.mark.parametrize("pattern", ["", "1:2", "2x2"])
+@pytest.mark.parametrize("name", sorted(testing.example_models()))
+def test_every_example_is_pruned_with_data(
+    name: str, pattern: str, importance: Any
+) -> None:
+    model = Model.load(testing.example_models()[name])
+    random = Splits.build(model)
+    splits = Splits(calibration=random.calibration, evaluation=random.evaluation)
+    pass_ = Prune(importance=importance, pattern=pattern, scope="local")
+    after = model.copy()
+    context = _context(model, splits)
+    sites = pass_.sites(after, context)
+    pass_.rewrite_all(after, sites, context)
+    after.check()
+    assert len(context.done) == len(sites)
+    for site in sites:
+        values = after.weight(site.where).read().astype(np.float64)
+        assert np.isfinite(values).all()
+        if not pattern:
+            assert (values == 0).mean() >= 0.5 - 0.5 / values.size
+
+
+# --- by magnitude ---------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(FLOATS, st.floats(0, 1))
+def test_local_zeros_exactly_the_fraction_asked_for(
+    weight: Array, sparsity: float
+) -> None:
+    model = _pruned(Prune(sparsity=sparsity), _matmul(weight))
+    wanted = int(np.floor(sparsity * weight.size + 0.5))
+    assert _zeros(model) == max(wanted, int((weight == 0).sum()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(FLOATS, st.floats(0, 1))
+def test_what_stays_is_as_large_as_all_that_went(
+    weight: Array, sparsity: float
+) -> None:
+    after = _pruned(Prune(sparsity=sparsity), _matmul(weight)).weight("w").read()
+    kept = after != 0
+    assert np.array_equal(after[kept], weight[kept])
+    went = np.abs(weight[~kept]).max(initial=0)
+    assert np.abs(weight[kept]).min(initial=np.inf) >= went
+
+
+@settings(deadline=None, max_examples=40)
+@given(FLOATS, st.floats(0, 1))
+def test_pruning_again_changes_nothing(weight: Array, sparsity: float) -> None:
+    pass_ = Prune(sparsity=sparsity)
+    once = _pruned(pass_, _matmul(weight))
+    assert not pass_.sites(once, _context(once))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(FLOATS, min_size=1, max_size=4), st.floats(0, 1))
+def test_global_is_the_sorted_concatenation(arrays: list[Array], share: float) -> None:
+    everything = np.concatenate([array.reshape(-1) for array in arrays])
+    count = int(share * everything.size)
+    order = np.argsort(np.abs(everything), kind="stable")[:count]
+    owner = np.repeat(np.arange(len(arrays)), [array.size for array in arrays])
+    expected = np.bincount(owner[order], minlength=len(arrays))
+    (found,) = smallest([ArrayTensor(array) for array in arrays], [count])
+    assert found == expected.tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(FLOATS, st.integers(0, 100))
+def test_a_selection_takes_low_indices_first(weight: Array, count: int) -> None:
+    expected = np.zeros(weight.size, np.bool_)
+    expected[np.argsort(np.abs(weight), axis=None, kind="stable")[:count]] = True
+    assert np.array_equal(choose_smallest(ArrayTensor(weight), count), expected)
+
+
+def test_chunks_do_not_change_a_selection(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-9, 9, 3_000_000).astype(np.float32)
+    path = tmp_path / "values"
+    path.write_bytes(values.tobytes())
+    lazy = FileTensor(
+        path, 0, values.nbytes, values.shape, onnx.TensorProto.FLOAT, "values"
+    )
+    assert len(list(lazy.chunks(4 << 20))) > 1
+    expected = values.copy()
+    expected[np.argsort(np.abs(values), kind="stable")[:1_234_567]] = 0
+    found = zero_smallest(lazy, 1_234_567, values.dtype)
+    assert np.array_equal(found, expected)
+
+
+def test_a_nan_is_not_compared() -> None:
+    with pytest.raises(ModelError, match="NaN"):
+        smallest([ArrayTensor(np.array([1, np.nan], np.float32))], [1])
+
+
+def test_global_prunes_small_weights_wherever_they_are() -> None:
+    model = _model(
+        "g (float[N,2] x) => (float[N,2] y) { h = MatMul(x, a)  y = MatMul(h, b) }",
+        a=np.array([[1, 2], [3, 4]], np.float32),
+        b=np.array([[10, 20], [30, 40]], np.float32),
+    )
+    after = _pruned(Prune(sparsity=0.5), model)
+    assert (_zeros(after, "a"), _zeros(after, "b")) == (4, 0)
+    after = _pruned(Prune(sparsity=0.5, scope="local"), model)
+    assert (_zeros(after, "a"), _zeros(after, "b")) == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_keep_their_type(dtype: str) -> None:
+    name = {"float64": "double"}.get(dtype, dtype)
+    weight = np.array([[1, -2], [3, -4]]).astype(
+        onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, name.upper()))
+    )
+    model = _model(
+        f"g ({name}[N,2] x) => ({name}[N,2] y) {{ y = MatMul(x, w) }}", w=weight
+    )
+    after = _pruned(Prune(), model).weight("w").read()
+    assert after.dtype == weight.dtype
+    assert after.astype(float).tolist() == [[0, 0], [3, -4]]
+
+
+def test_the_executor_does_not_change_the_result() -> None:
+    random = np.random.default_rng(0)
+    shape = (40, 30)
+    model = _model(
+        "g (float[N,40] x) => (float[N,40] y) { h = MatMul(x, a)  y = MatMul(h, b) }",
+        a=random.standard_normal(shape).astype(np.float32),
+        b=random.standard_normal(shape[::-1]).astype(np.float32),
+    )
+    splits = _splits(x=_inputs(100, 40))
+    alone = _pruned(Prune(), model, splits)
+    with ThreadPoolExecutor(3) as executor:
+        context = _context(model, splits)
+        context.executor = executor
+        together = model.copy()
+        Prune().apply(together, context)
+    assert alone.to_bytes() == together.to_bytes()
+
+
+# --- patterns -------------------------------------------------------------------------
+
+
+def _runs(values: Array, of: int) -> Array:
+    """Count what is not zero in each run along the last axis."""
+    padded = np.pad(values != 0, [(0, 0), (0, -values.shape[1] % of)])
+    return np.asarray(padded.reshape(len(values), -1, of).sum(axis=2))
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8), (1, 3)])
+def test_n_of_m_holds_along_the_inputs(importance: Any, keep: int, of: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((21, 6)).astype(np.float32)
+    pass_ = Prune(pattern=f"{keep}:{of}", importance=importance)
+    after = _pruned(pass_, _matmul(weight), _splits(x=_inputs(64, 21)))
+    assert _runs(after.weight("w").read().T, of).max() == keep
+
+
+@settings(deadline=None, max_examples=40)
+@given(FLOATS)
+def test_n_of_m_keeps_the_largest(weight: Array) -> None:
+    mask = Pattern(keep=1, of=2).drop(np.abs(weight))
+    for row, gone in zip(np.abs(weight), mask, strict=True):
+        for at in range(0, len(row) - 1, 2):
+            assert gone[at] != gone[at + 1]
+            assert row[at : at + 2][~gone[at : at + 2]] == row[at : at + 2].max()
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "wanda", "obs"])
+def test_whole_blocks_go(importance: Any) -> None:
+    weight = np.random.default_rng(2).standard_normal((12, 8)).astype(np.float32)
+    pass_ = Prune(pattern="2x3", sparsity=0.5, importance=importance)
+    after = _pruned(pass_, _matmul(weight), _splits(x=_inputs(64, 12)))
+    blocks = after.weight("w").read().T.reshape(4, 2, 4, 3).transpose(0, 2, 1, 3)
+    zeros = (blocks.reshape(16, 6) == 0).sum(axis=1)
+    assert sorted(zeros.tolist()) == [0] * 8 + [6] * 8
+
+
+# --- with data ------------------------------------------------------------------------
+
+
+def test_wanda_drops_large_weights_of_small_inputs() -> None:
+    weight = np.array([[5, 1], [1, 1]], np.float32)
+    x = np.array([[0.1, 10]], np.float32)
+    pass_ = Prune(importance="wanda", scope="local")
+    after = _pruned(pass_, _matmul(weight), _splits(x=x))
+    assert after.weight("w").read().tolist() == [[0, 0], [1, 1]]
+
+
+def test_obs_beats_magnitude_and_wanda_on_the_outputs() -> None:
+    random = np.random.default_rng(3)
+    weight = random.standard_normal((48, 20)).astype(np.float32)
+    x = _inputs(400, 48)
+    errors = {}
+    for importance in ("magnitude", "wanda", "obs"):
+        pass_ = Prune(sparsity=0.6, importance=importance)  # type: ignore[arg-type]
+        after = _pruned(pass_, _matmul(weight), _splits(x=x))
+        errors[importance] = _error(weight, after.weight("w").read(), x)
+    assert errors["obs"] < 0.5 * errors["wanda"]
+    assert errors["obs"] < 0.5 * errors["magnitude"]
+
+
+def test_obs_of_one_weight_is_the_best_of_all_single_removals() -> None:
+    random = np.random.default_rng(4)
+    weight = random.standard_normal((1, 1, 5))
+    x = _inputs(50, 5).astype(np.float64)
+    gram = (x.T @ x)[None]
+    curvature = Curvature.of(gram, None, len(x))
+    first = int(removal_order(weight, curvature).rank.argmin())
+    losses = []
+    for gone in range(5):
+        keep = np.ones(weight.shape, np.bool_)
+        keep[..., gone] = False
+        # Least squares with the damping written as further rows of data.
+        damping = np.diagonal(curvature.matrix[0]) - np.diagonal(gram[0]) / len(x)
+        rows = np.vstack([x / np.sqrt(len(x)), np.diag(np.sqrt(damping))])
+        best, *_ = np.linalg.lstsq(rows[:, keep[0, 0]], rows @ weight[0, 0])
+        values = np.zeros(5)
+        values[keep[0, 0]] = best
+        assert np.allclose(refit(weight, curvature, keep), values, atol=1e-9)
+        losses.append(np.square(rows @ (values - weight[0, 0])).sum())
+    assert first == int(np.argmin(losses))
+
+
+def test_obs_is_close_to_the_best_subset_of_all() -> None:
+    random = np.random.default_rng(5)
+    weight = random.standard_normal((1, 1, 8))
+    x = _inputs(60, 8)
+    curvature = Curvature.of((x.T @ x).astype(np.float64)[None], None, len(x))
+
+    def loss(keep: Array) -> float:
+        change = (refit(weight, curvature, keep) - weight)[0, 0]
+        return float(change @ curvature.matrix[0] @ change)
+
+    found = loss(removal_order(weight, curvature).rank >= 5)
+    subsets = []
+    for kept in itertools.combinations(range(8), 3):
+        keep = np.zeros(weight.shape, np.bool_)
+        keep[..., list(kept)] = True
+        subsets.append(loss(keep))
+    subsets.sort()
+    assert subsets[0] - 1e-9 <= found <= subsets[5]
+
+
+def test_conjugate_gradients_agree_with_the_exact_refit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from onnxshrink.analysis import surgeon
+
+    random = np.random.default_rng(6)
+    weight = random.standard_normal((2, 5, 12))
+    x = random.standard_normal((2, 300, 12))
+    curvature = Curvature.of(np.swapaxes(x, 1, 2) @ x, None, 300)
+    keep = random.random(weight.shape) < 0.5
+    exact = refit(weight, curvature, keep)
+    monkeypatch.setattr(surgeon, "EXACT_INPUTS", 0)
+    assert np.allclose(refit(weight, curvature, keep), exact, atol=1e-8)
+
+
+def test_large_layers_take_sparsegpt_and_stay_better_than_magnitude(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from onnxshrink.analysis import surgeon
+
+    monkeypatch.setattr(surgeon, "EXACT_WORK", 1e4)
+    monkeypatch.setattr(surgeon, "EXACT_INPUTS", 4)
+    weight = np.random.default_rng(7).standard_normal((200, 24)).astype(np.float32)
+    x = _inputs(800, 200)
+    after = _pruned(Prune(sparsity=0.7), _matmul(weight), _splits(x=x))
+    plain = _pruned(Prune(sparsity=0.7, importance="magnitude"), _matmul(weight))
+    values = after.weight("w").read()
+    assert (values == 0).sum() == round(0.7 * weight.size)
+    worse = _error(weight, plain.weight("w").read(), x)
+    assert _error(weight, values, x) < 0.55 * worse
+
+
+def test_sparsegpt_of_n_to_m_reduces_the_error_of_magnitude() -> None:
+    weight = np.random.default_rng(8).standard_normal((1, 16, 40))
+    x = _inputs(300, 40)
+    gram = (x.T @ x).astype(np.float64)[None]
+    curvature = Curvature.of(gram, None, len(x))
+    pattern = Pattern(keep=2, of=4)
+    mask = pattern_mask(weight, curvature, pattern)
+    best = refit(weight, curvature, ~mask)
+    plain = np.where(pattern.drop(np.square(weight)), 0, weight)
+    masked = refit(weight, curvature, plain != 0)
+    errors = [_error(weight[0].T, w[0].T, x) for w in (best, masked, plain)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_inputs_that_are_always_zero_go_first() -> None:
+    weight = np.array([[9, 9], [1, 2], [3, 1]], np.float32)
+    x = np.array([[0, 1, 2], [0, 2, 1], [0, 1, 1]], np.float32)
+    pass_ = Prune(sparsity=1 / 3, importance="obs")
+    after = _pruned(pass_, _matmul(weight), _splits(x=x)).weight("w").read()
+    assert after[0].tolist() == [0, 0]
+    assert np.allclose(after[1:], weight[1:], atol=1e-5)
+
+
+def test_the_bias_makes_up_for_the_mean_of_what_is_gone() -> None:
+    random = np.random.default_rng(9)
+    weight = random.standard_normal((4, 10)).astype(np.float32)
+    x = (random.standard_normal((200, 10)) + 3).astype(np.float32)
+    model = _model(
+        "g (float[N,10] x) => (float[N,4] y) { y = Gemm<transB = 1>(x, w, b) }",
+        w=weight,
+        b=np.zeros(4, np.float32),
+    )
+    after = _pruned(Prune(sparsity=0.8), model, _splits(x=x))
+    y = x @ after.weight("w").read().T + after.weight("b").read()
+    assert np.allclose(y.mean(axis=0), (x @ weight.T).mean(axis=0), atol=1e-4)
+
+
+def test_a_bias_of_two_layers_is_left_alone() -> None:
+    weight = np.random.default_rng(10).standard_normal((3, 3)).astype(np.float32)
+    model = _model(
+        """g (float[N,3] x) => (float[N,3] y)
+        { h = Gemm(x, w, b)  y = Gemm(h, v, b) }""",
+        w=weight,
+        v=weight.T.copy(),
+        b=np.ones(3, np.float32),
+    )
+    after = _pruned(Prune(), model, _splits(x=_inputs(20, 3)))
+    assert after.weight("b").read().tolist() == [1, 1, 1]
+
+
+def test_sites_do_not_depend_on_which_others_are_done() -> None:
+    random = np.random.default_rng(11)
+    model = _model(
+        "g (float[N,6] x) => (float[N,6] y) { h = MatMul(x, a)  y = MatMul(h, b) }",
+        a=random.standard_normal((6, 6)).astype(np.float32),
+        b=random.standard_normal((6, 6)).astype(np.float32),
+    )
+    context = _context(model, _splits(x=_inputs(40, 6)))
+    pass_ = Prune(scope="local")
+    sites = {site.where: site for site in pass_.sites(model, context)}
+    alone, together = model.copy(), model.copy()
+    pass_.rewrite(alone, sites["b"], context)
+    pass_.rewrite_all(together, list(sites.values()), context)
+    assert np.array_equal(alone.weight("b").read(), together.weight("b").read())
+
+
+def test_zeros_go_where_the_errors_grow_least() -> None:
+    flat = Removal(
+        np.zeros((1, 1, 10), np.int32), np.array([0, 10]), np.array([0, 0.1])
+    )
+    bent = Removal(
+        np.zeros((1, 1, 10), np.int32), np.array([0, 5, 10]), np.array([0, 0.01, 1.0])
+    )
+    assert allocate([flat, bent], [3, 5, 12, 20]) == [[0, 3], [0, 5], [7, 5], [10, 10]]
+
+
+@pytest.mark.parametrize(
+    ("graph", "shape"),
+    [
+        ("g (float[N,4,9,9] x) => (float[N,A,B,C] y) { y = Conv(x, w) }", (6, 4, 3, 3)),
+        (
+            "g (float[N,4,9,9] x) => (float[N,A,B,C] y) { y = Conv<group = 2>(x, w) }",
+            (6, 2, 3, 3),
+        ),
+        (
+            "g (float[N,4,9] x) => (float[N,A,B] y) { y = ConvTranspose(x, w) }",
+            (4, 5, 3),
+        ),
+        (
+            """g (float[N,4,9] x) => (float[N,A,B] y)
+            { y = ConvTranspose<group = 2>(x, w) }""",
+            (4, 5, 3),
+        ),
+        ("g (float[7,8] x) => (float[5,8] y) { y = MatMul(w, x) }", (5, 7)),
+        ("g (float[7,8] x) => (float[5,8] y) { y = Gemm<transA = 1>(w, x) }", (7, 5)),
+        ("g (float[8,7] x) => (float[5,8] y) { y = Gemm<transB = 1>(w, x) }", (5, 7)),
+    ],
+)
+def test_obs_lowers_the_output_error_of_every_operator(
+    graph: str, shape: tuple[int, ...]
+) -> None:
+    from onnxshrink import runtime
+
+    random = np.random.default_rng(12)
+    model = _model(graph, w=random.standard_normal(shape).astype(np.float32))
+    dims = [d if isinstance(d, int) else 40 for d in model.inputs[0].shape or ()]
+    # Neighbours along every axis depend on each other.
+    noise = random.standard_normal(dims)
+    for axis in range(len(dims)):
+        noise = noise + 0.8 * np.roll(noise, 1, axis)
+    x = noise.astype(np.float32)
+    wanted = runtime.session(model, threads=1).run({"x": x})["y"]
+    splits = _splits(x=x)
+    if isinstance((model.inputs[0].shape or ())[0], int):
+        splits = Splits(calibration=Samples.from_batches([{"x": x}]))
+    errors = []
+    for importance in ("obs", "magnitude"):
+        pass_ = Prune(importance=importance)  # type: ignore[arg-type]
+        after = _pruned(pass_, model, splits)
+        found = runtime.session(after, threads=1).run({"x": x})["y"]
+        errors.append(np.square(found - wanted).sum())
+    assert errors[0] < errors[1]
+
+
+# --- plan and options -----------------------------------------------------------------
+
+
+def test_weaker_sites_have_fewer_zeros_down_to_none() -> None:
+    weight = np.random.default_rng(13).standard_normal((20, 20)).astype(np.float32)
+    model = _matmul(weight)
+    pass_ = Prune(sparsity=0.9)
+    context = _context(model)
+    (site,) = pass_.sites(model, context)
+    before = 360
+    for strength in (0.75, 0.5, 0.25):
+        weaker = pass_.weaken(site, strength)
+        assert weaker is not None
+        copy = model.copy()
+        pass_.rewrite(copy, weaker, context)
+        assert 0 < _zeros(copy) < before
+        before = _zeros(copy)
+    assert pass_.weaken(site, 1.0) is site
+    assert pass_.weaken(site, 0.0) is None
+
+
+def test_an_n_to_m_site_has_no_weaker_form() -> None:
+    model = _matmul(np.arange(16, dtype=np.float32).reshape(4, 4) + 1)
+    pass_ = Prune(pattern="2:4")
+    (site,) = pass_.sites(model, _context(model))
+    assert pass_.weaken(site, 0.9) is None
+
+
+def test_auto_takes_obs_only_with_real_data() -> None:
+    model = _matmul(np.arange(16, dtype=np.float32).reshape(4, 4) + 1)
+
+    def measure(splits: Splits | None, **options: Any) -> object:
+        (site,) = Prune(**options).sites(model, _context(model, splits))
+        assert isinstance(site, Site)
+        return site.detail["importance"]
+
+    data = _splits(x=_inputs(8, 4))
+    assert measure(data) == "obs"
+    assert measure(data, threshold=3.0) == "magnitude"
+    assert measure(None) == "magnitude"
+    assert measure(Splits.build(model)) == "magnitude"
+
+
+@pytest.mark.parametrize("importance", ["wanda", "obs", "sparsegpt"])
+def test_importance_from_data_asks_for_data(importance: Any) -> None:
+    model = _matmul(np.ones((2, 2), np.float32))
+    with pytest.raises(UsageError, match=f"importance={importance} needs .* --data"):
+        Prune(importance=importance).sites(model, _context(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 1.5}, "sparsity is a fraction"),
+        ({"sparsity": float("nan")}, "sparsity is a fraction"),
+        ({"threshold": -1.0}, "threshold is a number"),
+        ({"threshold": 1.0, "sparsity": 0.5}, "neither sparsity nor pattern"),
+        ({"threshold": 1.0, "importance": "obs"}, "leave out importance"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "no choice of sparsity"),
+        ({"pattern": "4:2"}, "0 < N < M"),
+        ({"pattern": "0x4"}, "1x1 to"),
+        ({"pattern": "two of four"}, "N:M such as 2:4"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        Prune(**options)
+
+
+# --- layers ---------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_a_layout_goes_there_and_back(data: st.DataObject) -> None:
+    split = data.draw(st.tuples(*[st.integers(1, 4)] * 3))
+    order = data.draw(st.permutations([0, 1, 2]))
+    array = np.arange(np.prod(split)).reshape(split[0] * split[1], split[2])
+    layout = layers.Layout(array.shape, split, tuple(order))  # type: ignore[arg-type]
+    matrices = layout.matrices(array)
+    assert matrices.shape == layout.matrices_shape
+    assert np.array_equal(layout.array(matrices), array)
