@@ -1,8 +1,8 @@
 """Write a model of any size from a seed, in pieces: for measuring memory and time.
 
 ``python tools/large_model.py OUT.onnx --size 6GB`` writes square MatMul layers with
-their weights in OUT.onnx.data; ``--inline`` puts them into OUT.onnx itself (below 2 GB).
-At no time is more than a few megabytes of weights in memory.
+their weights in OUT.onnx.data; ``--inline`` puts them into OUT.onnx itself, which must
+stay below 2 GB. At no time is more than a few megabytes of weights in memory.
 """
 
 from __future__ import annotations
