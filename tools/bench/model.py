@@ -4,8 +4,8 @@ Each measurement runs in a process of its own: ours through ``Model.load(a).save
 storage="plain")``, the peer through ``onnx.load``, ``import_onnx``, ``export_onnx`` and
 ``onnx.save``. Where the weights are external the peer runs a second time, lazily: it
 reads the topology alone and copies the data file, as a careful user would. Memory is
-the peak resident set; the first line says what importing onnx and numpy alone takes. Models
-come from ``tools/large_model.py`` and are deleted afterwards.
+the peak resident set; the first line says what importing onnx and numpy alone takes.
+Models come from ``tools/large_model.py`` and are deleted afterwards.
 """
 
 from __future__ import annotations
