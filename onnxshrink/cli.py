@@ -524,6 +524,13 @@ onnxshrink model.onnx --recipe mine.toml --plan
     help="Least signal-to-noise ratio of every output, in dB.",
 )
 @_option(
+    "--max-latency",
+    type=_Share(),
+    metavar="X",
+    section="Budget",
+    help="Most time of a run, in multiples of the model's as it came; noisy below 1.1.",
+)
+@_option(
     "--on-breach",
     type=click.Choice(["back-off", "rollback", "abort", "keep"]),
     default="back-off",
@@ -628,6 +635,7 @@ def shrink(
     max_drop: float | None,
     min_agreement: float | None,
     min_sqnr: float | None,
+    max_latency: float | None,
     on_breach: Any,
     output: Path | None,
     storage: Any,
@@ -676,7 +684,7 @@ def shrink(
         manager = PassManager(
             pipeline,
             splits=_splits(loaded, data, evaluation, labels, shapes, seed),
-            budget=_budget(max_drop, min_agreement, min_sqnr),
+            budget=_budget(max_drop, min_agreement, min_sqnr, max_latency),
             metric=metric,
             on_breach=on_breach,
             storage=storage,
@@ -770,13 +778,22 @@ def _check_report(path: Path, model: Path, target: Path) -> None:
 
 
 def _budget(
-    max_drop: float | None, min_agreement: float | None, min_sqnr: float | None
+    max_drop: float | None,
+    min_agreement: float | None,
+    min_sqnr: float | None,
+    max_latency: float | None = None,
 ) -> Budget | None:
     from onnxshrink.validate import Budget
 
-    if max_drop is None and min_agreement is None and min_sqnr is None:
+    limits = (max_drop, min_agreement, min_sqnr, max_latency)
+    if all(limit is None for limit in limits):
         return None
-    return Budget(max_drop=max_drop, min_agreement=min_agreement, min_sqnr=min_sqnr)
+    return Budget(
+        max_drop=max_drop,
+        min_agreement=min_agreement,
+        min_sqnr=min_sqnr,
+        max_latency_ratio=max_latency,
+    )
 
 
 def _splits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxshrink import _backoff
+from onnxshrink import _backoff, runtime
 from onnxshrink._version import __version__
 from onnxshrink.base import Context, Pass, Progress, Promise, Site, SitePass
 from onnxshrink.errors import (
@@ -316,6 +317,16 @@ class _Run:
                 min_sqnr=proposed.get("min_sqnr"),
             )
         self.budget = budget or Budget.default(self.splits)
+        quality = (
+            self.budget.max_drop,
+            self.budget.min_agreement,
+            self.budget.min_sqnr,
+        )
+        if all(limit is None for limit in quality):
+            self.budget = dataclasses.replace(
+                Budget.default(self.splits),
+                max_latency_ratio=self.budget.max_latency_ratio,
+            )
         self.name = target.name if target is not None else "model.onnx"
         self.reference = source.copy()
         self.reference.fit_runtime()
@@ -352,7 +363,7 @@ class _Run:
 
     def all(self, resume: bool) -> Result:
         manager = self.manager
-        baseline = self._measure(self.baseline_path, ends=True)
+        baseline = self._measure(self.baseline_path)
         baseline = dataclasses.replace(baseline, metric=self.judge.reference_metric())
         accepted, path, stats, start = self.source, self.baseline_path, baseline, 0
         if resume:
@@ -470,6 +481,7 @@ class _Run:
         verdict = self.judge.check(
             path,
             pass_.promise,
+            before=before_path,
             before_bytes=_bytes(before_path),
             after_bytes=sum(file.stat().st_size for file in files),
         )
@@ -533,9 +545,9 @@ class _Run:
                 self.scout = self._validator(splits)
         return self.scout
 
-    def _measure(self, path: Path, ends: bool = False) -> Stats:
-        """Measure a file; what takes a process of its own only at both ends."""
+    def _measure(self, path: Path) -> Stats:
         manager = self.manager
+        manager.progress(0, 1, "measuring")
         return measure(
             path,
             self.splits,
@@ -543,12 +555,28 @@ class _Run:
             threads=manager.threads,
             providers=manager.providers,
             latency=manager.measure_latency,
-            memory=manager.measure_memory and ends,
+            memory=False,
         )
+
+    def _loading(self, *paths: Path) -> list[runtime.LoadCost]:
+        """Measure how each file loads, in processes of their own; empty if it fails."""
+        manager = self.manager
+        if not manager.measure_memory:
+            return []
+        costs = [
+            runtime.load_cost(
+                path, threads=manager.threads, providers=manager.providers
+            )
+            for path in paths
+        ]
+        known = [cost for cost in costs if cost is not None]
+        return known if len(known) == len(costs) else []
 
     # --- state for resume ---------------------------------------------------------
 
+    @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
+        """What a run must share with an interrupted one to continue it."""
         manager = self.manager
         digest = hashlib.sha256()
         with self.baseline_path.open("rb") as file:
@@ -571,7 +599,7 @@ class _Run:
             return
         inside = path.parent == self.folder
         state = {
-            "run": self._fingerprint(),
+            "run": self._fingerprint,
             "next": index + 1,
             "path": path.name if inside else None,
             "stats": stats.to_json(),
@@ -587,7 +615,7 @@ class _Run:
             return None
         try:
             state = json.loads(file.read_text())
-            if state["run"] != json.loads(json.dumps(self._fingerprint())):
+            if state["run"] != json.loads(json.dumps(self._fingerprint)):
                 raise UsageError(
                     f"the interrupted run in {self.folder} was another one (other "
                     "input, passes, options or samples); run without --resume"
@@ -630,9 +658,19 @@ class _Run:
         verdict = self.judge.check(path, Promise.CLOSE)
         if not verdict.ok and (manager.on_breach != "keep" or not verdict.keepable):
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
-        stats = dataclasses.replace(
-            self._measure(path, ends=True), metric=verdict.quality()
-        )
+        stats = dataclasses.replace(self._measure(path), metric=verdict.quality())
+        notes = list(self.splits.describe())
+        if costs := self._loading(self.baseline_path, path):
+            first, last = costs
+            baseline = dataclasses.replace(
+                baseline, peak_memory_bytes=first.peak_memory_bytes
+            )
+            stats = dataclasses.replace(stats, peak_memory_bytes=last.peak_memory_bytes)
+            notes.insert(
+                0,
+                f"time to load it: {first.seconds * 1000:.1f} ms -> "
+                f"{last.seconds * 1000:.1f} ms",
+            )
         if self.target is not None:
             files = final.publish(files, self.target)
         report = Report(
@@ -643,7 +681,7 @@ class _Run:
             baseline=baseline,
             steps=tuple(self.steps),
             final=stats,
-            notes=tuple(self.splits.describe()),
+            notes=tuple(notes),
             output=tuple(str(file) for file in files) if self.target else (),
         )
         final.source = self.target
