@@ -1392,7 +1392,7 @@ def _read_path(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]
 def _parse_text(data: bytes, label: str) -> onnx.ModelProto:
     try:
         return onnx.parser.parse_model(data.decode())
-    except (onnx.parser.ParseError, UnicodeDecodeError, ValueError) as error:
+    except (onnx.parser.ParseError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{label} is not ONNX text: {reason[:300]}") from error
 
