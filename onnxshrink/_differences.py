@@ -26,8 +26,8 @@ __all__ = [
     "plain",
 ]
 
-_IN_MEMORY = 64 << 20
-"""Bytes of reference outputs from which they are kept on disk."""
+_IN_MEMORY = 32 << 20
+"""Bytes of a model's outputs from which they are kept on disk."""
 _FILL = 1e30
 """Values beyond this are fills of a mask: they are compared as infinities are."""
 
@@ -79,7 +79,7 @@ class OutputMetrics:
 
 
 class Store:
-    """Outputs of every batch, in memory up to 64 MB and in a temporary file beyond."""
+    """Outputs of every batch, in memory up to 32 MB and in a temporary file beyond."""
 
     def __init__(self) -> None:
         self._batches: list[dict[str, Any]] = []

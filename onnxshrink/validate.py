@@ -591,7 +591,8 @@ class Validator:
         start = self._start(before) if promise is Promise.SAME else reference
         change = None
         try:
-            differences, from_start = self._compare(reference, start, session)
+            keep = candidate if isinstance(candidate, Path) else None
+            differences, from_start = self._compare(reference, start, session, keep)
             if reference.task is not None:
                 change = MetricChange(
                     reference.task.name,
@@ -622,19 +623,32 @@ class Validator:
         )
 
     def _compare(
-        self, reference: _Reference, start: _Reference, session: runtime.Session
+        self,
+        reference: _Reference,
+        start: _Reference,
+        session: runtime.Session,
+        keep: Path | None,
     ) -> tuple[dict[str, Difference], dict[str, Difference]]:
-        """Run the candidate once; compare it with the reference and with the start."""
+        """Run the candidate once; compare it with the reference and with the start.
+
+        The outputs of a file are kept: accepted, it is what the next pass starts from.
+        """
         against = [reference] if start is reference else [reference, start]
         found = [
             {name: Difference(seen.is_scores) for name, seen in known.seen.items()}
             for known in against
         ]
+        store = Store()
+        seen = {name: Seen() for name in reference.seen}
         if reference.task is not None:
             reference.task.start()
         for index, (feed, span) in enumerate(self._feeds(reference.spans, "check")):
             out = session.run(feed)
             count = _count(feed, span, self.samples)
+            if keep is not None:
+                store.add(out)
+                for name, value in out.items():
+                    seen[name].update(name, value, count)
             for known, differences in zip(against, found, strict=True):
                 wanted = known.store.read(index)
                 for name, difference in differences.items():
@@ -642,6 +656,20 @@ class Validator:
                     difference.update(wanted[name], out[name], count)
             if reference.task is not None:
                 reference.task.feed(out, self._labels_of(span))
+        if keep is not None:
+            for name, known_output in reference.seen.items():
+                seen[name].stable = known_output.stable
+            self._last = (
+                _identity(keep),
+                dataclasses.replace(
+                    reference,
+                    source=keep,
+                    store=store,
+                    seen=seen,
+                    task=None,
+                    noise=None,
+                ),
+            )
         return found[0], found[-1]
 
     def _latency_ratio(self, session: runtime.Session) -> float:

@@ -236,6 +236,18 @@ def test_a_file_before_the_pass_is_read_again_when_it_changes(tmp_path: Path):
         assert judge.check(linear(W * factor), Promise.SAME, before=before).ok
 
 
+def test_a_file_that_was_judged_need_not_run_again_to_be_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    judge = validator()
+    path = tmp_path / "pruned.onnx"
+    onnx.save(linear(np.where(abs(W) < 0.5, 0, W)), path)
+    judge.check(path)
+    monkeypatch.setattr(judge, "_observe", None)
+    assert judge.check(onnx.load(path), Promise.SAME, before=path).ok
+    assert not judge.check(linear(), Promise.SAME, before=path).ok
+
+
 def test_a_model_noisy_of_itself_may_differ_by_ten_times_its_own_noise(
     monkeypatch: pytest.MonkeyPatch,
 ):
