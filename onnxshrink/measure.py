@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from onnxshrink import runtime
 from onnxshrink.analysis.shapes import macs
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Weight
+from onnxshrink.runtime import file_bytes
 from onnxshrink.samples import Samples, Splits
-from onnxshrink.wire import read_skeleton
 
 __all__ = ["Stats", "count_parameters", "file_bytes", "latencies", "measure"]
 
@@ -136,46 +136,6 @@ def _hint(samples: object) -> str:
     if isinstance(samples, Splits):
         samples = samples.evaluation
     return samples.hint if isinstance(samples, Samples) else ""
-
-
-# --- bytes ------------------------------------------------------------------------
-
-
-def file_bytes(path: Path) -> int:
-    """Return the bytes of a model file and of the data files it refers to.
-
-    Raises:
-        ModelError: The file cannot be read.
-    """
-    try:
-        total = path.stat().st_size
-        if path.suffix == ".onnxtxt":
-            return total
-        graph = read_skeleton(path)[0].graph
-        names = {name for tensor in _tensors(graph) for name in _locations(tensor)}
-        for name in sorted(names):
-            data = path.parent / name
-            total += data.stat().st_size if data.is_file() else 0
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    return total
-
-
-def _locations(tensor: onnx.TensorProto) -> list[str]:
-    return [e.value for e in tensor.external_data if e.key == "location"]
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from _tensors(subgraph)
 
 
 # --- parameters -------------------------------------------------------------------

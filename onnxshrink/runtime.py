@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from onnxshrink.model import Model, ValueInfo
 __all__ = [
     "LoadCost",
     "Session",
+    "describe",
+    "file_bytes",
     "load_cost",
     "providers",
     "run_proto",
@@ -320,15 +322,11 @@ def _serialized(proto: onnx.ModelProto) -> bytes:
 
 
 def _bytes_of(path: Path) -> int:
-    """Bytes of the file and what lies beside it under the same name."""
-    total = path.stat().st_size
-    for data in path.parent.glob(f"{_escaped(path.name)}*data"):
-        total += data.stat().st_size if data.is_file() else 0
-    return total
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([\[*?])", r"[\1]", name)
+    """Bytes of a model and its data; of the file alone where it cannot be read."""
+    try:
+        return file_bytes(path)
+    except ModelError:
+        return path.stat().st_size if path.exists() else 0
 
 
 def _options(threads: int, optimize: Optimize, large: bool = False) -> Any:
@@ -504,6 +502,48 @@ _MEANINGS = (
         "an input has a type that cannot be handed over as a numpy array",
     ),
 )
+
+
+# --- bytes ------------------------------------------------------------------------
+
+
+def file_bytes(path: Path) -> int:
+    """Return the bytes of a model file and of the data files it refers to.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    try:
+        total = path.stat().st_size
+        if path.suffix == ".onnxtxt":
+            return total
+        from onnxshrink.wire import read_skeleton
+
+        graph = read_skeleton(path)[0].graph
+        names = {name for tensor in _tensors(graph) for name in _locations(tensor)}
+        for name in sorted(names):
+            data = path.parent / name
+            total += data.stat().st_size if data.is_file() else 0
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    return total
+
+
+def _locations(tensor: onnx.TensorProto) -> list[str]:
+    return [e.value for e in tensor.external_data if e.key == "location"]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _tensors(subgraph)
 
 
 # --- what loading costs -----------------------------------------------------------

@@ -276,6 +276,11 @@ def test_a_model_with_external_data_opens_by_path(tmp_path: Path):
     assert made.run({"x": np.zeros((1, 64), np.float32)})["y"].shape == (1, 64)
 
 
+def test_external_data_of_any_name_makes_a_model_large(tmp_path: Path):
+    path = large(tmp_path)
+    assert runtime._bytes_of(path) > (tmp_path / "large.bin").stat().st_size > 30_000
+
+
 # Helpers
 
 
