@@ -673,7 +673,20 @@ def export(model: Model, encode: Encode | None = None) -> Export:
         model: The model; it is not changed, but new constants get unused names.
         encode: Returns decoder nodes and the initializers they read in place of one
             initializer of the main graph, or ``None`` to write it plain.
+
+    Raises:
+        ModelError: A constant or attribute has no ONNX form, the graph has a cycle, or
+            a name in it is not UTF-8.
     """
+    try:
+        return _export(model, encode)
+    except UnicodeDecodeError as error:
+        raise ModelError(f"a name or note in it is not UTF-8: {error}") from error
+
+
+def _export(model: Model, encode: Encode | None) -> Export:
+    for _ in model.graphs():
+        pass  # plain graphsurgeon graphs become ours on the way
     graph = model.graph
     origin = model._origin
     template = partial(origin, ("graph", "functions", "opset_import", "metadata_props"))

@@ -416,6 +416,7 @@ class Function(_Lists, GsFunction):  # type: ignore[misc]
 
     origin: onnx.FunctionProto | None = None
     overload: str = ""
+    used_at_load: frozenset[str] = frozenset()
     initializers: dict[str, Constant]
     value_infos: list[onnx.ValueInfoProto]
 

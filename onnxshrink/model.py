@@ -298,7 +298,10 @@ class Model:
             model.check(label)
         from onnxshrink import storage
 
-        storage.recognise(model)
+        try:
+            storage.recognise(model)
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{label} cannot be read: {error}") from error
         return model
 
     def check(self, label: str = "the model") -> None:

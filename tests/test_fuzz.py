@@ -84,7 +84,9 @@ def exercise(source: bytes | onnx.ModelProto) -> bool:
             try:
                 model = Model.load(given, check=check)
                 loaded = loaded or check
-                assert model.copy().to_bytes() == model.to_bytes()
+                twin = model.copy().to_bytes()
+                # What the checker refuses need not make sense, only end well.
+                assert twin == model.to_bytes() or not check
                 for weight in model.weights():
                     assert len(weight.uses) >= 0
                     assert weight.is_input in (True, False)

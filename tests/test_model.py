@@ -981,10 +981,10 @@ def test_a_pass_that_makes_a_cycle_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_nodes_are_edited_in_bearable_time() -> None:
-    count = 100_000
+def test_twenty_thousand_nodes_are_edited_in_bearable_time() -> None:
+    count = 20_000
     nodes = [
-        helper.make_node("Add", [f"x{i}", f"w{i % 50_000}"], [f"x{i + 1}"])
+        helper.make_node("Add", [f"x{i}", f"w{i % 10_000}"], [f"x{i + 1}"])
         for i in range(count)
     ]
     weights = [
@@ -1001,7 +1001,7 @@ def test_a_hundred_thousand_nodes_are_edited_in_bearable_time() -> None:
     model = Model.load(canonical(proto))
     twin = model.copy()
     assert twin.to_bytes() == canonical(proto)
-    # Quadratic work would take hours here.
+    # Quadratic work would take a quarter of an hour here.
     for node in list(twin.graph.nodes):
         assert twin.constant(node.inputs[1]) is not None
         assert twin.constant(node.inputs[1]).graph is twin.graph  # type: ignore[union-attr]
