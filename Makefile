@@ -2,9 +2,9 @@
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
 
 MODEL   = models/lenet-5.onnx
-DATA    = models/mnist.npz
-PASSES  = fold,prune:sparsity=0.9
-OPTIONS = --data $(DATA) --labels labels --max-drop 0.1
+PASSES  = fold,prune:sparsity=0.95
+DATA    = models/mnist.npz:image=train_x/255,labels=train_y
+EVAL    = models/mnist.npz:image=test_x/255,labels=test_y
 OUT     = out/lenet-5.onnx
 
 .PHONY: help demo test slow lint check bench clean
@@ -21,7 +21,8 @@ help:
 demo:
 	@tools/venv
 	@mkdir -p $(dir $(OUT))
-	.venv/bin/onnxshrink $(MODEL) --passes $(PASSES) $(OPTIONS) -o $(OUT)
+	.venv/bin/onnxshrink $(MODEL) --passes $(PASSES) --data $(DATA) \
+	    --eval $(EVAL) --max-drop 0.1 -o $(OUT)
 
 test:
 	@tools/venv test
