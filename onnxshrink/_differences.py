@@ -174,12 +174,14 @@ class Seen:
     def update(self, name: str, value: Any, samples: int) -> None:
         """Take in one batch."""
         if isinstance(value, dict):
-            value = [np.asarray(item) for item in value.values()]
+            value = list(value.values())
         if isinstance(value, (list, tuple)):
             self.scores = False
             for item in value:
-                self.update(name, np.asarray(item), samples)
+                self.update(name, item, samples)
             return
+        if isinstance(value, (float, int)):
+            value = np.asarray(value)
         if not isinstance(value, np.ndarray):
             self.scores = False
             return

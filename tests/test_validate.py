@@ -180,6 +180,32 @@ def test_sequences_are_compared_item_by_item():
     assert not validator(reference, X[:, 0]).check(other, Promise.SAME).ok
 
 
+def test_maps_are_compared_key_by_key():
+    node = helper.make_node(
+        "ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[7, 8, 9]
+    )
+    kind = helper.make_map_type_proto(
+        TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    )
+    output = helper.make_value_info("y", helper.make_sequence_type_proto(kind))
+
+    def zipped(first: str) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            [helper.make_node(first, ["in"], ["x"]), node],
+            "g",
+            [helper.make_tensor_value_info("in", TensorProto.FLOAT, ["N", 3])],
+            [output],
+        )
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    judge = validator(zipped("Identity"))
+    assert judge.check(zipped("Identity"), Promise.SAME).ok
+    verdict = judge.check(zipped("Neg"))
+    assert metrics(verdict).sqnr_db == pytest.approx(-6.0206, abs=1e-3)
+    assert not judge.check(zipped("Neg"), Promise.SAME).ok
+
+
 def test_a_random_output_is_not_compared():
     text = """
     g (float[N, 3] x) => (float[N, 3] y, float[N, 3] z)
