@@ -34,6 +34,7 @@ from onnxshrink.analysis.surgeon import (
 from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Weight
+from onnxshrink.samples import Splits
 from onnxshrink.tensors import ArrayTensor, LazyTensor, bits_of
 
 __all__ = ["Prune"]
@@ -45,6 +46,10 @@ STEPS = 32
 """Points of a site's path from untouched to as listed."""
 MAX_INPUTS = 8192
 """Layers with more inputs are pruned by wanda instead of obs: 512 MB of Gram matrix."""
+SAMPLES = 2048
+"""Samples to study inputs on: more calibration images than a run sets aside pay off."""
+SAMPLE_BYTES = 64 << 20
+"""Bytes of samples that are still read beyond the calibration samples."""
 
 _PATTERN = re.compile(r"(\d{1,5}):(\d{1,5})|(\d{1,5})x(\d{1,5})")
 _ROLES: tuple[Role, ...] = ("weight", "table", "bias")
@@ -100,7 +105,8 @@ class Prune(SitePass):
     removes what the layer's outputs feel least and changes what stays to make up for
     it, and the layer's bias if it has one (Optimal Brain Surgeon, layer by layer:
     Frantar, Singh and Alistarh 2022; large layers as SparseGPT: Frantar and Alistarh
-    2023). The last two need calibration data. A layer whose inputs cannot be watched
+    2023). The last two need data: calibration samples, or training samples where these
+    are more, up to 2,048. A layer whose inputs cannot be watched
     (in a subgraph, a table) is pruned by magnitude.
 
     Scope ``global`` divides the zeros among the weights: by magnitude, the smallest of
@@ -591,11 +597,25 @@ def _fed(
         for name, parts in by_name.items()
     }
     fed: dict[tuple[str, object], Statistic] = {}
-    for name, multi in ctx.statistics(model, request).items():
+    # Gram matrices are large and the study keeps what it needs of them.
+    once = replace(ctx, cache={}, samples=_most_samples(ctx.samples))
+    for name, multi in once.statistics(model, request).items():
         assert isinstance(multi, Multi)
         for part in multi.parts.values():
             fed[name, part.key] = part
     return fed
+
+
+def _most_samples(splits: Splits) -> Splits:
+    """Let training samples calibrate where they are more, up to ``SAMPLES``."""
+    few, many = splits.calibration, splits.training
+    if few is None or many is None or len(few) >= min(SAMPLES, len(many)):
+        return splits
+    size = sum(array.nbytes for array in many.read([0]).values())
+    count = min(SAMPLES, len(many), SAMPLE_BYTES // max(size, 1))
+    if count <= len(few):
+        return splits
+    return replace(splits, calibration=many.take(slice(0, count)))
 
 
 def _count_zeros(source: Source) -> int:

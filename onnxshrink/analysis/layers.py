@@ -45,7 +45,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-POSITIONS = 256
+POSITIONS = 64
 """Output positions of a sample that a convolution's Gram matrix is made of."""
 
 FLOATS = frozenset(
