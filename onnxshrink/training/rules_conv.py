@@ -1,0 +1,324 @@
+"""Gradients of Conv and ConvTranspose, in the forms onnxruntime runs fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.model import Node
+from onnxshrink.training.gradients import GradContext, Tensor, attribute, given, rule
+from onnxshrink.training.rules_linear import matmul, swapped
+
+Grads = list[Any]
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a window slides over the spatial axes, everything explicit.
+
+    Attributes:
+        kernel: Size along each axis.
+        strides: Step along each axis.
+        dilations: Distance of its elements along each axis.
+        begin: Padding before the first element.
+        end: Padding after the last element.
+    """
+
+    kernel: Ints
+    strides: Ints
+    dilations: Ints
+    begin: Ints
+    end: Ints
+
+    @property
+    def pads(self) -> list[int]:
+        """Padding as ONNX writes it."""
+        return [*self.begin, *self.end]
+
+    @property
+    def spans(self) -> Ints:
+        """Size of the window with its gaps."""
+        return tuple(
+            (k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)
+        )
+
+
+def window(node: Node, kernel: Sequence[int], sizes: Sequence[int]) -> Window:
+    """Return the window of a convolution or pooling node over an input.
+
+    Args:
+        node: The node.
+        kernel: Its kernel's size.
+        sizes: The input's spatial sizes.
+    """
+    count = len(kernel)
+    strides = tuple(attribute(node, "strides", None) or [1] * count)
+    dilations = tuple(attribute(node, "dilations", None) or [1] * count)
+    mode = attribute(node, "auto_pad", "NOTSET")
+    pads = list(attribute(node, "pads", None) or [0] * (2 * count))
+    if mode == "VALID":
+        pads = [0] * (2 * count)
+    elif mode.startswith("SAME"):
+        begin, end = [], []
+        for size, k, s, d in zip(sizes, kernel, strides, dilations, strict=True):
+            span = (k - 1) * d + 1
+            total = max(0, (-(-size // s) - 1) * s + span - size)
+            small, large = total // 2, total - total // 2
+            begin.append(small if mode == "SAME_UPPER" else large)
+            end.append(large if mode == "SAME_UPPER" else small)
+        pads = [*begin, *end]
+    return Window(
+        tuple(int(k) for k in kernel),
+        tuple(int(s) for s in strides),
+        tuple(int(d) for d in dilations),
+        tuple(int(p) for p in pads[:count]),
+        tuple(int(p) for p in pads[count:]),
+    )
+
+
+@rule("Conv")
+def _conv(ctx: GradContext, node: Node, grads: Grads) -> Grads:
+    x, w = node.inputs[:2]
+    g = grads[0]
+    group = int(attribute(node, "group", 1))
+    shape = ctx.shape(x)
+    over = window(node, ctx.shape(w)[2:], shape[2:])
+    found: Grads = [None, None, None]
+    if ctx.wants(0):
+        found[0] = conv_input(ctx, g, w, over, group, x)
+    if ctx.wants(1):
+        found[1] = conv_weight(ctx, x, g, over, group, ctx.shape(w))
+    if given(node, 2) is not None and ctx.wants(2):
+        found[2] = channel_sum(ctx, g)
+    return found
+
+
+def channel_sum(ctx: GradContext, g: Tensor) -> Tensor:
+    """Return the sum over all axes but the second."""
+    return ctx.total(g, [axis for axis in range(ctx.rank(g)) if axis != 1])
+
+
+def is_pointwise(over: Window) -> bool:
+    """Whether each output element sees one input element, without padding."""
+    return all(k == 1 for k in over.kernel) and not any(over.pads)
+
+
+def conv_input(
+    ctx: GradContext, g: Tensor, w: Tensor, over: Window, group: int, x: Tensor
+) -> Tensor:
+    """Return the gradient of a convolution's input, of the shape of ``x``."""
+    shape, out, kernel = ctx.shape(x), ctx.shape(g), ctx.shape(w)
+    if is_pointwise(over) and group == 1 and set(over.strides) == {1}:
+        count = math.prod(out[2:])
+        flat = ctx.reshape(g, (out[0], out[1], count))
+        matrix = ctx.reshape(w, kernel[:2])
+        product = ctx.op("MatMul", swapped(ctx, matrix), flat)
+        return ctx.reshape(product, shape)
+    extra = [
+        size - ((o - 1) * s + span - b - e)
+        for size, o, s, span, b, e in zip(
+            shape[2:],
+            out[2:],
+            over.strides,
+            over.spans,
+            over.begin,
+            over.end,
+            strict=True,
+        )
+    ]
+    attrs: dict[str, Any] = {}
+    if any(extra):
+        attrs["output_padding"] = extra
+    return ctx.op(
+        "ConvTranspose",
+        g,
+        w,
+        like=x,
+        group=group,
+        strides=list(over.strides),
+        dilations=list(over.dilations),
+        pads=over.pads,
+        kernel_shape=list(over.kernel),
+        **attrs,
+    )
+
+
+def columns(ctx: GradContext, x: Tensor, over: Window, out: Sequence[int]) -> Tensor:
+    """Return what each window sees: (batch, channels * taps, output positions)."""
+    shape = ctx.shape(x)
+    batch, channels = shape[:2]
+    taps = math.prod(over.kernel)
+    count = math.prod(out)
+    if is_pointwise(over):
+        if set(over.strides) != {1}:
+            axes = range(2, len(shape))
+            x = ctx.op(
+                "Slice",
+                x,
+                ctx.ints([0] * len(out)),
+                ctx.ints(shape[2:]),
+                ctx.ints(axes),
+                ctx.ints(over.strides),
+            )
+        return ctx.reshape(x, (batch, channels, count))
+    # A grouped convolution with one-hot kernels copies faster than slices do.
+    hot = np.zeros((channels, taps, taps), ctx.dtype(x))
+    hot[:, np.arange(taps), np.arange(taps)] = 1
+    seen = ctx.op(
+        "Conv",
+        x,
+        ctx.constant(hot.reshape(channels * taps, 1, *over.kernel)),
+        group=channels,
+        strides=list(over.strides),
+        dilations=list(over.dilations),
+        pads=over.pads,
+        kernel_shape=list(over.kernel),
+    )
+    return ctx.reshape(seen, (batch, channels * taps, count))
+
+
+def conv_weight(
+    ctx: GradContext,
+    x: Tensor,
+    g: Tensor,
+    over: Window,
+    group: int,
+    shape: Sequence[int],
+) -> Tensor:
+    """Return the gradient of a convolution's kernel, of a given shape."""
+    batch, outputs, *out = ctx.shape(g)
+    inputs = ctx.shape(x)[1]
+    count = math.prod(out)
+    taps = math.prod(over.kernel)
+    each = inputs // group
+    if each == 1 and outputs == group and not is_pointwise(over):
+        return _depthwise_weight(ctx, x, g, over, shape)
+    seen = columns(ctx, x, over, out)
+    if group == 1:
+        flat = ctx.reshape(g, (batch, outputs, count))
+        wide = inputs * taps
+        if batch > 1 and outputs * wide > 2 * count * (outputs + wide):
+            # One product, where a product for each sample would be larger than what
+            # it is made of.
+            left = ctx.transpose(flat, [1, 0, 2])
+            right = ctx.transpose(seen, [1, 0, 2])
+            product = ctx.op(
+                "Gemm",
+                ctx.reshape(left, (outputs, batch * count)),
+                ctx.reshape(right, (wide, batch * count)),
+                transB=1,
+            )
+        else:
+            product = ctx.total(matmul(ctx, flat, seen, trans_b=True), [0])
+        return ctx.reshape(product, shape)
+    left = ctx.reshape(g, (batch, group, outputs // group, count))
+    right = ctx.reshape(seen, (batch, group, each * taps, count))
+    product = ctx.total(matmul(ctx, left, right, trans_b=True), [0])
+    return ctx.reshape(product, shape)
+
+
+def _depthwise_weight(
+    ctx: GradContext, x: Tensor, g: Tensor, over: Window, shape: Sequence[int]
+) -> Tensor:
+    """Return the kernel's gradient where each channel has a kernel of its own.
+
+    Each tap is a dot product of the gradient with a shifted input, one for a channel.
+    """
+    _, channels, *out = ctx.shape(g)
+    spatial = range(2, 2 + len(out))
+    padded = x
+    if any(over.pads):
+        lead = [0, 0]
+        padded = ctx.op("Pad", x, ctx.ints([*lead, *over.begin, *lead, *over.end]))
+    sums = []
+    for tap in np.ndindex(*over.kernel):
+        starts = [t * d for t, d in zip(tap, over.dilations, strict=True)]
+        ends = [
+            start + (size - 1) * s + 1
+            for start, size, s in zip(starts, out, over.strides, strict=True)
+        ]
+        part = ctx.op(
+            "Slice",
+            padded,
+            ctx.ints(starts),
+            ctx.ints(ends),
+            ctx.ints(spatial),
+            ctx.ints(over.strides),
+        )
+        product = ctx.op("Mul", part, g)
+        sums.append(ctx.op("ReduceSum", product, ctx.ints([0, *spatial]), keepdims=0))
+    rows = [ctx.reshape(s, (channels, 1)) for s in sums]
+    joined = rows[0] if len(rows) == 1 else ctx.op("Concat", *rows, axis=1)
+    return ctx.reshape(joined, shape)
+
+
+@rule("ConvTranspose")
+def _conv_transpose(ctx: GradContext, node: Node, grads: Grads) -> Grads:
+    x, w = node.inputs[:2]
+    g = grads[0]
+    group = int(attribute(node, "group", 1))
+    sizes, out = ctx.shape(x)[2:], ctx.shape(g)[2:]
+    over = _transposed_window(node, ctx.shape(w)[2:], sizes, out)
+    found: Grads = [None, None, None]
+    if ctx.wants(0) or ctx.wants(1):
+        # Rows that output_padding adds beyond the reach of the kernel's last step.
+        reach = [
+            (size - 1) * s + span - b - e
+            for size, s, span, b, e in zip(
+                sizes, over.strides, over.spans, over.begin, over.end, strict=True
+            )
+        ]
+        ends = [
+            min(o, r) if o - r >= s else o
+            for o, r, s in zip(out, reach, over.strides, strict=True)
+        ]
+        cut = g
+        if list(ends) != list(out):
+            axes = range(2, 2 + len(out))
+            zeros = ctx.ints([0] * len(out))
+            cut = ctx.op("Slice", g, zeros, ctx.ints(ends), ctx.ints(axes))
+        if ctx.wants(0):
+            found[0] = ctx.op(
+                "Conv",
+                cut,
+                w,
+                like=x,
+                group=group,
+                strides=list(over.strides),
+                dilations=list(over.dilations),
+                pads=over.pads,
+                kernel_shape=list(over.kernel),
+            )
+        if ctx.wants(1):
+            found[1] = conv_weight(ctx, cut, x, over, group, ctx.shape(w))
+    if given(node, 2) is not None and ctx.wants(2):
+        found[2] = channel_sum(ctx, g)
+    return found
+
+
+def _transposed_window(
+    node: Node, kernel: Sequence[int], sizes: Sequence[int], out: Sequence[int]
+) -> Window:
+    """Return the window of the convolution that a ConvTranspose is the adjoint of."""
+    plain = window(node, kernel, sizes)
+    mode = attribute(node, "auto_pad", "NOTSET")
+    stated = attribute(node, "output_shape", None)
+    if mode == "VALID" or (mode == "NOTSET" and not stated):
+        return plain
+    added = attribute(node, "output_padding", None) or [0] * len(kernel)
+    begin, end = [], []
+    for size, o, s, span, more in zip(
+        sizes, out, plain.strides, plain.spans, added, strict=True
+    ):
+        total = max(0, s * (size - 1) + more + span - o)
+        small, large = total // 2, total - total // 2
+        begin.append(small if mode == "SAME_UPPER" else large)
+        end.append(large if mode == "SAME_UPPER" else small)
+    return Window(
+        plain.kernel, plain.strides, plain.dilations, tuple(begin), tuple(end)
+    )
