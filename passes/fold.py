@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxshrink.analysis.constants import (
-    Budget,
     adopt_constant_nodes,
+    file_bytes,
     fold_constants,
     fold_known_values,
     merge_constants,
     merge_nodes,
     merge_values,
+    unfold_uniform,
 )
 from onnxshrink.analysis.inlining import inline_branches, inline_functions
-from onnxshrink.analysis.rewriter import Rewriter, Rule
+from onnxshrink.analysis.rewriter import Budget, Rewriter, Rule
 from onnxshrink.analysis.rules_arithmetic import ARITHMETIC, FUSION, OUTPUTS
 from onnxshrink.analysis.rules_layout import LAYOUT
 from onnxshrink.analysis.rules_linear import LINEAR
@@ -39,8 +40,9 @@ class Fold(Pass):
     are inlined. Outputs stay the same up to the rounding of floats.
 
     Attributes:
-        limit: Bytes that computed constants may add to the file in all. A tensor of
-            one repeated value counts as one value, as storage writes it.
+        limit: Bytes that computed constants may add to the file in all; by default as
+            many as the pass saves elsewhere, so that the file does not grow. What does
+            not fit stays computed at load.
         fuse: Put one operator in place of several (LayerNormalization, Gelu, Softmax,
             ReduceMean) where the model's opset has it.
         inline: Inline model-local functions and branches that are always taken.
@@ -52,14 +54,14 @@ class Fold(Pass):
     promise: ClassVar[Promise] = Promise.SAME
     example: ClassVar[str] = "fold:limit=0"
 
-    limit: int = 1 << 20
+    limit: int | None = None
     fuse: bool = True
     inline: bool = True
     keep_defaults: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a limit that means nothing."""
-        if self.limit < 0:
+        if self.limit is not None and self.limit < 0:
             raise UsageError(f"fold: limit is a number of bytes, not {self.limit}")
 
     def rules(self) -> tuple[Rule, ...]:
@@ -71,8 +73,10 @@ class Fold(Pass):
 
     def apply(self, model: Model, ctx: Context) -> None:
         """Rewrite the model until there is nothing left to do."""
+        size = file_bytes(model)
         if model.ir_version < 4:
             # Until then each initializer had to be listed as an input.
+            ctx.did("model", f"IR version {model.ir_version} -> 4")
             model.require_ir(4)
         if not self.keep_defaults:
             frozen = model.freeze_inputs()
@@ -84,16 +88,40 @@ class Fold(Pass):
             except ModelError as error:
                 ctx.skipped("functions", str(error))
         before = sum(1 for _ in model.nodes())
-        model.drop_unused()
+        unused = model.drop_unused()
         rewriter = Rewriter(model, ctx.skipped)
-        adopted = 0
-        budget = Budget(self.limit)
+        known = self.limit is not None
+        adopted = self._rounds(rewriter, Budget(self.limit or 0, is_final=known))
+        if not known:
+            # What was saved so far, computed constants may take.
+            saved = size - file_bytes(model, uniform=False)
+            adopted += self._rounds(rewriter, Budget(max(0, saved)))
+        merge_constants(rewriter)
+        merge_nodes(rewriter)
+        rewriter.flush()
+        unused += model.drop_unused()
+        unfold_uniform(rewriter, file_bytes(model) - size - (self.limit or 0))
+        model._adopt_strays()
+        for what, count in rewriter.counts.items():
+            ctx.did(what, f"{count} time{'s' if count > 1 else ''}")
+        after = sum(1 for _ in model.nodes())
+        if unused:
+            ctx.did("unused nodes and initializers dropped", f"{unused} of them")
+        if adopted:
+            ctx.did("Constant nodes made initializers", f"{adopted} of them")
+        if after < before:
+            ctx.did("nodes", f"{before} -> {after}")
+
+    def _rounds(self, rewriter: Rewriter, budget: Budget) -> int:
+        """Rewrite until nothing is left to do; return how many Constant nodes went."""
         rules = self.rules()
+        rewriter.budget = budget
+        adopted = 0
         for _ in range(_ROUNDS):
             adopted += adopt_constant_nodes(rewriter)
             rewriter.refresh()
             done = fold_known_values(rewriter)
-            done += fold_constants(rewriter, budget)
+            done += fold_constants(rewriter)
             if self.inline:
                 done += inline_branches(rewriter)
             done += merge_values(rewriter)
@@ -101,18 +129,7 @@ class Fold(Pass):
             done += merge_nodes(rewriter)
             if not done:
                 break
-        merge_constants(rewriter)
-        merge_nodes(rewriter)
-        rewriter.flush()
-        model.drop_unused()
-        model._adopt_strays()
-        for what, count in rewriter.counts.items():
-            ctx.did(what, f"{count} time{'s' if count > 1 else ''}")
-        after = sum(1 for _ in model.nodes())
-        if adopted:
-            ctx.did("Constant nodes made initializers", f"{adopted} of them")
-        if after < before:
-            ctx.did("nodes", f"{before} -> {after}")
+        return adopted
 
 
 def _few(names: list[str], most: int = 5) -> str:

@@ -12,19 +12,20 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
-from onnxshrink._exporter import _node_proto, is_function
-from onnxshrink._topology import Constant, subgraphs_of, tensor_of
+from onnxshrink._exporter import _node_proto, export, is_function
+from onnxshrink._topology import Constant, Node, Variable, subgraphs_of, tensor_of
 from onnxshrink.analysis.rewriter import (
     STANDARD,
     Rewriter,
     compacted,
+    in_function,
     is_plain,
     is_uniform,
     stored_bytes,
 )
 from onnxshrink.analysis.symbolic import as_array, static
 from onnxshrink.errors import ModelError
-from onnxshrink.model import MAX_IR_VERSION, Node
+from onnxshrink.model import MAX_IR_VERSION, Model
 from onnxshrink.tensors import (
     ArrayTensor,
     LazyTensor,
@@ -36,11 +37,13 @@ from onnxshrink.tensors import (
 __all__ = [
     "RANDOM",
     "adopt_constant_nodes",
+    "file_bytes",
     "fold_constants",
     "fold_known_values",
     "merge_constants",
     "merge_nodes",
     "merge_values",
+    "unfold_uniform",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -59,11 +62,15 @@ _NEVER = RANDOM | {
     *("SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"),
     *("SequenceAt", "SequenceLength", "SplitToSequence", "ConcatFromSequence"),
 }
+_UNFOLDED = 100
+"""Bytes that a ConstantOfShape node and its shape take, about, without names."""
 _UNIFORM_LIMIT = 1 << 30
 """Bytes up to which a tensor of one repeated value becomes a constant."""
 _WORK_LIMIT = 256 << 20
 """Bytes up to which onnxruntime is asked to compute a value on the way."""
 _INLINE = 1024
+_NODE = 48
+"""Bytes that a node takes in a file, at least about."""
 _NATIVE = frozenset(
     onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name))
     for name in (
@@ -149,26 +156,18 @@ class _Plan:
     wanted: list[gs.Tensor]
 
 
-class Budget:
-    """How many bytes constants may still add to the file."""
-
-    def __init__(self, limit: int) -> None:
-        """Start with ``limit`` bytes."""
-        self.left = limit
-        self.refused: set[gs.Node] = set()
-
-
-def fold_constants(rewriter: Rewriter, budget: Budget) -> int:
+def fold_constants(rewriter: Rewriter) -> int:
     """Compute what depends on constants alone, with onnxruntime, in one go.
 
     Returns:
         How many nodes went.
     """
     done = _fold_uniform(rewriter)
-    plan = _plan(rewriter, budget)
+    budget = rewriter.budget
+    plan = _plan(rewriter)
     if not plan.wanted:
         return done
-    results = _evaluate(rewriter, plan.nodes, plan.wanted, budget)
+    results = _evaluate(rewriter, plan.nodes, plan.wanted)
     live = set(plan.nodes)
     growth = _growth(rewriter, plan, live)
     for tensor in plan.wanted:
@@ -178,16 +177,10 @@ def fold_constants(rewriter: Rewriter, budget: Budget) -> int:
         node = tensor.inputs[0]
         values = _tensor_of_result(rewriter, tensor, array)
         added = stored_bytes(values) - growth.get(tensor, 0)
-        if added > 0 and (
-            added > budget.left or (is_uniform(values) and values.nbytes > _WORK_LIMIT)
-        ):
-            budget.refused.add(node)
-            rewriter.skip(
-                node.name or node.op,
-                f"its constant result would add {added} bytes, more than the limit",
-            )
+        if not budget.take(added):
+            why = f"its constant result would add {added} bytes, more than allowed"
+            rewriter.refuse(node, why)
             continue
-        budget.left -= max(0, added)
         before = len(rewriter.home)
         if _place(rewriter, tensor, values):
             count = max(1, before - len(rewriter.home))
@@ -277,7 +270,8 @@ def _uniform(rewriter: Rewriter, node: Node) -> LazyTensor | None:
     return ArrayTensor(np.broadcast_to(one, shape), kind)
 
 
-def _plan(rewriter: Rewriter, budget: Budget) -> _Plan:
+def _plan(rewriter: Rewriter) -> _Plan:
+    budget = rewriter.budget
     known: dict[gs.Tensor, int] = {}
     nodes: list[Node] = []
     for graph, node in rewriter.ordered():
@@ -299,11 +293,8 @@ def _plan(rewriter: Rewriter, budget: Budget) -> _Plan:
             if bounds is None:
                 continue  # a later round may know more
             if max(bounds, default=0) > max(_WORK_LIMIT, 2 * size):
-                budget.refused.add(node)
-                rewriter.skip(
-                    node.name or node.op,
-                    f"its constant result would take {max(bounds)} bytes",
-                )
+                why = f"its constant result would take {max(bounds)} bytes"
+                rewriter.refuse(node, why)
                 continue
             nodes.append(node)
             for tensor, nbytes in zip(node.outputs, bounds, strict=True):
@@ -366,13 +357,13 @@ def _output_bytes(rewriter: Rewriter, node: Node, read: int) -> list[int] | None
 def _growth(
     rewriter: Rewriter, plan: _Plan, planned: set[Node]
 ) -> dict[gs.Tensor, int]:
-    """Return the bytes of constants that go when each wanted value is computed.
+    """Return the bytes that go when each wanted value is computed.
 
     A constant or a value that has another reader is not counted.
     """
     freed: dict[gs.Tensor, int] = {}
     for node in plan.nodes:
-        total = 0
+        total = _NODE
         for tensor in node.inputs:
             if len(tensor.outputs) != 1 or rewriter.is_result(tensor):
                 continue
@@ -387,7 +378,6 @@ def _evaluate(
     rewriter: Rewriter,
     nodes: Sequence[Node],
     wanted: Sequence[gs.Tensor],
-    budget: Budget,
 ) -> dict[gs.Tensor, Array]:
     """Run nodes in one session; where that fails, in two halves, down to one output."""
     from onnxshrink.runtime import run_proto
@@ -400,13 +390,12 @@ def _evaluate(
     except ModelError as error:
         if len(wanted) == 1:
             node = wanted[0].inputs[0]
-            budget.refused.add(node)
-            rewriter.skip(node.name or node.op, f"not computed: {error}")
+            rewriter.refuse(node, f"not computed: {error}")
             return {}
         middle = len(wanted) // 2
         return {
-            **_evaluate(rewriter, nodes, wanted[:middle], budget),
-            **_evaluate(rewriter, nodes, wanted[middle:], budget),
+            **_evaluate(rewriter, nodes, wanted[:middle]),
+            **_evaluate(rewriter, nodes, wanted[middle:]),
         }
     return {
         tensor: value
@@ -487,6 +476,90 @@ def _tensor_proto(name: str, values: LazyTensor) -> onnx.TensorProto:
         return numpy_helper.from_array(np.ascontiguousarray(values.read()), name)
     proto.raw_data = b"".join(bytes(chunk) for chunk in values.raw_chunks())
     return proto
+
+
+# --- bytes ------------------------------------------------------------------------
+
+
+def file_bytes(model: Model, *, uniform: bool = True) -> int:
+    """Return about how many bytes the model takes with plain weights.
+
+    Args:
+        model: The model.
+        uniform: Count tensors of one repeated value in full, else as ConstantOfShape.
+    """
+    parts = export(model)
+    total = parts.head.ByteSize() + parts.tail.ByteSize()
+    for piece in parts.pieces:
+        total += piece.header.ByteSize() + 8
+        if piece.tensor is None:
+            continue
+        nbytes = piece.tensor.nbytes
+        if not uniform and is_uniform(piece.tensor):
+            nbytes = min(nbytes, _UNFOLDED + 3 * len(piece.header.name))
+        total += nbytes
+    return total
+
+
+def unfold_uniform(rewriter: Rewriter, excess: int) -> int:
+    """Write tensors of one repeated value as ConstantOfShape, until a file fits.
+
+    Args:
+        rewriter: The model; equal constants have been merged.
+        excess: Bytes that have to go; the largest tensors go first.
+
+    Returns:
+        How many nodes were put in.
+    """
+    if rewriter.model.opset < 9:
+        return 0
+    found: dict[gs.Constant, LazyTensor] = {}
+    for node in rewriter.nodes():
+        for tensor in node.inputs:
+            values = rewriter.constant(tensor)
+            if (
+                values is not None
+                and isinstance(tensor, gs.Constant)
+                and is_uniform(values)
+                and values.data_type in _NATIVE
+            ):
+                found[tensor] = values
+    count = 0
+    order = sorted(found, key=lambda tensor: (-found[tensor].nbytes, tensor.name))
+    for tensor in order:
+        values = found[tensor]
+        gain = values.nbytes - _UNFOLDED - 3 * len(tensor.name)
+        if excess <= 0 or gain <= 0:
+            break
+        readers = [node for node in tensor.outputs if rewriter.is_live(node)]
+        if any(in_function(rewriter, node) for node in readers):
+            continue
+        _unfold(rewriter, tensor, values)
+        excess -= gain
+        count += 1
+    return count
+
+
+def _unfold(rewriter: Rewriter, tensor: gs.Constant, values: LazyTensor) -> None:
+    model = rewriter.model
+    name = tensor.name
+    tensor.name = model.fresh(name)
+    shape = rewriter.add_constant(f"{name}_shape", np.array(values.shape, np.int64))
+    one = ArrayTensor(np.array(values.read().reshape(-1)[:1]), values.data_type)
+    output = Variable(name)
+    node = Node(
+        "ConstantOfShape",
+        "",
+        {"value": Constant("", one)},
+        [shape],
+        [output],
+    )
+    # In front, so that it is computed before whatever reads it.
+    model.graph.nodes.insert(0, node)
+    rewriter.home[node] = model.graph
+    rewriter.is_sorted = False
+    rewriter.facts.describe(output, values.data_type, values.shape)
+    rewriter.replace(tensor, output)
 
 
 # --- merging ----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from onnxshrink.analysis.symbolic import Dims, Facts, facts_of
 from onnxshrink.model import Model, Node
 from onnxshrink.tensors import ArrayTensor, LazyTensor
 
-__all__ = ["Rewriter", "Rule", "RuleSet", "is_uniform", "stored_bytes"]
+__all__ = ["Budget", "Rewriter", "Rule", "RuleSet", "is_uniform", "stored_bytes"]
 
 Array = np.ndarray[Any, Any]
 STANDARD = (None, "", "ai.onnx")
@@ -103,6 +103,29 @@ def compacted(array: Array) -> Array:
     return np.broadcast_to(flat[:1].reshape((1,) * array.ndim), array.shape)
 
 
+class Budget:
+    """How many bytes constants may still add to the file.
+
+    Attributes:
+        left: Bytes that are left.
+        refused: Nodes that are not to be computed.
+        is_final: Whether what is refused now is refused for good, and to be said.
+    """
+
+    def __init__(self, left: int = 1 << 62, *, is_final: bool = True) -> None:
+        """Start with so many bytes."""
+        self.left = left
+        self.refused: set[gs.Node] = set()
+        self.is_final = is_final
+
+    def take(self, added: int) -> bool:
+        """Spend bytes if there are as many; what saves bytes is always allowed."""
+        if added > max(0, self.left):
+            return False
+        self.left -= max(0, added)
+        return True
+
+
 class Rewriter:
     """A model under edit, with what an edit needs to know at hand.
 
@@ -111,7 +134,8 @@ class Rewriter:
         facts: Types, shapes and small values; call ``refresh`` to infer them again.
         home: The graph each live node stands in.
         counts: How often each kind of rewrite was done.
-        skipped: Receives (where, why) for what was left alone.
+        budget: What constants may still add to the file.
+        overridable: Inputs with a default value, which count as unknown.
     """
 
     def __init__(
@@ -120,6 +144,7 @@ class Rewriter:
         """Index a model."""
         self.model = model
         self.counts: dict[str, int] = {}
+        self.budget = Budget()
         self.home: dict[gs.Node, gs.Graph] = {}
         self.facts = Facts()
         self._opsets: dict[gs.Graph, int] = {}
@@ -331,6 +356,12 @@ class Rewriter:
             self._said.add((where, why))
             self._skipped(where, why)
 
+    def refuse(self, node: gs.Node, why: str) -> None:
+        """Leave a node alone as long as the budget is the same."""
+        self.budget.refused.add(node)
+        if self.budget.is_final:
+            self.skip(node.name or node.op, why)
+
     def add_constant(self, name: str, array: Array | LazyTensor) -> Constant:
         """Make a constant under an unused name; it is written if something reads it."""
         values = array if isinstance(array, LazyTensor) else ArrayTensor(array)
@@ -360,6 +391,35 @@ class Rewriter:
         node.inputs[index] = tensor
         self.touch(node)
         self.sweep(old)
+
+    def set_array(
+        self, node: gs.Node, index: int, array: Array, name: str = ""
+    ) -> None:
+        """Let a node read these values instead of a constant, or as another input.
+
+        A constant that nothing else reads keeps its name. Elsewhere a new one is made
+        from its name, or from ``name`` where there was none.
+        """
+        old = node.inputs[index] if index < len(node.inputs) else None
+        known = isinstance(old, gs.Constant)
+        if old is None or not (known or old.name):
+            constant = self.add_constant(name, array)
+            if old is None:
+                node.inputs.append(constant)
+            else:
+                node.inputs[index] = constant
+            self.touch(node)
+        elif (
+            known
+            and len(old.outputs) == 1
+            and not (old in self.overridable or old in self._results)
+        ):
+            old._values = ArrayTensor(array)
+            self._values.pop(old, None)
+            self.facts.values.pop(old, None)
+            self.touch(node)
+        else:
+            self.set_input(node, index, self.add_constant(old.name, array))
 
     def set_inputs(self, node: gs.Node, tensors: Sequence[gs.Tensor]) -> None:
         """Give a node other inputs; what only fed the old ones goes."""

@@ -20,10 +20,11 @@ from onnxshrink.analysis.rewriter import (
     RuleSet,
     compacted,
     float_type,
+    is_uniform,
     stored_bytes,
 )
 from onnxshrink.model import Node
-from onnxshrink.tensors import LazyTensor
+from onnxshrink.tensors import ArrayTensor, LazyTensor
 
 __all__ = ["LINEAR"]
 
@@ -274,6 +275,15 @@ def _scale_axis(linear: Linear, weight: Array, scale: Array) -> Array:
     return wide * scale
 
 
+def _scaled(linear: Linear, values: LazyTensor, scale: Array) -> Array | None:
+    """Return the weights of a linear operator whose output channels are scaled."""
+    if is_uniform(values) and not (scale != scale.reshape(-1)[0]).any():
+        one = values.read()[(slice(0, 1),) * len(values.shape)].astype(np.float64)
+        found = _rounded(one * scale.reshape(-1)[0], values.dtype)
+        return None if found is None else np.broadcast_to(found, values.shape)
+    return _rounded(_scale_axis(linear, values.read(), scale), values.dtype)
+
+
 def _rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
     """Round float64 to the type of the weights, ``None`` if that overflows."""
     with np.errstate(over="ignore"):
@@ -311,55 +321,50 @@ def absorb(rewriter: Rewriter, linear: Linear, affine: Affine) -> bool:
     else:
         old = old.reshape(())
     shifted = old * affine.scale + affine.shift
-    if not _put(rewriter, linear, affine.scale if scales else None, shifted, values):
+    needs_bias = bool(shifted.any()) or linear.bias is not None
+    if node.op == "MatMul" and needs_bias and linear.add is None:
+        return False
+    weight = _scaled(linear, values, affine.scale) if scales else None
+    whole = np.broadcast_to(shifted, (linear.channels,))
+    added = _rounded(whole, values.dtype) if needs_bias else None
+    if (scales and weight is None) or (needs_bias and added is None):
         rewriter.skip(linear.where, f"its folded weights overflow {values.dtype}")
         return False
+    spent = _growth(rewriter, linear.weight, weight) - affine.freed - _OVERHEAD
+    spent += _growth(rewriter, linear.bias, added)
+    if not _affordable(rewriter, linear.where, spent):
+        return False
+    if weight is not None:
+        rewriter.set_array(node, 1, weight)
+    if added is not None and linear.add is not None:
+        index = 0 if linear.add.inputs[0] is linear.bias else 1
+        rewriter.set_array(linear.add, index, added)
+    elif added is not None:
+        rewriter.set_array(node, 2, added, f"{linear.where}_bias")
     if node.op == "Gemm":
         node.attrs.pop("beta", None)
     return True
 
 
-def _put(
-    rewriter: Rewriter,
-    linear: Linear,
-    scale: Array | None,
-    shift: Array,
-    values: LazyTensor,
-) -> bool:
-    node = linear.node
-    new_weight = None
-    if scale is not None:
-        new_weight = _rounded(_scale_axis(linear, values.read(), scale), values.dtype)
-        if new_weight is None:
-            return False
-    needs_bias = bool(shift.any()) or linear.bias is not None
-    new_bias = None
-    if needs_bias:
-        full = np.broadcast_to(shift, (linear.channels,))
-        new_bias = _rounded(full, values.dtype)
-        if new_bias is None:
-            return False
-    if node.op == "MatMul" and needs_bias and linear.add is None:
-        return False
-    if new_weight is not None:
-        name = linear.weight.name
-        rewriter.set_input(node, 1, _constant(rewriter, name, new_weight))
-    if new_bias is None:
+def _growth(rewriter: Rewriter, old: gs.Tensor | None, new: Array | None) -> int:
+    """Return the bytes that a file gains when a node reads ``new`` instead."""
+    if new is None:
+        return 0
+    gone = -_OVERHEAD if old is None else _exclusive(rewriter, old)
+    return stored_bytes(ArrayTensor(new)) - gone
+
+
+def _affordable(rewriter: Rewriter, where: str, added: int) -> bool:
+    """Spend bytes of the budget, or say that they are not there.
+
+    Folding mostly saves bytes; not where a weight was one repeated value before.
+    """
+    if rewriter.budget.take(added):
         return True
-    name = linear.bias.name if linear.bias is not None else f"{linear.where}_bias"
-    constant = _constant(rewriter, name, new_bias)
-    if linear.add is not None:
-        index = 0 if linear.add.inputs[0] is linear.bias else 1
-        rewriter.set_input(linear.add, index, constant)
-    elif len(node.inputs) > 2:
-        rewriter.set_input(node, 2, constant)
-    else:
-        node.inputs.append(constant)
-    return True
-
-
-def _constant(rewriter: Rewriter, name: str, array: Array) -> gs.Tensor:
-    return rewriter.add_constant(name, array)
+    if rewriter.budget.is_final:
+        why = f"its folded weights would add {added} bytes, more than allowed"
+        rewriter.skip(where, why)
+    return False
 
 
 @LINEAR.rule("scale and shift folded into weights", *_AFFINE)
@@ -452,9 +457,12 @@ def into_norm(rewriter: Rewriter, node: Node) -> bool:
             continue
         if not rewriter.can_replace(node.outputs[0], x):
             continue
-        names = [tensor.name for tensor in norm.inputs[1:3]]
-        rewriter.set_input(norm, 1, _constant(rewriter, names[0], new_gamma))
-        rewriter.set_input(norm, 2, _constant(rewriter, names[1], new_beta))
+        spent = _growth(rewriter, norm.inputs[1], new_gamma) - affine.freed - _OVERHEAD
+        spent += _growth(rewriter, norm.inputs[2], new_beta)
+        if not _affordable(rewriter, norm.name or x.name, spent):
+            continue
+        rewriter.set_array(norm, 1, new_gamma)
+        rewriter.set_array(norm, 2, new_beta)
         return rewriter.replace(node.outputs[0], x)
     return False
 
@@ -569,7 +577,7 @@ def _absorb_input(
     new_weight = _rounded(scaled, values.dtype)
     if new_weight is None:
         return False
-    constant = None
+    new_bias = None
     if shifts:
         shift = _along_input(node, weight, affine.shift)
         axes = _reduced_axes(node, weight.ndim)
@@ -585,16 +593,11 @@ def _absorb_input(
         rounded = _rounded(added + old, values.dtype)
         if rounded is None:
             return False
-        name = linear.bias.name if linear.bias else f"{linear.where}_bias"
-        constant = _constant(rewriter, name, rounded)
-    name = linear.weight.name
-    rewriter.set_input(node, 1, _constant(rewriter, name, new_weight))
-    if constant is not None:
+        new_bias = rounded
+    rewriter.set_array(node, 1, new_weight)
+    if new_bias is not None:
         node.attrs.pop("beta", None)
-        if len(node.inputs) > 2:
-            rewriter.set_input(node, 2, constant)
-        else:
-            node.inputs.append(constant)
+        rewriter.set_array(node, 2, new_bias, f"{linear.where}_bias")
     return True
 
 
@@ -732,7 +735,7 @@ def join_constants(rewriter: Rewriter, node: Node) -> bool:
     rounded = _rounded(joined, left.dtype) if exact else None
     if rounded is None or (multiplies and (np.abs(joined) < 1e-30).any()):
         return False
-    constant = _constant(rewriter, b.name, rounded)
+    constant = rewriter.add_constant(b.name, rounded)
     rewriter.become(node, "Mul" if multiplies else "Add", [x, constant])
     return True
 
@@ -867,7 +870,7 @@ def gemm_factors(rewriter: Rewriter, node: Node) -> bool:
         if rounded is None:
             continue
         del node.attrs[name]
-        rewriter.set_input(node, index, _constant(rewriter, tensor.name, rounded))
+        rewriter.set_array(node, index, rounded)
         changed = True
     return changed
 

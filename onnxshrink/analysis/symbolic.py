@@ -646,16 +646,24 @@ def _conv(facts: Facts, node: Node) -> Dims | None:
 
 @_shape_of(
     *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"),
-    *("Resize", "Upsample", "ConvTranspose", "Pad", "Tile", "Gemm", "TopK"),
+    "ConvTranspose",
 )
 def _batch_only(facts: Facts, node: Node) -> Dims | None:
     """Keep onnx's answer, with our name for a batch that pooling cannot change."""
     dims, theirs = facts.shape(node.inputs[0]), facts.dims.get(node.outputs[0])
     if dims is None or theirs is None or not dims or not theirs:
         return None
-    if node.op in ("Resize", "Upsample", "Pad", "Tile", "TopK", "Gemm"):
-        return None
     return (dims[0], *theirs[1:])
+
+
+@_shape_of("Tile")
+def _tile(facts: Facts, node: Node) -> Dims | None:
+    if len(node.inputs) != 2:
+        return None
+    dims, repeats = facts.shape(node.inputs[0]), facts.value(node.inputs[1])
+    if dims is None or repeats is None or len(dims) != len(repeats):
+        return None
+    return tuple(dim * count for dim, count in zip(dims, repeats, strict=True))
 
 
 @_shape_of(
