@@ -211,6 +211,7 @@ class Importer:
                 scope[info.name] = self._variable(info.name, info, False)
             graph.inputs.append(scope[info.name])
         for node in proto.node:
+            _refuse_bytes(node.output)
             for name in node.output:
                 if name and name not in scope:
                     listed = name in infos
@@ -293,9 +294,11 @@ class Importer:
     def _function(self, proto: onnx.FunctionProto) -> Function:
         scope: dict[str, Any] = {}
         infos = {info.name: info for info in proto.value_info}
+        _refuse_bytes(proto.input)
         for name in proto.input:
             scope[name] = self._variable(name, infos.get(name), name in infos)
         for node in proto.node:
+            _refuse_bytes(node.output)
             for name in node.output:
                 if name and name not in scope:
                     scope[name] = self._variable(name, infos.get(name), name in infos)
@@ -323,6 +326,17 @@ class Importer:
         function.value_infos = list(proto.value_info)
         function.overload = proto.overload
         return function
+
+
+def _refuse_bytes(names: Iterable[object]) -> None:
+    """Refuse names that are not UTF-8, which protobuf hands over as bytes.
+
+    Raises:
+        ModelError: Shows the name.
+    """
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"the name {name!r} is not UTF-8")
 
 
 def _refuse_external(message: Any) -> None:
@@ -424,6 +438,7 @@ def _check_nodes(
 ) -> None:
     producer: dict[str, int] = {}
     for index, node in enumerate(nodes):
+        _refuse_bytes(node.output)
         for name in node.output:
             if name in producer:
                 label = node.name or node.op_type
@@ -436,7 +451,7 @@ def _check_nodes(
         wanted = dict.fromkeys(node.input)
         for subgraph in _graphs(node):
             _check_graph(subgraph, scope, depth + 1)
-            wanted.update(dict.fromkeys(sorted(_captured(subgraph))))
+            wanted.update(dict.fromkeys(sorted(_captured(subgraph), key=str)))
         label = node.name or f"{node.op_type} number {index}"
         for name in wanted:
             if name and name not in scope:

@@ -289,6 +289,11 @@ def _special() -> Iterator[tuple[str, onnx.ModelProto]]:
     yield "training_info", proto
 
     proto = text(SMALL)
+    proto.ir_version = 1
+    proto.ClearField("opset_import")
+    yield "no opset, as in the first IR version", proto
+
+    proto = text(SMALL)
     proto.ir_version = 11
     proto.configuration.add(name="devices", num_devices=2)
     yield "device configuration", proto
@@ -912,6 +917,11 @@ def _produced_twice(proto: onnx.ModelProto) -> None:
     proto.graph.node[0].output[0] = "y"
 
 
+def _not_text(proto: onnx.ModelProto) -> None:
+    data = proto.SerializeToString().replace(b"\x01h", b"\x01\xff")
+    proto.ParseFromString(data)
+
+
 def _two_fields(proto: onnx.ModelProto) -> None:
     proto.graph.initializer[0].raw_data = bytes(16)
 
@@ -945,6 +955,7 @@ def _sparse(proto: onnx.ModelProto) -> None:
         (_twice, "two initializers are named 'w'"),
         (_produced_twice, "a second time"),
         (_two_fields, "two fields"),
+        (_not_text, "is not UTF-8"),
         (_operator, "not a valid ONNX model"),
         (_sparse, "external"),
         (lambda proto: proto.ClearField("graph"), "no graph"),
