@@ -522,7 +522,8 @@ def gradients(
         ctx: The context to build with, if more is to be built with the same one.
 
     Returns:
-        The gradient for each name in ``wrt`` that the loss depends on.
+        The gradient for each name in ``wrt`` that the loss depends on, each the output
+        of a node.
 
     Raises:
         UsageError: There is no value of a name.
@@ -580,8 +581,14 @@ def gradients(
                 if isinstance(grad, gs.Variable):
                     ctx._shapes.setdefault(grad.name, ctx.shape(tensor))
                 grads.setdefault(id(tensor), []).append(grad)
-    found = {name: collect(tensor) for name, tensor in wanted.items()}
-    return {name: grad for name, grad in found.items() if grad is not None}
+    found: dict[str, Tensor] = {}
+    for name, tensor in wanted.items():
+        grad = collect(tensor)
+        if grad is not None and not grad.inputs:
+            grad = ctx.op("Identity", grad)  # so that it can be made an output
+        if grad is not None:
+            found[name] = grad
+    return found
 
 
 def _apply(

@@ -115,8 +115,7 @@ def _group_norm(ctx: GradContext, node: Node, grads: Grads) -> Grads:
     shape = ctx.shape(x)
     groups = int(attribute(node, "num_groups", 1))
     inner = [shape[0], groups, shape[1] // groups, math.prod(shape[2:])]
-    # Before opset 21 there was one scale for each group.
-    width = 1 if ctx.model.opset < 21 else inner[2]
+    width = inner[2]
     hat, factor = _standardized(
         ctx, ctx.reshape(x, inner), [2, 3], attribute(node, "epsilon", 1e-5)
     )

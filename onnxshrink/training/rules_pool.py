@@ -26,8 +26,15 @@ def _max_pool(ctx: GradContext, node: Node, grads: Grads) -> Grads:
     indices = output(ctx, node, 1)
     ctx.note_shape(indices, ctx.shape(g), g)
     if len(shape) == 4 and all(
-        k <= s and d == 1
-        for k, s, d in zip(over.kernel, over.strides, over.dilations, strict=True)
+        k <= s and d == 1 and (o - 1) * s + k <= n
+        for k, s, d, o, n in zip(
+            over.kernel,
+            over.strides,
+            over.dilations,
+            ctx.shape(g)[2:],
+            shape[2:],
+            strict=True,
+        )
     ):
         unpooled = ctx.op(
             "MaxUnpool",
