@@ -377,6 +377,8 @@ class Prune(SitePass):
         watched: list[tuple[Layer, Measure, list[tuple[str, Statistic]]]] = []
         visible = {id(tensor) for tensor in model.graph.inputs}
         visible |= {id(t) for node in model.graph.nodes for t in node.outputs}
+        samples = _most_samples(ctx.samples)
+        count = len(samples.calibration or ())
         for layer in found:
             key = self._key(layer, measure)
             if key in ctx.cache:
@@ -388,13 +390,15 @@ class Prune(SitePass):
             mine: Measure = measure
             if layer.layout.matrices_shape[2] > MAX_INPUTS:
                 mine = "wanda"
-            seen = layer.watched("gram" if mine == "obs" else "norm")
+            seen = layer.watched("gram" if mine == "obs" else "norm", count)
             if seen is not None and all(id(tensor) in visible for tensor, _ in seen):
                 pairs = [(tensor.name, statistic) for tensor, statistic in seen]
                 watched.append((layer, mine, pairs))
         if not watched:
             return studies
-        fed = _fed(model, [pair for _, _, pairs in watched for pair in pairs], ctx)
+        # Gram matrices are large and the studies keep what they need of them.
+        once = replace(ctx, cache={}, samples=samples)
+        fed = _fed(model, [pair for _, _, pairs in watched for pair in pairs], once)
         tasks = []
         for layer, mine, pairs in watched:
             statistics = [fed[name, statistic.key] for name, statistic in pairs]
@@ -424,6 +428,8 @@ class Prune(SitePass):
             squares = layers.norms(layer, statistics)
             return _Task(tensor, layout, _Study(tensor, "wanda", squares), self.zeros)
         gram, mean, rows = layers.gram(layer, statistics)
+        if not np.isfinite(gram).all():  # the model itself overflows on this data
+            return _Task(tensor, layout, _Study(tensor), self.zeros)
         adjusts = "biases" not in self.also and layers.bias_of(model, layer) is not None
         study = _Study(
             tensor,
@@ -597,9 +603,7 @@ def _fed(
         for name, parts in by_name.items()
     }
     fed: dict[tuple[str, object], Statistic] = {}
-    # Gram matrices are large and the study keeps what it needs of them.
-    once = replace(ctx, cache={}, samples=_most_samples(ctx.samples))
-    for name, multi in once.statistics(model, request).items():
+    for name, multi in ctx.statistics(model, request).items():
         assert isinstance(multi, Multi)
         for part in multi.parts.values():
             fed[name, part.key] = part

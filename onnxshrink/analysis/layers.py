@@ -45,8 +45,10 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-POSITIONS = 64
-"""Output positions of a sample that a convolution's Gram matrix is made of."""
+ROWS = 64
+"""Rows of inputs, for each of them, that a convolution's Gram matrix is made of."""
+POSITIONS = 16
+"""Output positions of a sample that are used at least."""
 
 FLOATS = frozenset(
     {
@@ -154,12 +156,14 @@ class Layer:
         return str(self.uses[0].node.op)
 
     def watched(
-        self, what: Literal["gram", "norm"]
+        self, what: Literal["gram", "norm"], samples: int = 1
     ) -> tuple[tuple[gs.Tensor, Statistic], ...] | None:
         """Return the activations the weight multiplies, each with an empty statistic.
 
         Args:
             what: ``gram`` for what ``gram`` reads, ``norm`` for ``norms``.
+            samples: How many there will be: of many, a convolution's Gram matrix takes
+                only some positions each.
 
         Returns:
             ``None`` if a use has inputs that no statistic covers: a table, a bias, a
@@ -172,7 +176,7 @@ class Layer:
             tensor = _multiplied(use)
             if tensor is None:
                 return None
-            found.append((tensor[0], _statistic(use, tensor[1], what)))
+            found.append((tensor[0], _statistic(use, tensor[1], what, samples)))
         return tuple(found)
 
     @property
@@ -347,13 +351,16 @@ def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
     return None
 
 
-def _statistic(use: Use, axis: int, what: Literal["gram", "norm"]) -> Statistic:
+def _statistic(
+    use: Use, axis: int, what: Literal["gram", "norm"], samples: int
+) -> Statistic:
     # ConvTranspose: what one input pixel gives each output pixel is an output of its
     # own; that outputs of neighbours overlap is left out of account.
     if use.node.op == "Conv":
         window = ConvWindow.of(use.node.attrs, use.layout.shape)
         if what == "gram":
-            return ConvGram(window, positions=POSITIONS)
+            needed = -(-ROWS * use.layout.matrices_shape[2] // max(samples, 1))
+            return ConvGram(window, positions=max(POSITIONS, needed))
         return ConvNorm(window)
     return Gram(axis) if what == "gram" else ChannelNorm(axis)
 

@@ -95,6 +95,8 @@ class Curvature:
         live = np.maximum((~dead).sum(axis=1), 1)
         damping = DAMPING * np.where(dead, 0.0, diagonal).sum(axis=1) / live
         diagonal += np.where(damping > 0, damping, 1.0)[:, None]
+        for part, top in zip(matrix, largest[:, 0] / max(rows, 1), strict=True):
+            _make_definite(part, float(top))
         return cls(matrix, dead)
 
     def inverse(self, group: int) -> Array:
@@ -102,6 +104,17 @@ class Curvature:
         factor, _ = lapack.dpotrf(self.matrix[group], lower=1)
         inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)
         return np.asarray(np.tril(inverse) + np.tril(inverse, -1).T)
+
+
+def _make_definite(matrix: Array, largest: float) -> None:
+    """Raise the diagonal until there is a Cholesky factor.
+
+    A mean far larger than what varies around it leaves nothing but rounding behind.
+    """
+    extra = 1e-8 * largest
+    while lapack.dpotrf(matrix, lower=1)[1]:
+        np.einsum("ii->i", matrix)[:] += extra
+        extra *= 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +242,7 @@ def _exact_round(
 def _inverse(matrix: Array, alive: NDArray[np.intp]) -> Array:
     """Return the lower triangle of the inverse of a principal submatrix."""
     part = matrix[alive[:, None], alive]
-    factor, broken = lapack.dpotrf(part.T, lower=1, overwrite_a=1)
-    if broken:
-        return np.asarray(np.linalg.pinv(part, hermitian=True))
+    factor, _ = lapack.dpotrf(part.T, lower=1, overwrite_a=1)
     inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)
     return np.asarray(inverse)
 
@@ -371,9 +382,7 @@ def refit(weights: Array, curvature: Curvature, keep: Mask) -> Array:
             continue
         part = curvature.matrix[group][alive[:, None], alive]
         wanted = targets[group, row, alive]
-        _, found, broken = lapack.dposv(part.T, wanted, lower=1, overwrite_a=1)
-        if broken:
-            found = np.linalg.pinv(part, hermitian=True) @ wanted
+        _, found, _ = lapack.dposv(part.T, wanted, lower=1, overwrite_a=1)
         values[group, row, alive] = found
     return values
 

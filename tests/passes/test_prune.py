@@ -408,6 +408,41 @@ def test_inputs_that_are_always_zero_go_first() -> None:
     assert np.allclose(after[1:], weight[1:], atol=1e-5)
 
 
+def test_inputs_that_hardly_vary_do_no_harm() -> None:
+    random = np.random.default_rng(16)
+    weight = random.standard_normal((4, 10)).astype(np.float32)
+    x = (1e4 + 1e-3 * random.standard_normal((200, 10))).astype(np.float32)
+    model = _model(
+        "g (float[N,10] x) => (float[N,4] y) { y = Gemm<transB = 1>(x, w, b) }",
+        w=weight,
+        b=np.zeros(4, np.float32),
+    )
+    after = _pruned(Prune(sparsity=0.8), model, _splits(x=x))
+    y = x @ after.weight("w").read().T + after.weight("b").read()
+    assert np.allclose(y, x @ weight.T, rtol=1e-3, atol=1.0)
+
+
+def test_inputs_that_overflow_leave_magnitude() -> None:
+    model = _matmul(np.array([[1, 2], [3, 4]], np.float32))
+    x = np.array([[np.inf, 1], [1, 2]], np.float32)
+    after = _pruned(Prune(), model, _splits(x=x))
+    assert after.weight("w").read().tolist() == [[0, 0], [3, 4]]
+
+
+def test_more_training_samples_are_studied_than_calibration_samples() -> None:
+    weight = np.random.default_rng(17).standard_normal((8, 4)).astype(np.float32)
+    few, many = _inputs(4, 8, seed=1), _inputs(500, 8, seed=2)
+    pass_ = Prune(importance="obs")
+    both = Splits(
+        calibration=Samples.from_arrays({"x": few}),
+        training=Samples.from_arrays({"x": many}),
+    )
+    found = _pruned(pass_, _matmul(weight), both)
+    assert (
+        found.to_bytes() == _pruned(pass_, _matmul(weight), _splits(x=many)).to_bytes()
+    )
+
+
 def test_the_bias_makes_up_for_the_mean_of_what_is_gone() -> None:
     random = np.random.default_rng(9)
     weight = random.standard_normal((4, 10)).astype(np.float32)

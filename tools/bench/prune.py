@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print one table for each model."""
     parser = argparse.ArgumentParser(prog="prune", description=__doc__)
     parser.add_argument("--models", default="lenet-300-100,lenet-5")
-    parser.add_argument("--samples", type=int, default=1024, help="to calibrate with")
+    parser.add_argument("--samples", type=int, default=2048, help="to calibrate with")
     parser.add_argument("--sparsities", default="0.5,0.75,0.9,0.95")
     parser.add_argument("--patterns", default="2:4,4:8")
     given = parser.parse_args(arguments)
