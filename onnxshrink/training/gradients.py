@@ -9,6 +9,7 @@ exactly the shape of that input.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -317,15 +318,12 @@ class GradContext:
     # --- building -----------------------------------------------------------------
 
     def constant(self, array: Array) -> Tensor:
-        """Return a constant; equal small ones are shared."""
+        """Return a constant; equal ones are shared."""
         array = np.ascontiguousarray(array).reshape(np.shape(array))
-        key = array.dtype.str, array.shape, array.tobytes() if array.size < 64 else None
-        if key[2] is None:
-            return self.model.add_weight(f"{self._label}_constant", array)
+        key = array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest()
         if key not in self._constants:
-            self._constants[key] = self.model.add_weight(
-                f"{self._label}_constant", array
-            )
+            label = f"{self._label}_constant"
+            self._constants[key] = self.model.add_weight(label, array)
         return self._constants[key]
 
     def ints(self, values: Iterable[int]) -> Tensor:
@@ -335,6 +333,20 @@ class GradContext:
     def scalar(self, value: float, like: Tensor) -> Tensor:
         """Return a 0-d constant of the type of another value."""
         return self.constant(np.asarray(value, self.dtype(like)))
+
+    def add_input(self, name: str, data_type: int, shape: Sequence[int]) -> Tensor:
+        """Add an input to the graph and return it.
+
+        Args:
+            name: Its name; another one is made from it if it is taken.
+            data_type: ONNX element type.
+            shape: Static shape.
+        """
+        tensor = Variable(self.model.fresh(name), numpy_type(data_type), list(shape))
+        self.model.graph.inputs.append(tensor)
+        self._types[tensor.name] = data_type
+        self._shapes[tensor.name] = tuple(shape)
+        return tensor
 
     def zeros(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return zeros of the type of another value, without storing them."""
