@@ -147,7 +147,8 @@ class Adam(Optimizer):
         mean = moved(state[0], grad, self.beta1)
         square = moved(state[1], ctx.op("Mul", grad, grad), self.beta2)
         # Scalars together, so that fewer passes over the weights are needed:
-        # with s = sqrt(c2), r m / c1 / (sqrt(v) / s + e) = (r s / c1) m / (sqrt(v) + e s)
+        # with s = sqrt(c2), r (m / c1) / (sqrt(v) / s + e) is the same as
+        # (r s / c1) m / (sqrt(v) + e s).
         root = ctx.op("Sqrt", correction(self.beta2))
         size = ctx.op("Div", ctx.op("Mul", rate, root), correction(self.beta1))
         below = ctx.op("Add", ctx.op("Sqrt", square), ctx.op("Mul", root, self.epsilon))
