@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from scipy import special
 
 from onnxshrink import runtime
-from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
-from onnxshrink.training import GradContext, gradients, is_covered, prepare, rule
+from onnxshrink.training import gradients, prepare
 
 Array = np.ndarray[Any, Any]
 STEP = 1e-5

@@ -244,7 +244,8 @@ _TORCH = r"""
 import json, sys, time
 import numpy as np, torch
 import torch.nn.functional as F
-name, threads, steps, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+name, path = sys.argv[1], sys.argv[4]
+threads, steps = int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
 def memory(key):
     for line in open("/proc/self/status"):
@@ -252,7 +253,8 @@ def memory(key):
             return int(line.split()[1]) * 1024
 data = np.load(path, allow_pickle=True)
 nodes = json.loads(str(data["nodes"]))
-w = {k[2:]: torch.tensor(data[k]).requires_grad_() for k in data.files if k[:2] == "w:"}
+w = {k[2:]: torch.tensor(data[k]).requires_grad_() for k in data.files
+     if k[:2] == "w:"}
 c = {k[2:]: torch.tensor(data[k]) for k in data.files if k[:2] == "c:"}
 x, teacher = torch.tensor(data["x"]), torch.tensor(data["teacher"])
 def forward():
@@ -260,7 +262,9 @@ def forward():
     for op, ins, out, a in nodes:
         i = [v[n] for n in ins]
         if op == "Conv":
-            r = F.conv2d(*i, stride=a["strides"], padding=a["pads"][0], groups=a["group"])
+            r = F.conv2d(
+                *i, stride=a["strides"], padding=a["pads"][0], groups=a["group"]
+            )
         elif op == "Relu": r = F.relu(i[0])
         elif op == "Add": r = i[0] + i[1]
         elif op == "Mul": r = i[0] * i[1]
