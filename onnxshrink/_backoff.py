@@ -15,11 +15,10 @@ __all__ = ["Plan", "back_off", "tighten"]
 
 _PROBES = 128
 """Most sites measured one by one; more are measured in groups of neighbours."""
-_INDIVIDUAL = 16
-"""Up to this many sites each get a strength of their own."""
-_HALVINGS = 5
-_STURDY_SHARE = 0.3
-"""Share of the budget that the sites left at full strength may use together."""
+_GROUPS = 8
+"""Sites are strengthened one by one, or in this many groups."""
+_HALVINGS = 6
+_LOWERED = 0.9
 
 Damage = Callable[[Sequence[Site]], float]
 
@@ -79,11 +78,11 @@ def _short(value: object) -> str:
 def back_off(pass_: SitePass, sites: Sequence[Site], damage: Damage) -> Plan | None:
     """Find how far a pass that breaks the budget can still go.
 
-    Each site's damage alone is measured first. Where sites can be weakened, those that
-    together do little stay as listed, one strength for the others is found by
-    bisection, and each that bears more is strengthened again. Where they cannot, the
-    fewest of the most damaging are left out, by bisection too. Both take for granted
-    that more does more damage.
+    Where sites can be weakened, one strength for all is found by bisection, so that a
+    pass which divided its work among them keeps its shares; sites that bear more are
+    given more where that saves more together. Where they cannot, each site's damage
+    alone is measured, and the fewest of the most damaging are left out, by bisection
+    too. Both take for granted that more does more damage.
 
     Args:
         pass_: The pass, for ``weaken``.
@@ -95,13 +94,12 @@ def back_off(pass_: SitePass, sites: Sequence[Site], damage: Damage) -> Plan | N
     """
     everything = tuple(sites)
     plan = Plan(everything, (1.0,) * len(everything), tuple(range(len(everything))))
-    ranked, harm = _ranked(plan, damage)
     if any(pass_.weaken(site, 0.5) is not None for site in everything):
-        for sturdy in (_sturdy(ranked, harm), frozenset[int]()):
-            strength = _common_strength(pass_, ranked, sturdy, damage)
-            if strength > 0:
-                return _strengthen(pass_, ranked, sturdy, strength, damage)
-    return _leave_out(pass_, ranked, damage)
+        strength = _common_strength(pass_, plan, damage)
+        if strength > 0:
+            even = _with(plan, [strength] * len(everything))
+            return _strengthen(pass_, even, damage)
+    return _leave_out(pass_, _ranked(plan, damage), damage)
 
 
 def tighten(pass_: SitePass, plan: Plan) -> Plan | None:
@@ -126,67 +124,68 @@ def _with(plan: Plan, strengths: Sequence[float]) -> Plan:
     return Plan(plan.sites, tuple(strengths), plan.order)
 
 
-def _ranked(plan: Plan, damage: Damage) -> tuple[Plan, list[float]]:
+def _ranked(plan: Plan, damage: Damage) -> Plan:
     """Measure each site alone; order the plan, the most damaging first."""
     count = len(plan.sites)
     size = -(-count // _PROBES)
     harm: list[float] = []
     for start in range(0, count, size):
         group = plan.sites[start : start + size]
-        harm.extend([max(0.0, damage(group))] * len(group))
+        harm.extend([damage(group)] * len(group))
     order = sorted(range(count), key=lambda index: (-harm[index], index))
-    return Plan(plan.sites, plan.strengths, tuple(order)), harm
+    return Plan(plan.sites, plan.strengths, tuple(order))
 
 
-def _sturdy(plan: Plan, harm: Sequence[float]) -> frozenset[int]:
-    """Return the sites that together use little of the budget even as listed."""
-    total, sturdy = 0.0, set()
-    for index in reversed(plan.order):
-        total += harm[index]
-        if total > _STURDY_SHARE:
-            break
-        sturdy.add(index)
-    return frozenset(sturdy)
-
-
-def _common(plan: Plan, sturdy: frozenset[int], strength: float) -> Plan:
-    """Weaken all but the sturdy sites to one strength."""
-    count = len(plan.sites)
-    return _with(plan, [1.0 if i in sturdy else strength for i in range(count)])
-
-
-def _common_strength(
-    pass_: SitePass, plan: Plan, sturdy: frozenset[int], damage: Damage
-) -> float:
+def _common_strength(pass_: SitePass, plan: Plan, damage: Damage) -> float:
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if damage(_common(plan, sturdy, middle).chosen(pass_)) <= 1:
+        trial = _with(plan, [middle] * len(plan.sites))
+        if damage(trial.chosen(pass_)) <= 1:
             low = middle
         else:
             high = middle
     return low
 
 
-def _strengthen(
-    pass_: SitePass,
-    plan: Plan,
-    sturdy: frozenset[int],
-    strength: float,
-    damage: Damage,
-) -> Plan:
-    """Let each of a few sites take what budget is left, the largest first."""
-    strengths = list(_common(plan, sturdy, strength).strengths)
-    weak = [index for index in range(len(strengths)) if index not in sturdy]
-    if len(weak) <= _INDIVIDUAL:
-        for index in sorted(weak, key=lambda i: -plan.sites[i].bytes_saved):
-            for bolder in (1.0, (1 + strength) / 2, (1 + 3 * strength) / 4):
-                trial = list(strengths)
+def _strengthen(pass_: SitePass, even: Plan, damage: Damage) -> Plan:
+    """Let sites that bear more take budget from the others, if that saves more.
+
+    The strength all can bear leaves no budget to hand out, so it is lowered first.
+    """
+    base = even.strengths[0] * _LOWERED
+    strengths = [base] * len(even.sites)
+    for group in _groups(even):
+        for bolder in (1.0, (1 + base) / 2, (1 + 3 * base) / 4):
+            trial = list(strengths)
+            for index in group:
                 trial[index] = bolder
-                if damage(_with(plan, trial).chosen(pass_)) <= 1:
-                    strengths[index] = bolder
-                    break
-    return _with(plan, strengths)
+            if damage(_with(even, trial).chosen(pass_)) <= 1:
+                strengths = trial
+                break
+    uneven = _with(even, strengths)
+    return max(even, uneven, key=lambda plan: _saved(pass_, plan))
+
+
+def _saved(pass_: SitePass, plan: Plan) -> int:
+    return sum(site.bytes_saved for site in plan.chosen(pass_))
+
+
+def _groups(plan: Plan) -> list[list[int]]:
+    """Cut the sites into at most eight groups that save about as much each."""
+    sites = plan.sites
+    order = sorted(range(len(sites)), key=lambda i: -sites[i].bytes_saved)
+    if len(order) <= _GROUPS:
+        return [[index] for index in order]
+    share = sum(site.bytes_saved for site in sites) / _GROUPS
+    groups: list[list[int]] = [[]]
+    saved = 0
+    for index in order:
+        if groups[-1] and saved >= share * len(groups) and len(groups) < _GROUPS:
+            groups.append([])
+        groups[-1].append(index)
+        saved += sites[index].bytes_saved
+    return groups
 
 
 def _leave_out(pass_: SitePass, plan: Plan, damage: Damage) -> Plan | None:

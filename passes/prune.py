@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -459,9 +460,23 @@ class Prune(SitePass):
             tasks.append(
                 _Task(layer.weight.tensor, layer.layout, study, self.zeros, zeros)
             )
+        # Back-off asks for the same weight at the same strength again and again.
+        memo = ctx.cache.setdefault(("prune", "results"), _Memo())
+        keys = [
+            (*self._key(found[s.where], t.study.measure), t.count)
+            for s, t in zip(sites, tasks, strict=True)
+        ]
+        new = [
+            (key, task)
+            for key, task in zip(keys, tasks, strict=True)
+            if key not in memo
+        ]
         with threadpool_limits(1):
-            results = ctx.map(_prune, tasks, self.name)
-        for site, (values, shift) in zip(sites, results, strict=True):
+            fresh = ctx.map(_prune, [task for _, task in new], self.name)
+        results = dict(zip((key for key, _ in new), fresh, strict=True))
+        for site, key in zip(sites, keys, strict=True):
+            values, shift = results[key] if key in results else memo[key]
+            memo.keep(key, (values, shift))
             layer = found[site.where]
             model.set_weight(layer.weight, values)
             zeros = _count_zeros(layer.weight.tensor)
@@ -474,6 +489,23 @@ class Prune(SitePass):
                 model.set_weight(bias, moved.astype(bias.dtype))
                 words += f"; {bias.name} adjusted"
             ctx.did(layer.name, words)
+
+
+class _Memo(OrderedDict[tuple[object, ...], tuple[Array, "Array | None"]]):
+    """The latest results, as many as fit into a bounded amount of memory."""
+
+    limit = 256 << 20
+    nbytes = 0
+
+    def keep(self, key: tuple[object, ...], result: tuple[Array, Array | None]) -> None:
+        """Remember a result as the latest; forget the oldest ones for it."""
+        if key in self:
+            self.move_to_end(key)
+            return
+        self[key] = result
+        self.nbytes += result[0].nbytes
+        while self.nbytes > self.limit:
+            self.nbytes -= self.popitem(last=False)[1][0].nbytes
 
 
 # --- one weight -----------------------------------------------------------------------

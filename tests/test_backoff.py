@@ -34,11 +34,12 @@ class Gentle(AllOrNothing):
     name: ClassVar[str] = "gentle"
 
     def weaken(self, site: Site, strength: float) -> Site | None:
-        return Site(site.where, site.kind, site.bytes_saved, 0, {"level": strength})
+        saved = round(1000 * strength)
+        return Site(site.where, site.kind, saved, 0, {"level": strength})
 
 
 def sites(count: int) -> list[Site]:
-    return [Site(f"w{i}", "Gemm", 1, 0, {"level": 1.0}) for i in range(count)]
+    return [Site(f"w{i}", "Gemm", 1000, 0, {"level": 1.0}) for i in range(count)]
 
 
 def left_out(plan: Plan) -> set[str]:
@@ -77,17 +78,46 @@ def test_many_sites_are_measured_in_groups() -> None:
     assert calls < 160
 
 
-def test_a_common_strength_is_found_and_sturdy_sites_are_strengthened() -> None:
+def level(some: Sequence[Site]) -> dict[str, float]:
+    return {site.where: float(str(site.detail["level"])) for site in some}
+
+
+def test_one_strength_is_found_for_all() -> None:
+    plan = back_off(Gentle(), sites(4), lambda some: sum(level(some).values()))
+
+    assert plan is not None
+    assert plan.strengths == (0.25,) * 4
+
+
+def test_sturdy_sites_take_budget_where_that_saves_more() -> None:
     def damage(some: Sequence[Site]) -> float:
-        level = {s.where: float(str(s.detail["level"])) for s in some}
-        return 2 * level.get("w0", 0.0) + 0.1 * level.get("w1", 0.0)
+        found = level(some)
+        return 2 * found.get("w0", 0.0) + 0.1 * found.get("w1", 0.0)
 
     plan = back_off(Gentle(), sites(2), damage)
 
     assert plan is not None
     assert plan.strengths[1] == 1.0
     assert 0.4 <= plan.strengths[0] <= 0.45  # 0.9 of the budget is left for it
+
+
+def test_sites_that_save_most_are_strengthened_in_groups() -> None:
+    many = [Site(f"w{i}", "Gemm", 1000 - i, 0, {"level": 1.0}) for i in range(60)]
+    calls = 0
+
+    def damage(some: Sequence[Site]) -> float:
+        nonlocal calls
+        calls += 1
+        found = level(some)
+        return 3 * found.get("w59", 0.0) + 0.001 * sum(found.values())
+
+    plan = back_off(Gentle(), many, damage)
+
+    assert plan is not None
+    assert plan.strengths[:40] == (1.0,) * 40
+    assert plan.strengths[59] < 0.34
     assert damage(plan.chosen(Gentle())) <= 1
+    assert calls < 40
 
 
 @pytest.mark.parametrize("pass_", [AllOrNothing(), Gentle()])
