@@ -62,6 +62,8 @@ _NEVER = RANDOM | {
     *("SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"),
     *("SequenceAt", "SequenceLength", "SplitToSequence", "ConcatFromSequence"),
 }
+_FRAME = 3
+"""Bytes around an initializer, about."""
 _UNFOLDED = 100
 """Bytes that a ConstantOfShape node and its shape take, about, without names."""
 _UNIFORM_LIMIT = 1 << 30
@@ -491,7 +493,7 @@ def file_bytes(model: Model, *, uniform: bool = True) -> int:
     parts = export(model)
     total = parts.head.ByteSize() + parts.tail.ByteSize()
     for piece in parts.pieces:
-        total += piece.header.ByteSize() + 8
+        total += piece.header.ByteSize() + _FRAME
         if piece.tensor is None:
             continue
         nbytes = piece.tensor.nbytes
@@ -723,7 +725,8 @@ def merge_values(rewriter: Rewriter) -> int:
             continue
         key = (graph, kind, len(dims), value)
         other = seen.setdefault(key, output)
-        if other is output:
+        if other is output or not other.inputs:
+            seen[key] = output  # the other one went with something merged before
             continue
         if rewriter.replace(output, other):
             rewriter.note("equal shapes merged")

@@ -566,6 +566,11 @@ class Rewriter:
             self._queued.discard(node)
             if not self.is_live(node) or not is_plain(node):
                 continue
+            if (
+                in_function(self, node)
+                and self._root[self.home[node]] is not self.home[node]
+            ):
+                continue  # a new constant would have no place to stand
             for rule in table.get(node.op, ()):
                 if rule.apply(self, node):
                     done += 1

@@ -887,6 +887,6 @@ def zero_bias(rewriter: Rewriter, node: Node) -> bool:
     array = values.read()
     if array.dtype.kind == "O" or array.astype(np.float64).any():
         return False
-    del node.inputs[2:]
+    node.inputs.pop()
     rewriter.sweep(bias)
     return True

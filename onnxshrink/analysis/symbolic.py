@@ -8,6 +8,7 @@ followed as a list of such dimensions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,11 +170,13 @@ class Facts:
         types: ONNX element type of each tensor.
         dims: Shape of each tensor whose rank is known.
         values: The elements of small integer tensors of rank 0 or 1.
+        hidden: Constants that a caller may override, so that their values say nothing.
     """
 
     types: dict[gs.Tensor, int] = field(default_factory=dict)
     dims: dict[gs.Tensor, Dims] = field(default_factory=dict)
     values: dict[gs.Tensor, Dims] = field(default_factory=dict)
+    hidden: frozenset[gs.Tensor] = frozenset()
     _fresh: int = 0
 
     def fresh(self) -> Poly:
@@ -197,7 +200,7 @@ class Facts:
         """Return the elements of an integer tensor of rank 0 or 1 if known."""
         if tensor in self.values:
             return self.values[tensor]
-        if not isinstance(tensor, gs.Constant):
+        if not isinstance(tensor, gs.Constant) or tensor in self.hidden:
             return None
         values = tensor_of(tensor)
         if (
@@ -233,19 +236,17 @@ def facts_of(model: Model, unknown: Iterable[gs.Tensor] = ()) -> Facts:
         model: The model; it is not changed.
         unknown: Constants whose values a caller may override: never followed.
     """
-    facts = Facts()
-    infos = model.infer_shapes()
+    facts = Facts(hidden=frozenset(unknown))
+    infos = _inferred(model, facts.hidden)
     owner: dict[str, gs.Tensor] = {}
     ambiguous: set[str] = set()
-    graphs = list(model.graphs())
-    for graph in graphs:
+    for graph in model.graphs():
         for tensor in _defined(graph):
             if owner.setdefault(tensor.name, tensor) is not tensor:
                 ambiguous.add(tensor.name)
     for name in ambiguous:
         infos.pop(name, None)
     inside_functions = _inside(model.graph.functions)
-    hidden = dict.fromkeys(unknown)
 
     def visit(graph: gs.Graph) -> None:
         named = {} if graph in inside_functions else infos
@@ -258,12 +259,64 @@ def facts_of(model: Model, unknown: Iterable[gs.Tensor] = ()) -> Facts:
                 if tensor.name:
                     _adopt(facts, tensor, named.get(tensor.name))
             if not node.domain and not _refers(node):
-                _derive(facts, node, hidden)
+                _derive(facts, node)
 
     visit(model.graph)
     for function in model.graph.functions:
         visit(function)
     return facts
+
+
+def _inferred(model: Model, hidden: frozenset[gs.Tensor]) -> dict[str, ValueInfo]:
+    """Return what onnx infers, from the model's inputs and operators alone.
+
+    Shapes that a file states of its outputs and inner values are often wrong or out of
+    date, and onnxruntime does not hold a model to them; only those of operators that
+    onnx does not know are taken.
+    """
+    proto = model.skeleton()
+    found: dict[str, ValueInfo] = {}
+    if any(tensor_of(tensor).data_type in _INT for tensor in hidden):
+        # onnx would take the default of an input for its value.
+        for info in proto.graph.input:
+            found[info.name] = ValueInfo.from_proto(info)
+        return found
+    _forget(proto.graph, True)
+    failures = (onnx.shape_inference.InferenceError, RuntimeError, ValueError)
+    # Where it fails, what is stated of inputs and unknown operators is still true.
+    with contextlib.suppress(*failures):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+
+    def visit(graph: onnx.GraphProto) -> None:
+        for info in [*graph.input, *graph.output, *graph.value_info]:
+            found.setdefault(info.name, ValueInfo.from_proto(info))
+        for node in graph.node:
+            for attr in node.attribute:
+                if attr.type == onnx.AttributeProto.GRAPH:
+                    visit(attr.g)
+
+    visit(proto.graph)
+    return found
+
+
+def _forget(graph: onnx.GraphProto, is_main: bool) -> None:
+    """Drop stated shapes of what operators of ONNX's own compute."""
+    foreign = {
+        name
+        for node in graph.node
+        if node.domain not in ("", "ai.onnx")
+        for name in node.output
+    }
+    kept = [info for info in graph.value_info if info.name in foreign]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    for info in [*graph.output, *([] if is_main else graph.input)]:
+        if info.name not in foreign and info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for attr in node.attribute:
+            if attr.type == onnx.AttributeProto.GRAPH:
+                _forget(attr.g, False)
 
 
 def _inside(functions: Iterable[gs.Graph]) -> set[gs.Graph]:
@@ -330,13 +383,9 @@ def _value_of(*ops: str) -> Callable[[_Value], _Value]:
     return register
 
 
-def _derive(
-    facts: Facts, node: Node, hidden: Mapping[gs.Tensor, None] | None = None
-) -> None:
+def _derive(facts: Facts, node: Node) -> None:
     """Improve on what is known of a node's first output."""
     if not node.outputs or not node.outputs[0].name:
-        return
-    if hidden and any(tensor in hidden for tensor in node.inputs):
         return
     output = node.outputs[0]
     shape_rule = _SHAPES.get(node.op)
