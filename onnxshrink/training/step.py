@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -13,12 +13,14 @@ from onnxshrink import runtime
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Variable
 from onnxshrink.training.gradients import GradContext, Tensor, gradients
+from onnxshrink.training.layout import block_convolutions
 from onnxshrink.training.optimizers import Adam, Optimizer, clip_by_norm
 from onnxshrink.training.preparation import prepare
 
 __all__ = ["Loss", "TrainingStep"]
 
 Array = np.ndarray[Any, Any]
+Layout = Literal["auto", "plain"]
 Loss = Callable[[GradContext, Mapping[str, Tensor]], Tensor]
 """Appends a loss and returns it as a scalar; it is given the graph's values by name."""
 
@@ -44,6 +46,7 @@ class TrainingStep:
         optimizer: Optimizer | None = None,
         clip: float | None = None,
         threads: int = 0,
+        layout: Layout = "auto",
     ) -> None:
         """Build the graph and load it.
 
@@ -57,6 +60,8 @@ class TrainingStep:
             optimizer: How weights change; Adam if ``None``.
             clip: Largest norm of all gradients together.
             threads: onnxruntime's threads; 0 for its own choice.
+            layout: ``auto`` lets convolutions use onnxruntime's blocked layout where
+                it has one, ``plain`` keeps to standard ONNX.
 
         Raises:
             UsageError: A name is wrong, there is nothing to train, or a weight is not
@@ -120,6 +125,8 @@ class TrainingStep:
             tensor.shape, tensor.dtype = list(ctx.shape(tensor)), ctx.dtype(tensor)
         graph.graph.outputs = made
         graph.drop_unused()
+        if layout == "auto":
+            block_convolutions(ctx)
         self._loss = total.name
         self.model = graph
         self.count = 0

@@ -27,6 +27,7 @@ from onnxshrink.training import (
     soft_cross_entropy,
     weighted,
 )
+from onnxshrink.training.layout import block_size
 
 Array = np.ndarray[Any, Any]
 
@@ -332,3 +333,60 @@ def test_a_convolutional_net_learns_its_teacher() -> None:
     mine = runtime.session(student, threads=1).run({"x": x})["y"]
     agreement = np.mean(mine.argmax(1) == wanted.argmax(1))
     assert agreement > 0.9
+
+
+@pytest.mark.parametrize(
+    ("channels", "text"),
+    [
+        (3, "Conv <pads = [1,1,1,1]> (x, w, b)"),
+        (32, "Conv <pads = [1,0,0,1], dilations = [2,1]> (x, w, b)"),
+        (32, "Conv <strides = [2,1]> (x, w, b)"),
+        (1, "Conv <pads = [2,1,1,0], group = 32> (x, w, b)"),
+        (1, "Conv <strides = [2,2], group = 32> (x, w, b)"),
+    ],
+)
+@pytest.mark.parametrize("follower", ["Relu", "Tanh"])
+def test_the_blocked_layout_changes_nothing(
+    channels: int, text: str, follower: str
+) -> None:
+    random = np.random.default_rng(0)
+    inputs = 32 if channels == 1 else channels
+    model = model_of(
+        f"""g (float[2,{inputs},9,8] x) => (float[2,32,1,1] y)
+        <float[1] w = {{0}}, float[1] b = {{0}}, float[1] u = {{0}}> {{
+          i = Mul(x, u)
+          c = {text.replace("(x,", "(i,")}
+          r = {follower}(c)
+          y = GlobalAveragePool(r)
+        }}"""
+    )
+    shape = (32, channels, 3, 2)
+    model.set_weight("w", random.normal(size=shape).astype(np.float32))
+    model.set_weight("b", random.normal(size=32).astype(np.float32))
+    model.set_weight("u", random.normal(size=(inputs, 1, 1)).astype(np.float32))
+    feeds = {
+        "x": random.normal(size=(2, inputs, 9, 8)).astype(np.float32),
+        "t": random.normal(size=(2, 32, 1, 1)).astype(np.float32),
+    }
+    steps = [
+        TrainingStep(
+            model,
+            {},
+            ["w", "b", "u"],
+            squared,
+            targets={"t": (np.float32, (2, 32, 1, 1))},
+            optimizer=Sgd(momentum=0.0),
+            layout=layout,
+            threads=1,
+        )
+        for layout in ("plain", "auto")
+    ]
+    losses = [[step(feeds, 0.1) for step in steps] for _ in range(2)]
+    for plain, blocked in losses:
+        assert blocked == pytest.approx(plain, rel=1e-5)
+    for name, array in steps[0].weights.items():
+        np.testing.assert_allclose(steps[1].weights[name], array, rtol=1e-4, atol=1e-6)
+    # Where the processor has the layout, it was used.
+    used = {node.op for node in steps[1].model.nodes()}
+    assert ("ReorderOutput" in used) == bool(block_size())
+    assert "ReorderOutput" not in {node.op for node in steps[0].model.nodes()}

@@ -2,10 +2,10 @@
 
 A step is forward, distillation loss (T = 4), backward and Adam, in float32 on the CPU.
 Each side runs in a process of its own, one after the other, the least of several steps
-counts; both update every weight. Three networks: a ResNet-20 (batch 128 of 3 x 32 x 32),
-an encoder of 4 layers of width 384 (batch 16 of 64 tokens), and a MobileNet-like net
-(batch 32 of 3 x 64 x 64). Normalization of the convolutional nets is folded, as in a
-model that was exported for inference.
+counts; both update every weight. Three networks: a ResNet-20 (batch 128 of 3 x 32 x
+32), an encoder of 4 layers of width 384 (batch 16 of 64 tokens), and a MobileNet-like
+net (batch 32 of 3 x 64 x 64). Normalization of the convolutional nets is folded, as in
+a model that was exported for inference.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ def torch_step(
         for node in proto.graph.node
     ]
     path = folder / f"{name}.npz"
-    arrays = {f"w:{k}": v for k, v in net.weights.items()}
+    arrays: dict[str, Any] = {f"w:{k}": v for k, v in net.weights.items()}
     arrays |= {f"c:{k}": v for k, v in net.constants.items()}
     np.savez(path, x=x, teacher=teacher, nodes=np.array(json.dumps(nodes)), **arrays)
     code = _TORCH.replace("RATE", str(RATE)).replace("TEMPERATURE", str(TEMPERATURE))
