@@ -1,8 +1,8 @@
 """The three kinds of error a user can meet; anything else is a bug.
 
 ``UsageError`` cannot read the request, ``ModelError`` cannot take the model or its
-data, ``PromiseError`` broke a promise: a pass or a budget did not hold. All print as one
-line and end the command line with exit code 1.
+data, ``PromiseError`` broke a promise: a pass or a budget did not hold. All print as
+one line and end the command line with exit code 1.
 """
 
 from __future__ import annotations
