@@ -20,7 +20,7 @@ from onnxshrink._exporter import in_order, is_function
 from onnxshrink._topology import Constant, Variable, subgraphs_of, tensor_of
 from onnxshrink.analysis.symbolic import Dims, Facts, facts_of
 from onnxshrink.model import Model, Node
-from onnxshrink.tensors import ArrayTensor, LazyTensor
+from onnxshrink.tensors import ArrayTensor, LazyTensor, SparseTensor
 
 __all__ = ["Budget", "Rewriter", "Rule", "RuleSet", "is_uniform", "stored_bytes"]
 
@@ -81,8 +81,10 @@ def is_uniform(tensor: LazyTensor) -> bool:
 def stored_bytes(tensor: LazyTensor) -> int:
     """Return the bytes a constant takes; a uniform one takes those of one element.
 
-    Storage writes a uniform tensor as a single value and ConstantOfShape.
+    A uniform tensor can be written as a single value and ConstantOfShape.
     """
+    if isinstance(tensor, SparseTensor):
+        return int(tensor.tensor.ByteSize())
     return tensor.dtype.itemsize if is_uniform(tensor) else tensor.nbytes
 
 

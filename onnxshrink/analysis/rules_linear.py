@@ -33,6 +33,8 @@ Array = np.ndarray[Any, Any]
 _AFFINE = ("BatchNormalization", "Mul", "Div", "Add", "Sub")
 _OVERHEAD = 64
 """Bytes of proto that a node takes, about."""
+_LARGEST_REWRITE = 32 << 20
+"""Bytes of a weight that is read and written again to save one multiplication."""
 _LARGEST_SHIFT = 1e3
 """Shift in front of a linear operator, in units of its scaled input's spread."""
 
@@ -651,6 +653,11 @@ def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
         scale = factor if node.op == "Mul" else 1.0 / factor
         linear = _linear_above(rewriter, x, 6)
         if linear is None:
+            continue
+        weight = rewriter.constant(linear.weight)
+        if weight is None or weight.nbytes > _LARGEST_REWRITE:
+            why = f"its weight {linear.weight.name!r} is too large to be rewritten"
+            rewriter.skip(linear.where, f"{why} for one factor")
             continue
         affine = Affine(x, np.asarray(scale), np.zeros(()), _OVERHEAD)
         if absorb(rewriter, linear, affine):

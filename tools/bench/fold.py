@@ -6,8 +6,9 @@ environment is made with the pinned version. Bytes are of files with plain weigh
 ``auto`` is what ``Model.save`` writes by default. Outputs are compared with those of
 the original model on seeded inputs, optimisations off, relative to the largest output.
 Latency is CPU time of one run at full optimisation, sessions run in turn, as ratio to
-the original. With no model named, those of the onnx wheel are taken (weights filled in
-by ConstantOfShape nodes: their small files grow when these are folded).
+the original. With no model named, those of the onnx wheel are taken: small files whose
+weights are filled in by ConstantOfShape nodes, which onnxslim always writes out and
+fold only with a ``--limit`` that allows the file to grow.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ from onnxshrink.samples import Splits
 start = time.process_time()
 model = Model.load(sys.argv[1])
 context = Context(samples=Splits(), reference=model)
-Fold().apply(model, context)
+limit = int(sys.argv[4]) if len(sys.argv) > 4 else None
+Fold(limit=limit).apply(model, context)
 seconds = time.process_time() - start
 nodes = sum(1 for _ in model.nodes())
 model.save(sys.argv[2], storage="plain", external="never")
@@ -95,11 +97,11 @@ def count_nodes(graph: onnx.GraphProto) -> int:
 
 
 def run_tool(
-    python: str, program: str, source: Path, *targets: Path
+    python: str, program: str, source: Path, *more: Path | int
 ) -> dict[str, Any] | str:
     """Run a program in a process of its own; return its figures or what went wrong."""
     made = subprocess.run(
-        [python, "-c", program, str(source), *map(str, targets)],
+        [python, "-c", program, str(source), *map(str, more)],
         capture_output=True,
         text=True,
         check=False,
@@ -139,7 +141,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 def latencies(
     paths: Sequence[Path], feeds: Mapping[str, Any], seconds: float
 ) -> list[float]:
-    """Return the least CPU time of a run for each file, run in turn."""
+    """Return the median CPU time of a run for each file, run in turn."""
     sessions = [runtime.session(path, threads=1) for path in paths]
     times: list[list[float]] = [[] for _ in paths]
     until = time.perf_counter() + seconds
@@ -148,7 +150,7 @@ def latencies(
             start = time.process_time()
             session.run(feeds)
             taken.append(time.process_time() - start)
-    return [min(taken) for taken in times]
+    return [float(np.median(taken)) for taken in times]
 
 
 def peer_python(python: str | None, folder: Path | None) -> str | None:
@@ -176,7 +178,7 @@ def label_of(path: Path) -> str:
 
 
 def row(
-    path: Path, python: str | None, folder: Path, seconds: float, large: int
+    path: Path, python: str | None, folder: Path, options: argparse.Namespace
 ) -> list[str]:
     """Return the cells for one model."""
     before = onnx.load(path, load_external_data=False)
@@ -186,7 +188,8 @@ def row(
     )
     ours: Outcome | str
     peer: Outcome | str = "missing"
-    made = run_tool(sys.executable, _OUR_PROGRAM, path, ours_path, auto_path)
+    limit = [] if options.limit is None else [options.limit]
+    made = run_tool(sys.executable, _OUR_PROGRAM, path, ours_path, auto_path, *limit)
     ours = made if isinstance(made, str) else outcome(ours_path, made, auto_path)
     if python is not None:
         made = run_tool(python, _PEER_PROGRAM, path, peer_path)
@@ -208,8 +211,8 @@ def row(
             for file in files
         ]
         apart = [f"{difference(results[0], r):.1e}" for r in results[1:]]
-        if max(file.stat().st_size for file in files) <= large:
-            times = latencies(files, feeds, seconds)
+        if max(file.stat().st_size for file in files) <= options.large:
+            times = latencies(files, feeds, options.seconds)
             ratios = [f"{t / times[0]:.2f}" for t in times[1:]]
     except ModelError as error:
         apart = [str(error)[:60], ""]
@@ -227,6 +230,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--peer-env", type=Path, help="folder of an environment for onnxslim"
     )
+    parser.add_argument("--limit", type=int, help="bytes fold may add; none by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="of inference")
     parser.add_argument(
         "--large", type=int, default=300 << 20, help="bytes not to time beyond"
@@ -241,9 +245,7 @@ def main(arguments: Sequence[str]) -> None:
         table.add_column(name, justify="right")
     for path in options.models or wheel_models():
         with tempfile.TemporaryDirectory() as folder:
-            table.add_row(
-                *row(path, python, Path(folder), options.seconds, options.large)
-            )
+            table.add_row(*row(path, python, Path(folder), options))
     Console(width=190).print(table)
     if python is None:
         print("onnxslim was not measured: give --peer-python or --peer-env")
