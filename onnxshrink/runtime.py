@@ -232,6 +232,7 @@ def session(
     optimize: Optimize = "all",
     expose: Sequence[str] = (),
     only_exposed: bool = False,
+    training: bool = False,
 ) -> Session:
     """Load a model into onnxruntime with the fewest copies of its weights.
 
@@ -248,6 +249,8 @@ def session(
         expose: Names of values of the main graph to add to the outputs.
         only_exposed: Make ``expose`` the only outputs; what they do not need is not
             computed.
+        training: The graph is a training step: less memory for graphs with many values
+            that live long, and QDQ stays as written instead of becoming int8 kernels.
 
     Raises:
         ModelError: onnxruntime cannot load it; says what would have worked.
@@ -263,10 +266,12 @@ def session(
         if not source.is_file():
             raise ModelError(f"{source} does not exist or is not a file")
         large = _bytes_of(source) >= _NO_PREPACKING
-        options = _options(threads, optimize, large)
+        options = _options(threads, optimize, large, training)
         return _open(str(source), options, providers, str(source))
     if isinstance(source, bytes):
-        return _open(source, _options(threads, optimize), providers, "the model")
+        return _open(
+            source, _options(threads, optimize, False, training), providers, "the model"
+        )
     if isinstance(source, onnx.ModelProto):
         proto = source
         if expose:
@@ -274,13 +279,15 @@ def session(
             proto.CopyFrom(source)
             _expose(proto.graph, expose, only_exposed)
         data = _serialized(proto)
-        return _open(data, _options(threads, optimize), providers, "the model")
+        return _open(
+            data, _options(threads, optimize, False, training), providers, "the model"
+        )
     with tempfile.TemporaryDirectory(
         prefix="onnxshrink-", ignore_cleanup_errors=True
     ) as scratch:
         proto, folder, size = _handed_over(source, Path(scratch))
         _expose(proto.graph, expose, only_exposed)
-        options = _options(threads, optimize, size >= _NO_PREPACKING)
+        options = _options(threads, optimize, size >= _NO_PREPACKING, training)
         if folder is not None:
             # External data of a model given as bytes is looked for here.
             options.add_session_config_entry(
@@ -329,7 +336,9 @@ def _bytes_of(path: Path) -> int:
         return path.stat().st_size if path.exists() else 0
 
 
-def _options(threads: int, optimize: Optimize, large: bool = False) -> Any:
+def _options(
+    threads: int, optimize: Optimize, large: bool = False, training: bool = False
+) -> Any:
     ort = _onnxruntime()
     if threads < 0:
         raise UsageError(f"threads cannot be negative: {threads}")
@@ -348,6 +357,10 @@ def _options(threads: int, optimize: Optimize, large: bool = False) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if training:
+        # The plan made for fixed shapes packs worse than the arena by half and more.
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class TrainingStep:
 
     Attributes:
         weights: Current values by name.
-        state: The optimizer's state by weight and slot.
+        state: The optimizer's state by weight and slot, each a flat array.
         count: Steps done.
         model: The graph of the step.
     """
@@ -107,19 +108,25 @@ class TrainingStep:
         self.state: dict[str, Array] = {}
         for name, grad in found.items():
             weight = values[name]
+            # Flat: onnxruntime broadcasts scalars slowly over axes of size 1.
+            size = [math.prod(ctx.shape(weight))]
             slots = [
-                ctx.add_input(
-                    f"{name}/{slot}", ctx.data_type(weight), ctx.shape(weight)
-                )
+                ctx.add_input(f"{name}/{slot}", ctx.data_type(weight), size)
                 for slot in self._optimizer.slots
             ]
             new, fresh = self._optimizer.update(
-                ctx, weight, grad, slots, self._rate, self._step
+                ctx,
+                ctx.reshape(weight, size),
+                ctx.reshape(grad, size),
+                slots,
+                self._rate,
+                self._step,
             )
+            new = ctx.reshape(new, ctx.shape(weight))
             made += [new, *fresh]
             self._renewed[name] = new.name
             for slot, tensor in zip(slots, fresh, strict=True):
-                self.state[slot.name] = np.zeros_like(self.weights[name])
+                self.state[slot.name] = np.zeros(size, np.float32)
                 self._renewed[slot.name] = tensor.name
         for tensor in made:
             tensor.shape, tensor.dtype = list(ctx.shape(tensor)), ctx.dtype(tensor)
@@ -130,7 +137,7 @@ class TrainingStep:
         self._loss = total.name
         self.model = graph
         self.count = 0
-        self._session = runtime.session(graph, threads=threads)
+        self._session = runtime.session(graph, threads=threads, training=True)
 
     def __call__(self, feeds: Mapping[str, Array], rate: float) -> float:
         """Do one step.
