@@ -447,6 +447,20 @@ def test_an_input_with_a_default_can_still_be_overridden_if_kept() -> None:
     assert not run(after, feeds)["y"].any()
 
 
+def test_a_shape_that_is_an_input_can_still_be_overridden_if_kept() -> None:
+    before = model(
+        """(float[2,3] x, int64[2] s = {3, 2}) => (float[A,B] y) {
+            a = Reshape(x, s)
+            b = Shape(a)
+            c = Reshape(x, b)
+            y = Tanh(c)
+        }"""
+    )
+    after, _ = folded(before, keep_defaults=True)
+    feeds = {"x": np.ones((2, 3), np.float32), "s": np.array([6, 1], np.int64)}
+    assert run(after, feeds)["y"].shape == (6, 1)
+
+
 def test_functions_stay_if_asked() -> None:
     header = '<ir_version: 8, opset_import: ["" : 17, "local" : 1]>'
     proto = onnx.parser.parse_model(
