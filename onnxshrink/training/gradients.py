@@ -155,11 +155,14 @@ class GradContext:
 
     Attributes:
         model: The model that the nodes are appended to.
+        is_blocked: Whether ``layout.block_convolutions`` will run over the model, so
+            that rules may choose the forms that are fast then.
     """
 
     def __init__(self, model: Model) -> None:
         """Know the types of all values of the model as it is now."""
         self.model = model
+        self.is_blocked = False
         self._shapes: dict[str, Shape] = {}
         self._types: dict[str, int] = {}
         self._wanted: tuple[bool, ...] = ()

@@ -199,6 +199,8 @@ def conv_weight(
     count = math.prod(out)
     taps = math.prod(over.kernel)
     each = inputs // group
+    if ctx.is_blocked and each == 1 and outputs == group and not is_pointwise(over):
+        return _depthwise_weight(ctx, x, g, over, shape)
     wide = inputs * taps
     # In pieces of the batch, so that the columns stay small; onnxruntime is as fast.
     parts = 1
@@ -240,6 +242,35 @@ def conv_weight(
             sums.append(ctx.total(matmul(ctx, flat, seen, trans_b=True), [0]))
     total = sums[0] if len(sums) == 1 else ctx.op("Sum", *sums)
     return ctx.reshape(total, shape)
+
+
+def _depthwise_weight(
+    ctx: GradContext, x: Tensor, g: Tensor, over: Window, shape: Sequence[int]
+) -> Tensor:
+    """Return the kernel's gradient where each channel has a kernel of its own.
+
+    The textbook form, each channel of each sample convolved with its gradient: 3 to 9
+    times faster than the columns in the blocked layout, and slower without.
+    """
+    batch, channels, *out = ctx.shape(g)
+    many = batch * channels
+    found = ctx.op(
+        "Conv",
+        ctx.reshape(x, (1, many, *ctx.shape(x)[2:])),
+        ctx.reshape(g, (many, 1, *out)),
+        group=many,
+        kernel_shape=out,
+        strides=list(over.dilations),
+        dilations=list(over.strides),
+        pads=over.pads,
+    )
+    # Rows that a stride leaves over make more products than there are taps.
+    if ctx.shape(found)[2:] != tuple(over.kernel):
+        zeros = ctx.ints([0] * len(out))
+        axes = ctx.ints(range(2, 2 + len(out)))
+        found = ctx.op("Slice", found, zeros, ctx.ints(over.kernel), axes)
+    split = ctx.reshape(found, (batch, channels, math.prod(over.kernel)))
+    return ctx.reshape(ctx.total(split, [0]), shape)
 
 
 def _divisor(number: int, least: int) -> int:

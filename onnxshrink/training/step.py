@@ -14,7 +14,7 @@ from onnxshrink import runtime
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Variable
 from onnxshrink.training.gradients import GradContext, Tensor, gradients
-from onnxshrink.training.layout import block_convolutions
+from onnxshrink.training.layout import block_convolutions, block_size
 from onnxshrink.training.optimizers import Adam, Optimizer, clip_by_norm
 from onnxshrink.training.preparation import prepare
 
@@ -79,6 +79,7 @@ class TrainingStep:
         for name in weights:
             self.weights[name] = _make_input(graph, name)
         ctx = GradContext(graph)
+        ctx.is_blocked = layout == "auto" and block_size() > 0
         values: dict[str, Tensor] = {}
         for node in graph.graph.nodes:
             values.update((t.name, t) for t in node.outputs if t.name)
@@ -132,7 +133,7 @@ class TrainingStep:
             tensor.shape, tensor.dtype = list(ctx.shape(tensor)), ctx.dtype(tensor)
         graph.graph.outputs = made
         graph.drop_unused()
-        if layout == "auto":
+        if ctx.is_blocked:
             block_convolutions(ctx)
         self._loss = total.name
         self.model = graph
