@@ -1,0 +1,798 @@
+"""recover: least squares on activations, layer by layer, without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+from threadpoolctl import threadpool_limits
+
+from onnxshrink.analysis import cross, layers
+from onnxshrink.analysis.activations import fingerprint
+from onnxshrink.analysis.cross import (
+    Channels,
+    ConvRows,
+    MatrixRows,
+    Moments,
+    OutputRows,
+)
+from onnxshrink.analysis.layers import Layer, Layout, Use
+from onnxshrink.analysis.statistics import ConvGram
+from onnxshrink.analysis.surgeon import Curvature, refit
+from onnxshrink.base import Context, Promise, Site, SitePass, selected
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.samples import Samples
+from onnxshrink.tensors import LazyTensor
+
+__all__ = ["Recover"]
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+Mode = Literal["weights", "bias", "norm"]
+
+MAX_INPUTS = 8192
+"""Layers with more inputs get their bias corrected only: 512 MB of Gram matrix."""
+HELD = 5
+"""One of so many samples judges whether a layer gained by its new values."""
+TABLE = 256
+"""A weight with no more distinct values than this keeps them: it is stored by index."""
+MEMO_BYTES = 256 << 20
+_DEFAULT_DOMAINS = (None, "", "ai.onnx")
+_AFFINE = frozenset({"Add", "BatchNormalization", "Div", "Mul", "Sub"})
+_THROUGH = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear"})
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """One place to recover.
+
+    Attributes:
+        where: Name of the weight, or of a normalisation's running mean.
+        mode: ``weights`` and bias, ``bias`` alone, or statistics of a ``norm``.
+        node: The node.
+        why_bias: Why weights stay as they are, where they do.
+        request: What to watch.
+        layout: How the weight is read, of a layer whose weights change.
+        bias: The bias, if there is one that is free to change.
+        may_add: Whether the node takes a bias and has none.
+        scale: What outputs are, in products of inputs and weights (alpha of Gemm).
+    """
+
+    where: str
+    mode: Mode
+    node: Node
+    request: cross.Request
+    why_bias: str = ""
+    layout: Layout | None = None
+    bias: Weight | None = None
+    may_add: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover(SitePass):
+    """Bring altered layers back to what they gave in the reference, without labels.
+
+    The reference is the model the run started from. Of each Conv, Gemm and MatMul
+    whose weight is no longer the reference's, weights and bias become those that give
+    its outputs best: the least squares of ``Y_reference - X W - b`` over samples, with
+    ``X`` what the layer reads in the model as it is now (layer-wise reconstruction:
+    He, Zhang and Sun 2017, "Channel Pruning"; Frantar and Alistarh 2022, section 3).
+    Zeros stay zero. Samples are those for calibration and training; labels are not
+    looked at, and memory does not grow with the samples.
+
+    Quantized weights, and weights of so few values that they are stored by index, stay
+    as they are; there the bias alone takes up the mean error (Nagel et al. 2019,
+    "Data-Free Quantization through Weight Equalization and Bias Correction", section
+    4.2). A layer is changed only if its error on held-out samples falls.
+
+    Attributes:
+        ridge: Keeps weights near what they are: this share of the inputs' mean square
+            is added to each.
+        samples: Samples to use at most; a fifth of them judges.
+        order: ``sequential`` lets each layer see what those before it became, at a run
+            of the models for each; ``parallel`` runs them once for all.
+        bias: Adjust biases, and give a Conv or Gemm without one a bias.
+        norms: Estimate mean and variance of each BatchNormalization behind an altered
+            layer again, from what it reads now.
+        only: Act only on these weights or nodes: names, glob patterns or op types.
+        skip: Leave these weights or nodes alone: names, glob patterns or op types.
+    """
+
+    name: ClassVar[str] = "recover"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    example: ClassVar[str] = "recover:samples=4096"
+
+    ridge: float = 0.01
+    samples: int = 2048
+    order: Literal["sequential", "parallel"] = "sequential"
+    bias: bool = True
+    norms: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense."""
+        if not (self.ridge >= 0 and math.isfinite(self.ridge)):
+            raise UsageError(f"ridge is a number from 0 on, not {self.ridge}")
+        if self.samples < 1:
+            raise UsageError(f"samples is at least 1, not {self.samples}")
+
+    # --- plan ---------------------------------------------------------------------
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        """List the altered layers, in the order they are computed in.
+
+        Raises:
+            UsageError: There are some, but no real data.
+        """
+        found = self._works(model, ctx)
+        if found and (ctx.samples.random or ctx.samples.calibration is None):
+            raise UsageError(
+                f"recover compares what {found[0].where} and others give with the "
+                "reference on real samples, and there are none; give --data"
+            )
+        return [
+            Site(
+                work.where,
+                work.node.op,
+                detail={"changes": work.mode, "towards": work.request.wanted},
+            )
+            for work in found
+        ]
+
+    def _works(self, model: Model, ctx: Context) -> list[_Work]:
+        finder = _Finder(model, ctx.reference, self, len(_pool(ctx, self.samples)))
+        found = finder.find(ctx)
+        if not found and not ctx.left:
+            what = "only and skip choose" if self.only or self.skip else "there is"
+            ctx.skipped(self.name, f"{what} no weight of a Conv, Gemm or MatMul")
+        return found
+
+    # --- act ----------------------------------------------------------------------
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        """Recover one layer."""
+        self.rewrite_all(model, [site], ctx)
+
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        """Recover several layers, first to last."""
+        chosen = {site.where for site in sites}
+        quiet = replace(ctx, left=[])
+        works = [w for w in self._works(model, quiet) if w.where in chosen]
+        batches = [works] if self.order == "parallel" else [[work] for work in works]
+        for index, some in enumerate(batches):
+            self._recover(model, some, ctx)
+            ctx.progress(index + 1, len(batches), self.name)
+
+    def _recover(self, model: Model, works: Sequence[_Work], ctx: Context) -> None:
+        memo: _Memo = ctx.cache.setdefault(("recover", "results"), _Memo())
+        mark = (fingerprint(model), self.ridge, self.samples, self.bias)
+        new = {w.where: w for w in works if (*mark, w.where) not in memo.results}
+        if new:
+            fit, held = _divided(_pool(ctx, self.samples))
+            moments, judged = cross.gather(
+                model,
+                ctx.reference,
+                {where: work.request for where, work in new.items()},
+                [fit, held],
+                # Moments are large, and outcomes are what is worth remembering.
+                replace(ctx, cache={}),
+            )
+            tasks = [
+                self._task(model, work, moments[where], judged[where])
+                for where, work in new.items()
+            ]
+            with threadpool_limits(1):
+                outcomes = ctx.map(_solve, tasks, self.name)
+            for where, outcome in zip(new, outcomes, strict=True):
+                memo.keep((*mark, where), outcome)
+            fresh = dict(zip(new, outcomes, strict=True))
+        for work in works:
+            outcome = (
+                fresh[work.where]
+                if work.where in new
+                else memo.results[*mark, work.where]
+            )
+            _write(model, work, outcome, ctx)
+
+    def _task(self, model: Model, work: _Work, fit: Moments, held: Moments) -> _Task:
+        shift = work.bias is not None or work.may_add
+        tensor, parameters, dtype = None, None, np.dtype(np.float32)
+        if work.mode == "weights":
+            tensor = model.weight(work.where).tensor
+            dtype = tensor.dtype
+        if work.mode == "norm":
+            parameters, dtype = _norm_parameters(model, work.node)
+        return _Task(
+            work.mode,
+            fit,
+            held,
+            self.ridge,
+            shift and self.bias,
+            work.scale,
+            dtype,
+            tensor,
+            work.layout,
+            parameters,
+        )
+
+
+# --- which layers ---------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Finder:
+    """Finds what is altered, and where the reference has the same value."""
+
+    model: Model
+    reference: Model
+    options: Recover
+    samples: int
+    theirs: dict[str, gs.Tensor] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+    def find(self, ctx: Context) -> list[_Work]:
+        """Return the places to recover in the order of the graph."""
+        self.theirs = {
+            tensor.name: tensor
+            for node in self.reference.graph.nodes
+            for tensor in node.outputs
+            if tensor.name
+        }
+        self.weights = {weight.name: weight for weight in self.reference.weights()}
+        at = {id(node): i for i, node in enumerate(self.model.graph.nodes)}
+        found: list[_Work] = []
+        frozen = set()
+        for node, weight in self._quantized():
+            if weight.name in frozen:
+                continue
+            frozen.add(weight.name)
+            work = self._frozen(node, weight)
+            if isinstance(work, str):
+                ctx.skipped(weight.name, work)
+            else:
+                found.append(work)
+        only, skip = self.options.only, self.options.skip
+        for layer in layers.find(self.model, only=only, skip=skip):
+            if layer.name in frozen:
+                continue
+            made = self._layer(layer, at)
+            if isinstance(made, str):
+                ctx.skipped(layer.name, made)
+            else:
+                found.append(made)
+        found.sort(key=lambda work: at[id(work.node)])
+        if self.options.norms:
+            found += self._norms({id(work.node) for work in found}, ctx)
+            found.sort(key=lambda work: at[id(work.node)])
+        return found
+
+    def _layer(self, layer: Layer, at: Mapping[int, int]) -> _Work | str:
+        why = layer.why_not
+        if not why and layer.kind not in ("Conv", "Gemm", "MatMul"):
+            why = f"least squares is not for the weights of {layer.kind}"
+        if not why and len(layer.uses) > 1:
+            why = f"it is shared by {len(layer.uses)} nodes"
+        if not why and id(layer.uses[0].node) not in at:
+            why = "it is inside a subgraph or function, where nothing can be watched"
+        if not why and self._same(layer.weight):
+            why = "it is as it was in the reference"
+        if why:
+            return why
+        use = layer.uses[0]
+        node = use.node
+        groups, outputs, inputs = layer.layout.matrices_shape
+        scale = float(attribute(node, "alpha", 1.0)) if node.op == "Gemm" else 1.0
+        if node.op == "MatMul" and groups > 1:
+            return "it is a stack of matrices"
+        if not scale:
+            return "its node multiplies it by zero"
+        seen = layer.watched("gram", self.samples)
+        if seen is None:
+            return "its inputs cannot be watched"
+        tensor, statistic = seen[0]
+        if self.model.constant(tensor) is not None:
+            return "it multiplies a constant"
+        target = self._target(node, layer.name)
+        if isinstance(target, str):
+            return target
+        bias = layers.bias_of(self.model, layer) if self.options.bias else None
+        plain = (scale, attribute(node, "beta", 1.0)) == (1.0, 1.0)
+        no_bias = len(node.inputs) < 3 or not node.inputs[2].name
+        may_add = (
+            self.options.bias
+            and node.op in ("Conv", "Gemm")
+            and use.index == 1
+            and plain
+            and no_bias
+            and (node.op == "Conv" or self.model.opset >= 11)
+        )
+        why_bias = _why_frozen(layer.weight, inputs)
+        if why_bias:
+            if bias is None and not may_add:
+                return f"{why_bias}, and it has no bias that is free to change"
+            axis = 1 if node.op == "Conv" else -1
+            request = cross.Request("", *target, OutputRows(axis))
+            return _Work(
+                layer.name, "bias", node, request, why_bias, None, bias, may_add
+            )
+        rows: cross.Rows
+        if isinstance(statistic, ConvGram):
+            rows = ConvRows(statistic.window, statistic.positions)
+        else:
+            vector = len(layer.layout.shape) == 1
+            rows = MatrixRows(
+                int(getattr(statistic, "axis", -1)),
+                None if vector else -1 if use.index else -2,
+            )
+        nbytes = 16 * groups * inputs * (inputs + outputs)
+        request = cross.Request(tensor.name, *target, rows, nbytes)
+        return _Work(
+            layer.name, "weights", node, request, "", layer.layout, bias, may_add, scale
+        )
+
+    def _quantized(self) -> Iterator[tuple[Node, Weight]]:
+        """Yield nodes of the main graph whose weight is dequantized, and the weight."""
+        for node in self.model.graph.nodes:
+            if node.op not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+                continue
+            maker = node.inputs[1].inputs
+            if node.domain not in _DEFAULT_DOMAINS or not maker:
+                continue
+            if maker[0].op != "DequantizeLinear" or not maker[0].inputs:
+                continue
+            weight = self.model.constant(maker[0].inputs[0])
+            names = [] if weight is None else [weight.name, node.name, node.op]
+            if weight is not None and selected(
+                names, self.options.only, self.options.skip
+            ):
+                yield node, weight
+
+    def _frozen(self, node: Node, weight: Weight) -> _Work | str:
+        if self._same(weight):
+            return "it is as it was in the reference"
+        target = self._target(node, weight.name)
+        if isinstance(target, str):
+            return target
+        shape = weight.shape
+        across = node.op == "MatMul" or (
+            node.op == "Gemm" and not attribute(node, "transB", 0)
+        )
+        if len(shape) < 2:
+            return "it is quantized, and it has no bias that is free to change"
+        outputs = shape[-1] if across else shape[0]
+        order = (0, 2, 1) if across else (0, 1, 2)
+        split = (1, -1, outputs) if across else (1, outputs, -1)
+        use = Use(node, 1, "weight", Layout(shape, split, order))
+        bias = None
+        if self.options.bias:
+            bias = layers.bias_of(self.model, Layer(weight, (use,)))
+        if bias is None:
+            return "it is quantized, and it has no bias that is free to change"
+        rows = OutputRows(1 if node.op == "Conv" else -1)
+        request = cross.Request("", *target, rows)
+        return _Work(weight.name, "bias", node, request, "it is quantized", None, bias)
+
+    def _norms(self, altered: set[int], ctx: Context) -> list[_Work]:
+        """Return the normalisations that something altered leads to."""
+        found = []
+        moved: set[int] = set()
+        for node in self.model.graph.nodes:
+            if id(node) not in altered and not any(id(t) in moved for t in node.inputs):
+                continue
+            moved |= {id(tensor) for tensor in node.outputs}
+            if node.op != "BatchNormalization" or node.domain not in _DEFAULT_DOMAINS:
+                continue
+            if len(node.inputs) < 5:
+                continue
+            mean = self.model.constant(node.inputs[3])
+            label = mean.name if mean is not None else node.name or node.op
+            names = [label, node.name, node.op]
+            if not selected(names, self.options.only, self.options.skip):
+                continue
+            why = self._why_no_norm(node)
+            target = self._target(node, "")
+            if why or isinstance(target, str):
+                ctx.skipped(label, why or str(target))
+                continue
+            request = cross.Request(node.inputs[0].name, *target, Channels())
+            found.append(_Work(label, "norm", node, request))
+        return found
+
+    def _why_no_norm(self, node: Node) -> str:
+        if attribute(node, "training_mode", 0) or len(node.outputs) > 1:
+            return "its node is in training mode"
+        if self.model.opset < 9 and not attribute(node, "spatial", 1):
+            return "its node does not normalise channels"
+        for index in range(1, 5):
+            weight = self.model.constant(node.inputs[index])
+            if weight is None or not layers.is_float(weight) or weight.is_input:
+                return "a parameter of its node is not a constant"
+            if index > 2 and (weight.is_output or weight.uses != ((node, index),)):
+                return f"{weight.name} is read by other nodes too"
+        return ""
+
+    def _same(self, weight: Weight) -> bool:
+        """Whether the reference has a weight of this name with the same values."""
+        other = self.weights.get(weight.name)
+        if other is None:
+            return False
+        if other.tensor is weight.tensor:
+            return True
+        if (other.shape, other.data_type) != (weight.shape, weight.data_type):
+            return False
+        pairs = zip(other.chunks(), weight.chunks(), strict=True)
+        return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+    # --- the same value in the reference ------------------------------------------
+
+    def _target(self, node: Node, weight: str) -> tuple[str, str] | str:
+        """Return the values to compare, ours and theirs, or why there are none."""
+        ours = _outputs(self.model, node)
+        out = next((t for t in reversed(ours) if t.name in self.theirs), None)
+        if out is not None:
+            other = self.theirs[out.name]
+        else:
+            maker = self._maker(weight)
+            if maker is None:
+                return (
+                    f"the reference has neither a value {ours[0].name!r} nor a layer "
+                    "with this weight"
+                )
+            out, other = ours[-1], _outputs(self.reference, maker)[-1]
+        return out.name, self._behind(out, other).name
+
+    def _maker(self, name: str) -> Node | None:
+        weight = self.weights.get(name)
+        if weight is None or len(weight.uses) != 1:
+            return None
+        node = weight.uses[0][0]
+        known = any(node is other for other in self.reference.graph.nodes)
+        return node if known and node.op in ("Conv", "Gemm", "MatMul") else None
+
+    def _behind(self, ours: gs.Tensor, theirs: gs.Tensor) -> gs.Tensor:
+        """Follow what the reference still does and our layer has taken in.
+
+        Where a normalisation was folded into our layer, what that gives is what the
+        layer should give.
+        """
+        kinds = {node.op for node in _readers(ours)}
+        for _ in range(4):
+            readers = list(dict.fromkeys(theirs.outputs))
+            is_output = any(theirs is t for t in self.reference.graph.outputs)
+            if len(readers) != 1 or is_output or readers[0].op in kinds:
+                break
+            node = readers[0]
+            if node.op not in _AFFINE or node.domain not in _DEFAULT_DOMAINS:
+                break
+            rest = [tensor for tensor in node.inputs if tensor is not theirs]
+            if any(self.reference.constant(tensor) is None for tensor in rest):
+                break
+            theirs = node.outputs[0]
+        return theirs
+
+
+def _outputs(model: Model, node: Node) -> list[gs.Tensor]:
+    """Return what a layer gives; then that plus its bias if another node adds it."""
+    found = [node.outputs[0]]
+    if node.op == "MatMul":
+        readers = list(dict.fromkeys(found[0].outputs))
+        is_output = any(found[0] is t for t in model.graph.outputs)
+        if len(readers) == 1 and readers[0].op == "Add" and not is_output:
+            rest = [t for t in readers[0].inputs if t is not found[0]]
+            if len(rest) == 1 and model.constant(rest[0]) is not None:
+                found.append(readers[0].outputs[0])
+    return found
+
+
+def _readers(tensor: gs.Tensor, depth: int = 4) -> Iterator[Node]:
+    for node in tensor.outputs:
+        if node.op in _THROUGH and depth:
+            for output in node.outputs:
+                yield from _readers(output, depth - 1)
+        else:
+            yield node
+
+
+def _why_frozen(weight: Weight, inputs: int) -> str:
+    if inputs > MAX_INPUTS:
+        return f"it has {inputs} inputs, more than {MAX_INPUTS}"
+    seen: Array = np.zeros(0)
+    for chunk in weight.chunks():
+        wide = chunk if chunk.dtype.itemsize >= 4 else chunk.astype(np.float32)
+        seen = np.union1d(seen, wide)
+        if len(seen) > TABLE:
+            return ""
+    if len(seen) * 16 > weight.size:
+        return ""
+    return f"it has {len(seen)} distinct values, which stay"
+
+
+# --- samples --------------------------------------------------------------------------
+
+
+def _pool(ctx: Context, count: int) -> _Pool:
+    """Return at most so many samples for calibration and training."""
+    parts = []
+    for samples in (ctx.samples.calibration, ctx.samples.training):
+        if samples is not None and count > 0 and samples.used:
+            some = samples.take(slice(0, max(count, samples.batch or 1)))
+            parts.append(some)
+            count -= len(some)
+    return _Pool(parts)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    parts: Sequence[Samples]
+
+    def __len__(self) -> int:
+        return sum(samples.used for samples in self.parts)
+
+
+def _divided(pool: _Pool) -> tuple[list[Samples], list[Samples]]:
+    """Divide samples into those to fit and those to judge; one sample does both."""
+    total = len(pool)
+    unit = pool.parts[0].batch or 1
+    held = max(1, total // unit // HELD) * unit
+    if total <= held:
+        return list(pool.parts), list(pool.parts)
+    fit: list[Samples] = []
+    judge: list[Samples] = []
+    for samples in reversed(pool.parts):
+        some = min(held, samples.used)
+        cut = samples.used - some
+        held -= some
+        if some:
+            judge.insert(0, samples.take(slice(cut, cut + some)))
+        if cut:
+            fit.insert(0, samples.take(slice(0, cut)))
+    return fit, judge
+
+
+# --- one layer ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One place to recover, with all that this takes."""
+
+    mode: Mode
+    fit: Moments
+    held: Moments
+    ridge: float
+    shift: bool
+    scale: float
+    dtype: np.dtype[Any]
+    tensor: LazyTensor | None
+    layout: Layout | None
+    parameters: Float64 | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """What to write.
+
+    Attributes:
+        values: New weights; of a normalisation mean and variance.
+        shift: What is added to the outputs, [groups, outputs].
+        before: Output error on the samples that judge, as a share of the variance.
+        after: The same with the new values.
+        why_not: Why nothing is written.
+    """
+
+    values: Array | None = None
+    shift: Float64 | None = None
+    before: float = 0.0
+    after: float = 0.0
+    why_not: str = ""
+
+
+class _Memo:
+    """Outcomes for models seen before, within a bounded amount of memory.
+
+    Back-off asks for the same layers of the same model again and again.
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[tuple[object, ...], _Outcome] = {}
+        self.nbytes = 0
+
+    def keep(self, key: tuple[object, ...], outcome: _Outcome) -> None:
+        """Remember an outcome if there is room."""
+        size = 0 if outcome.values is None else outcome.values.nbytes
+        if self.nbytes + size <= MEMO_BYTES:
+            self.results[key] = outcome
+            self.nbytes += size
+
+
+def _solve(task: _Task) -> _Outcome:
+    """Find the values that give the reference's outputs best."""
+    fit, held = task.fit, task.held
+    why = fit.why_not or held.why_not
+    if why or not fit.rows or not held.rows:
+        return _Outcome(why_not=why or "nothing was seen of it")
+    none = np.zeros(np.swapaxes(held.cross, 1, 2).shape), np.zeros(held.errors.shape)
+    variance = max(held.variance, 1e-300)
+    before = held.error(*none) / variance
+    if before < 1e-10:
+        return _Outcome(
+            why_not=f"it gives what it gave in the reference ({before:.1g})"
+        )
+    best = _Outcome(
+        before=before,
+        after=before,
+        why_not=f"its error of {before:.3%} on held-out samples would not fall",
+    )
+    for values, change, shift in _candidates(task):
+        after = held.error(change, shift) / variance
+        if after < best.after * (1 - 1e-6):
+            gained = shift if task.shift else None
+            best = _Outcome(values, gained, before, after)
+    return best
+
+
+def _candidates(
+    task: _Task,
+) -> Iterator[tuple[Array | None, Float64, Float64]]:
+    """Yield (new values, change of the weights, change of the bias) worth a try."""
+    fit = task.fit
+    rows = fit.rows
+    mean, missing = fit.inputs / rows, fit.errors / rows
+    if task.mode == "norm":
+        yield from _norm_candidate(task, mean)
+        return
+    if task.mode == "weights":
+        found = _least_squares(task, mean, missing)
+        if found is not None:
+            values, change = found
+            shift = np.zeros_like(missing)
+            if task.shift:
+                shift = missing - np.einsum("goi,gi->go", change, mean)
+            yield values, change, shift
+    if task.shift:
+        yield None, np.zeros(np.swapaxes(fit.cross, 1, 2).shape), missing
+
+
+def _least_squares(
+    task: _Task, mean: Float64, missing: Float64
+) -> tuple[Array, Float64] | None:
+    """Return the new weight and its change, in products with the inputs."""
+    fit, layout, tensor = task.fit, task.layout, task.tensor
+    assert layout is not None
+    assert tensor is not None
+    old = layout.matrices(tensor.read())
+    if old.shape != np.swapaxes(fit.cross, 1, 2).shape:
+        return None
+    keep = old != 0
+    gram, cross_ = fit.gram / fit.rows, fit.cross / fit.rows
+    squares = np.einsum("gii->gi", gram)
+    dead = squares <= 1e-12 * squares.max(axis=1, initial=0.0, keepdims=True)
+    if task.shift:
+        gram = gram - mean[:, :, None] * mean[:, None, :]
+        cross_ = cross_ - mean[:, :, None] * missing[:, None, :]
+    wide = old.astype(np.float64)
+    change = np.zeros(old.shape)
+    for group, matrix in enumerate(gram):
+        change[group] = _one_group(
+            matrix, cross_[group], keep[group], dead[group], task.ridge
+        )
+    # -0.0 + 0.0 is 0.0: what is zero stays the zero that compresses best.
+    new = np.where(keep, wide + change / task.scale, 0.0).astype(old.dtype) + 0
+    new = new.astype(old.dtype)
+    moved = (new.astype(np.float64) - wide) * task.scale
+    if not np.isfinite(moved).all():
+        return None
+    return layout.array(new), moved
+
+
+def _one_group(
+    gram: Float64,
+    wanted: Float64,
+    keep: NDArray[np.bool_],
+    dead: NDArray[np.bool_],
+    ridge: float,
+) -> Float64:
+    """Minimise ``tr(D G D^T) - 2 tr(D C) + ridge |D|^2`` over ``D`` where it is free.
+
+    Args:
+        gram: ``G``, [inputs, inputs].
+        wanted: ``C``, [inputs, outputs].
+        keep: Which entries are free, [outputs, inputs].
+        dead: Inputs that were always zero.
+        ridge: As a share of the mean diagonal of ``G``.
+    """
+    diagonal = np.einsum("ii->i", gram)
+    live = max(int((~dead).sum()), 1)
+    damping = ridge * max(float(diagonal[~dead].sum()), 0.0) / live
+    matrix = gram.copy()
+    np.einsum("ii->i", matrix)[:] += damping
+    np.einsum("ii->i", matrix)[dead] += 1.0
+    extra = 1e-10 * max(float(diagonal.max(initial=0.0)), 1e-30)
+    while True:
+        factor, failed = lapack.dpotrf(matrix, lower=1)
+        if not failed:
+            break
+        np.einsum("ii->i", matrix)[:] += extra
+        extra *= 10
+    free, _ = lapack.dpotrs(factor, wanted, lower=1)
+    best = np.asarray(free).T
+    if keep.all():
+        return best
+    change = np.zeros(keep.shape)
+    if (keep == keep[0]).all():
+        at = np.flatnonzero(keep[0])
+        if at.size:
+            _, found, _ = lapack.dposv(matrix[np.ix_(at, at)], wanted[at], lower=1)
+            change[:, at] = found.T
+        return change
+    # The distance to the free optimum in the metric of ``matrix`` is what is left.
+    curvature = Curvature(matrix[None], dead[None])
+    return np.asarray(refit(best[None], curvature, keep[None])[0])
+
+
+def _norm_parameters(model: Model, node: Node) -> tuple[Float64, np.dtype[Any]]:
+    """Return scale, bias, mean, variance and epsilon, [5, channels]."""
+    weights = [model.constant(node.inputs[index]) for index in range(1, 5)]
+    arrays = [w.read().astype(np.float64) for w in weights if w is not None]
+    epsilon = np.full_like(arrays[0], float(attribute(node, "epsilon", 1e-5)))
+    dtype = weights[2].dtype if weights[2] is not None else np.dtype(np.float32)
+    return np.stack([*arrays, epsilon]), dtype
+
+
+def _norm_candidate(
+    task: _Task, mean: Float64
+) -> Iterator[tuple[Array, Float64, Float64]]:
+    assert task.parameters is not None
+    scale, _, old_mean, old_variance, epsilon = task.parameters
+    fresh_mean = mean[:, 0]
+    spread = task.fit.gram[:, 0, 0] / task.fit.rows - np.square(fresh_mean)
+    new = np.stack([fresh_mean, np.maximum(spread, 0.0)]).astype(task.dtype)
+    new_mean, new_variance = new.astype(np.float64)
+    before = scale / np.sqrt(old_variance + epsilon)
+    after = scale / np.sqrt(new_variance + epsilon)
+    shift = before * old_mean - after * new_mean
+    if np.isfinite(after).all() and np.isfinite(shift).all():
+        yield new, (after - before)[:, None, None], shift[:, None]
+
+
+def _write(model: Model, work: _Work, outcome: _Outcome, ctx: Context) -> None:
+    if outcome.why_not:
+        ctx.skipped(work.where, outcome.why_not)
+        return
+    words = f"output error {outcome.before:.3%} -> {outcome.after:.3%}"
+    if outcome.values is not None and work.mode == "norm":
+        for index, values in zip((3, 4), outcome.values, strict=True):
+            weight = model.constant(work.node.inputs[index])
+            assert weight is not None
+            model.set_weight(weight, values.reshape(weight.shape))
+    elif outcome.values is not None:
+        model.set_weight(work.where, outcome.values)
+    elif work.why_bias:
+        words += f", bias only: {work.why_bias}"
+    else:
+        words += ", bias only"
+    if outcome.shift is not None:
+        _shift(model, work, outcome.shift)
+    ctx.did(work.where, words)
+
+
+def _shift(model: Model, work: _Work, shift: Float64) -> None:
+    """Add to the outputs of a layer through its bias."""
+    if work.bias is not None:
+        wide = work.bias.read().astype(np.float64) + shift.reshape(work.bias.shape)
+        model.set_weight(work.bias, wide.astype(work.bias.dtype))
+        return
+    weight = model.weight(work.where)
+    values = shift.reshape(-1).astype(weight.dtype)
+    made = model.add_weight(f"{work.where}_bias", values)
+    if len(work.node.inputs) > 2:
+        work.node.inputs[2] = made
+    else:
+        work.node.inputs.append(made)

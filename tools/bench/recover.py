@@ -1,0 +1,115 @@
+"""Test error of pruned models before and after recover, against pruning by obs."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from onnxshrink import runtime
+from onnxshrink.base import Context, SitePass
+from onnxshrink.model import Model
+from onnxshrink.passes.prune import Prune
+from onnxshrink.passes.recover import Recover
+from onnxshrink.samples import Samples, Splits
+
+MODELS = Path(__file__).resolve().parent.parent.parent / "models"
+PRUNING: Mapping[str, Mapping[str, str]] = {
+    "magnitude": {"importance": "magnitude", "scope": "global"},
+    "obs": {"importance": "obs", "scope": "global"},
+}
+COLUMNS = ("model", "zeros", "pruned by", "seed", "pruned %", "recover", "%", "seconds")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a table: each model pruned, then recovered in different ways."""
+    parser = argparse.ArgumentParser(prog="recover", description=__doc__)
+    parser.add_argument("--models", default="lenet-300-100,lenet-5,residual-cnn")
+    parser.add_argument("--sparsities", default="0.8,0.9")
+    parser.add_argument("--prune", default="magnitude,obs")
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--seeds", default="0", help="of the choice of samples")
+    parser.add_argument("--ridge", default=str(Recover.ridge))
+    parser.add_argument("--order", default="sequential,parallel")
+    parser.add_argument("--norms", default="no", help="no, yes or no,yes")
+    parser.add_argument("--validation", action="store_true", help="not the test images")
+    given = parser.parse_args(arguments)
+    with np.load(MODELS / "mnist.npz") as data:
+        train = data["train_x"]
+        test, labels = data["test_x"], data["test_y"]
+        if given.validation:
+            # The last training images are never among the samples.
+            test, labels = train[-10000:], data["train_y"][-10000:]
+    what = "the last 10,000 training images" if given.validation else "test images"
+    table = Table(title=f"errors on {what}; {given.samples} samples, no labels")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name in given.models.split(","):
+        model = Model.load(MODELS / f"{name}.onnx")
+        start = _error(model, test, labels)
+        table.add_row(name, "-", "-", "-", f"{start:.2f}", "-", "-", "-")
+        for sparsity in given.sparsities.split(","):
+            for kind in given.prune.split(","):
+                for seed in given.seeds.split(","):
+                    splits = _splits(train[:-10000], given.samples, int(seed))
+                    pruned = _applied(
+                        Prune(sparsity=float(sparsity), **PRUNING[kind]),  # type: ignore[arg-type]
+                        model,
+                        model,
+                        splits,
+                    )
+                    damaged = _error(pruned, test, labels)
+                    for pass_ in _choices(given):
+                        begin = time.perf_counter()
+                        recovered = _applied(pass_, pruned, model, splits)
+                        seconds = time.perf_counter() - begin
+                        how = f"{pass_.order} ridge {pass_.ridge:g}"
+                        table.add_row(
+                            name,
+                            sparsity,
+                            kind,
+                            seed,
+                            f"{damaged:.2f}",
+                            how + (" norms" if pass_.norms else ""),
+                            f"{_error(recovered, test, labels):.2f}",
+                            f"{seconds:.1f}",
+                        )
+    Console(width=110).print(table)
+
+
+def _choices(given: argparse.Namespace) -> list[Recover]:
+    return [
+        Recover(
+            samples=given.samples, ridge=float(ridge), order=order, norms=norms == "yes"
+        )
+        for order in given.order.split(",")
+        for ridge in given.ridge.split(",")
+        for norms in given.norms.split(",")
+    ]
+
+
+def _splits(train: np.ndarray, count: int, seed: int) -> Splits:
+    chosen = np.random.default_rng(seed).permutation(len(train))[:count]
+    images = train[chosen][:, None].astype(np.float32) / 255
+    return Splits(calibration=Samples.from_arrays({"image": images}))
+
+
+def _applied(pass_: SitePass, model: Model, reference: Model, splits: Splits) -> Model:
+    copy = model.copy()
+    pass_.apply(copy, Context(samples=splits, reference=reference))
+    return copy
+
+
+def _error(model: Model, images: np.ndarray, labels: np.ndarray) -> float:
+    session = runtime.session(model)
+    wrong = 0
+    for at in range(0, len(images), 500):
+        batch = images[at : at + 500, None].astype(np.float32) / 255
+        logits = session.run({"image": batch})["logits"]
+        wrong += int((logits.argmax(axis=1) != labels[at : at + 500]).sum())
+    return 100 * wrong / len(images)
