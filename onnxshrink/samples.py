@@ -298,6 +298,17 @@ class Samples:
         return tuple(self._columns)
 
     @property
+    def positions(self) -> Indices:
+        """Where each sample stands in its source, from 0: its identity over splits."""
+        return self._indices.copy()
+
+    @property
+    def source_count(self) -> int:
+        """How many samples the source has, of which these are some."""
+        counts = [column.count for column in self._columns.values()]
+        return min(counts, default=0)
+
+    @property
     def labels(self) -> Array | None:
         """Labels in the order of the samples, or ``None``."""
         if self._labels is None:
