@@ -234,6 +234,13 @@ def transposed(
     return out
 
 
+def cropped(x: Array, w: Array, strides: Sequence[int], output_shape: Any) -> Array:
+    full = transposed(x, w, 1, strides)
+    rows, columns = np.array(full.shape[2:]) - output_shape
+    first = rows - rows // 2, columns - columns // 2
+    return full[:, :, first[0] :, first[1] :][..., : output_shape[0], : output_shape[1]]
+
+
 def pad_and_cut(x: Array) -> Array:
     return np.pad(x, ((0, 0), (1, 0)))[1:, :-2]
 
@@ -388,6 +395,14 @@ CONVS = [
         for mode in ("SAME_UPPER", "SAME_LOWER", "VALID")
     ),
     Op("Conv", [(1, 2, 5, 5), (2, 2, 2, 2)], {"auto_pad": "SAME_LOWER"}),
+    Op("Conv", [(2, 2, 11, 19), (3, 2, 3, 3)], {"pads": [1] * 4}),
+    Op(
+        "Conv",
+        [(2, 2, 16, 22), (3, 2, 2, 3)],
+        {"pads": [2, 1, 0, 2], "dilations": [3, 2]},
+    ),
+    Op("Conv", [(2, 2, 150), (3, 2, 3)], {"pads": [2, 1], "dilations": [2]}),
+    Op("Conv", [(1, 2, 3, 22, 12), (2, 2, 2, 2, 2)], {"pads": [1, 0, 0, 0, 1, 1]}),
     Op("Conv", [(2, 3, 7), (4, 3, 3), (4,)], {"strides": [2], "pads": [1, 0]}),
     Op("Conv", [(2, 4, 7), (4, 1, 3)], {"group": 4, "dilations": [2]}),
     Op("Conv", [(1, 2, 4, 4, 4), (3, 2, 2, 3, 2), (3,)], {"pads": [1, 0, 0, 0, 1, 0]}),
@@ -418,10 +433,19 @@ TRANSPOSED = [
     Op("ConvTranspose", [(1, 2, 5), (2, 3, 3), (3,)], {"strides": [3]}),
     Op("ConvTranspose", [(1, 2, 2, 3, 2), (2, 2, 2, 2, 2)], {"strides": [2, 1, 1]}),
     Op("ConvTranspose", [(1, 2, 3, 3), (2, 2, 1, 1)], {"strides": [2, 2]}),
+    *(
+        Op(
+            "ConvTranspose",
+            [(1, 2, 3, 4), (2, 2, 3, 3)],
+            {"strides": [2, 2], "auto_pad": mode},
+        )
+        for mode in ("SAME_UPPER", "SAME_LOWER", "VALID")
+    ),
     Op(
         "ConvTranspose",
         [(1, 2, 3, 3), (2, 2, 3, 3)],
-        {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+        {"strides": [3, 3], "output_shape": [8, 7]},
+        forward=cropped,
     ),
 ]
 
@@ -429,6 +453,13 @@ TRANSPOSED = [
 @cases(*CONVS)
 def test_conv(case: Op) -> None:
     check(case, most=10)
+
+
+@pytest.mark.parametrize("most", [1, 200, 700])
+def test_conv_in_pieces_of_the_batch(most: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr("onnxshrink.training.rules_conv._MOST_COLUMNS", most)
+    check(Op("Conv", [(6, 2, 4, 4), (3, 2, 3, 3)], {"pads": [1] * 4}), most=10)
+    check(Op("Conv", [(4, 2, 4, 4), (4, 1, 3, 3)], {"group": 2}), most=10)
 
 
 @cases(*TRANSPOSED)
