@@ -1,0 +1,567 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from onnxshrink import runtime, testing
+from onnxshrink.analysis import cross
+from onnxshrink.analysis.cross import Channels, ConvRows, MatrixRows, Moments, Request
+from onnxshrink.analysis.statistics import ConvWindow
+from onnxshrink.base import Context
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model
+from onnxshrink.passes.prune import Prune
+from onnxshrink.passes.recover import Recover
+from onnxshrink.samples import Samples, Splits
+
+Array = np.ndarray[Any, Any]
+
+
+def _random(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _model(text: str, **weights: Array) -> Model:
+    """Parse a graph body; arrays become initializers."""
+    header = '<ir_version: 8, opset_import: ["" : 17]>\n'
+    proto = onnx.parser.parse_model(header + text)
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items()
+    )
+    onnx.checker.check_model(proto)
+    return Model.load(proto)
+
+
+def _splits(**arrays: Array) -> Splits:
+    return Splits(calibration=Samples.from_arrays(arrays))
+
+
+def _recovered(
+    pass_: Recover, model: Model, reference: Model, splits: Splits
+) -> tuple[Model, Context]:
+    copy = model.copy()
+    context = Context(samples=splits, reference=reference, threads=1)
+    pass_.apply(copy, context)
+    return copy, context
+
+
+def _damaged(model: Model, **weights: Array) -> Model:
+    copy = model.copy()
+    for name, values in weights.items():
+        copy.set_weight(name, values)
+    return copy
+
+
+def _outputs(model: Model, **feeds: Array) -> dict[str, Any]:
+    return runtime.session(model, threads=1).run(feeds)
+
+
+def _whys(context: Context) -> dict[str, str]:
+    return dict(context.left)
+
+
+GEMM = "g (float[N,6] x) => (float[N,4] y) { y = Gemm<transB = 1>(x, w, b) }"
+MATMUL = "g (float[N,6] x) => (float[N,4] y) { y = MatMul(x, w) }"
+
+
+# --- what it computes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_a_damaged_linear_model_is_recovered(order: Any) -> None:
+    reference = _model(
+        """g (float[N,6] x) => (float[N,3] y) {
+            h = Gemm<transB = 1>(x, w, b)
+            a = MatMul(h, v)
+            y = Add(a, c)
+        }""",
+        w=_random(0, 5, 6),
+        b=_random(1, 5),
+        v=_random(2, 5, 3),
+        c=_random(3, 3),
+    )
+    noise = {name: reference.weight(name).read().copy() for name in "wbvc"}
+    for seed, values in enumerate(noise.values()):
+        values += _random(10 + seed, *values.shape)
+    x = _random(4, 300, 6)
+    model = _damaged(reference, **noise)
+    pass_ = Recover(ridge=0, order=order)
+    after, context = _recovered(pass_, model, reference, _splits(x=x))
+    assert [where for where, _ in context.done] == ["w", "v"]
+    if order == "sequential":
+        wanted, got = (_outputs(m, x=x[:20])["y"] for m in (reference, after))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            after.weight("w").read(), reference.weight("w").read(), atol=1e-4
+        )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    inputs=st.integers(1, 7),
+    outputs=st.integers(1, 4),
+    density=st.floats(0.1, 1.0),
+)
+def test_what_stays_is_the_least_squares_solution_of_its_row(
+    seed: int, inputs: int, outputs: int, density: float
+) -> None:
+    random = np.random.default_rng(seed)
+    full = random.normal(size=(outputs, inputs)).astype(np.float32)
+    text = f"g (float[N,{inputs}] x) => (float[N,{outputs}] y)"
+    reference = _model(text + "{ y = Gemm<transB = 1>(x, w, b) }", w=full, b=full[:, 0])
+    keep = random.random(full.shape) < density
+    model = _damaged(reference, w=np.where(keep, full, np.float32(0)))
+    mix = random.normal(size=(inputs, inputs)) + 1  # what goes is found in what stays
+    x = (random.normal(size=(100, inputs)) @ mix + 0.5).astype(np.float32)
+    after, _ = _recovered(Recover(ridge=0), model, reference, _splits(x=x))
+    if keep.all():
+        return
+    fit = x[:80].astype(np.float64)  # the last fifth judges
+    wanted = fit @ full.T.astype(np.float64) + full[:, 0]
+    held = np.column_stack([x[80:], np.ones(20)])
+    truth = x[80:] @ full.T + full[:, 0]
+    best = np.zeros((outputs, inputs + 1))
+    for row in range(outputs):
+        at = np.append(np.flatnonzero(keep[row]), inputs)
+        columns = np.column_stack([fit, np.ones(len(fit))])[:, at]
+        best[row, at] = np.linalg.lstsq(columns, wanted[:, row], rcond=None)[0]
+    left = truth - x[80:] @ model.weight("w").read().T - full[:, 0]
+    missing = wanted - fit @ model.weight("w").read().T - full[:, 0]
+    biased = np.square(left - missing.mean(axis=0)).sum()
+    before = min(np.square(left).sum(), biased)
+    if np.square(truth - held @ best.T).sum() > 0.99 * before:
+        return  # whether it gains is for another test
+    np.testing.assert_allclose(after.weight("w").read(), best[:, :-1], atol=2e-4)
+    np.testing.assert_allclose(after.weight("b").read(), best[:, -1], atol=2e-4)
+
+
+def test_the_ridge_pulls_towards_the_weights_as_they_are() -> None:
+    x = np.tile(np.eye(2, dtype=np.float32), (20, 1))  # mean square is a half each
+    reference = _model(
+        "g (float[N,2] x) => (float[N,1] y) { y = MatMul(x, w) }",
+        w=np.array([[4], [2]], np.float32),
+    )
+    model = _damaged(reference, w=np.array([[2], [0]], np.float32))
+    after, _ = _recovered(Recover(ridge=1), model, reference, _splits(x=x))
+    # (1/2 + 1/2) d = 1/2 * (4 - 2), so d = 1.
+    np.testing.assert_allclose(after.weight("w").read(), [[3], [0]], atol=1e-6)
+
+
+def test_zeros_stay_positive_zeros() -> None:
+    weight = _random(0, 4, 6)
+    reference = _model(GEMM, w=weight, b=_random(1, 4))
+    holes = np.where(np.abs(weight) < 0.7, np.float32(-0.0), weight)
+    model = _damaged(reference, w=holes)
+    x = _random(2, 100, 3) @ _random(3, 3, 6)
+    after, _ = _recovered(Recover(), model, reference, _splits(x=x))
+    values = after.weight("w").read()
+    assert (values[holes == 0] == 0).all()
+    assert not np.signbit(values[holes == 0]).any()
+    assert (values[holes != 0] != holes[holes != 0]).any()
+
+
+def test_each_layer_sees_what_those_before_it_became() -> None:
+    reference = _model(
+        "g (float[N,6] x) => (float[N,4] y) "
+        "{ h = MatMul(x, w)\n r = Relu(h)\n y = MatMul(r, v) }",
+        w=_random(0, 6, 8),
+        v=_random(1, 8, 4),
+    )
+    model = Model.load(reference.to_proto())
+    splits = _splits(x=_random(2, 800, 6))
+    Prune(sparsity=0.6, importance="magnitude", scope="local").apply(
+        model, Context(samples=splits, reference=reference)
+    )
+    x = _random(3, 200, 6)
+    wanted = _outputs(reference, x=x)["y"]
+    errors = [np.square(_outputs(model, x=x)["y"] - wanted).mean()]
+    after, _ = _recovered(Recover(), model, reference, splits)
+    errors.append(np.square(_outputs(after, x=x)["y"] - wanted).mean())
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("", 1),
+        ("pads = [1, 0, 0, 1], strides = [2, 1]", 1),
+        ('auto_pad = "SAME_UPPER", strides = [2, 2]', 1),
+        ("dilations = [2, 2]", 1),
+        ("group = 2, pads = [1, 1, 1, 1]", 2),
+        ("group = 4", 4),
+    ],
+)
+def test_a_damaged_convolution_is_recovered(attributes: str, groups: int) -> None:
+    attributes += (", " if attributes else "") + "kernel_shape = [3, 3]"
+    reference = _model(
+        "g (float[N,4,7,7] x) => (float[N,8,A,B] y) "
+        f"{{ y = Conv<{attributes}>(x, w) }}",
+        w=_random(0, 8, 4 // groups, 3, 3),
+    )
+    wrong = reference.weight("w").read() + 0.3 * _random(1, 8, 4 // groups, 3, 3)
+    model = _damaged(reference, w=wrong)
+    splits = _splits(x=_random(2, 100, 4, 7, 7))
+    after, _ = _recovered(Recover(ridge=0), model, reference, splits)
+    np.testing.assert_allclose(
+        after.weight("w").read(), reference.weight("w").read(), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "shape"),
+    [
+        ("Gemm<alpha = 0.5>(x, w)", (6, 4)),
+        ("Gemm<alpha = 2.0, transB = 1>(x, w)", (4, 6)),
+        ("MatMul(x, w)", (6, 4)),
+    ],
+)
+def test_every_form_of_a_product_is_recovered(node: str, shape: Any) -> None:
+    text = f"g (float[N,6] x) => (float[N,4] y) {{ y = {node} }}"
+    reference = _model(text, w=_random(0, *shape))
+    model = _damaged(reference, w=_random(1, *shape))
+    splits = _splits(x=_random(2, 200, 6))
+    after, _ = _recovered(Recover(ridge=0), model, reference, splits)
+    np.testing.assert_allclose(
+        after.weight("w").read(), reference.weight("w").read(), atol=1e-4
+    )
+
+
+def test_a_weight_on_the_left_is_recovered() -> None:
+    reference = _model(
+        "g (float[N,6,5] x) => (float[N,4,5] y) { y = MatMul(w, x) }",
+        w=_random(0, 4, 6),
+    )
+    model = _damaged(reference, w=_random(1, 4, 6))
+    splits = _splits(x=_random(2, 100, 6, 5))
+    after, _ = _recovered(Recover(ridge=0), model, reference, splits)
+    np.testing.assert_allclose(
+        after.weight("w").read(), reference.weight("w").read(), atol=1e-4
+    )
+
+
+# --- biases and norms -----------------------------------------------------------------
+
+CONV = """g (float[N,3,4,4] x) => (float[N,2,4,4] y) {
+    y = Conv<kernel_shape = [1, 1]>(x, w)
+}"""
+
+
+def test_a_convolution_without_bias_gets_one_for_the_mean_error() -> None:
+    weight = np.array([[1, 2, 3], [4, 5, 6]], np.float32).reshape(2, 3, 1, 1)
+    reference = _model(CONV, w=weight)
+    holes = weight * np.array([1, 0, 1], np.float32).reshape(1, 3, 1, 1)
+    model = _damaged(reference, w=holes)
+    x = np.zeros((50, 3, 4, 4), np.float32)
+    x[:, 0] = _random(0, 50, 4, 4)
+    x[:, 1] = 10
+    after, _ = _recovered(Recover(ridge=0), model, reference, _splits(x=x))
+    node = after.graph.nodes[0]
+    bias = after.constant(node.inputs[2])
+    assert bias is not None
+    np.testing.assert_allclose(bias.read(), [20, 50], rtol=1e-5)
+    without, _ = _recovered(Recover(bias=False), model, reference, _splits(x=x))
+    assert len(without.graph.nodes[0].inputs) == 2
+
+
+def test_quantized_weights_stay_and_their_bias_takes_the_mean_error() -> None:
+    reference = _model(
+        MATMUL.replace("y = MatMul(x, w)", "a = MatMul(x, w) y = Add(a, b)"),
+        w=_random(0, 6, 4),
+        b=_random(1, 4),
+    )
+    scale = np.float32(0.4)
+    model = _model(
+        """g (float[N,6] x) => (float[N,4] y) {
+            q = DequantizeLinear(w, s)
+            a = MatMul(x, q)
+            y = Add(a, b)
+        }""",
+        w=np.round(reference.weight("w").read() / scale).astype(np.int8),
+        s=np.array(scale),
+        b=reference.weight("b").read(),
+    )
+    x = _random(2, 100, 6) + 1
+    after, context = _recovered(Recover(), model, reference, _splits(x=x))
+    assert context.done[0][0] == "w"
+    assert "bias only: it is quantized" in context.done[0][1]
+    np.testing.assert_array_equal(after.weight("w").read(), model.weight("w").read())
+    missing = _outputs(reference, x=x[:80])["y"] - _outputs(after, x=x[:80])["y"]
+    np.testing.assert_allclose(missing.mean(axis=0), 0, atol=1e-5)
+
+
+def test_a_weight_of_few_values_keeps_them() -> None:
+    weight = _random(0, 6, 16)
+    text = """g (float[N,6] x) => (float[N,16] y) {
+        a = MatMul(x, w)
+        y = Add(a, b)
+    }"""
+    reference = _model(text, w=weight, b=np.zeros(16, np.float32))
+    signs = np.sign(weight)
+    model = _damaged(reference, w=signs)
+    splits = _splits(x=_random(2, 100, 6) + 2)
+    after, context = _recovered(Recover(), model, reference, splits)
+    np.testing.assert_array_equal(after.weight("w").read(), signs)
+    assert "2 distinct values" in context.done[0][1]
+    assert np.abs(after.weight("b").read()).max() > 0.1
+
+
+NORM = """g (float[N,3] x) => (float[N,4] y) {
+    a = MatMul(x, w)
+    y = BatchNormalization(a, scale, shift, mean, var)
+}"""
+
+
+def test_norms_are_estimated_again_from_what_they_read_now() -> None:
+    x = _random(0, 400, 3)
+    weight = _random(1, 3, 4)
+    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+    seen = x @ weight
+    reference = _model(
+        NORM, w=weight, scale=ones, shift=zeros, mean=seen.mean(0), var=seen.var(0)
+    )
+    model = _damaged(reference, w=weight * 3)
+    pass_ = Recover(norms=True, skip=("w",))
+    _, context = _recovered(pass_, model, reference, _splits(x=x))
+    assert not context.done, "nothing altered is left, so no norm is behind it"
+    model = _damaged(reference, w=np.where(np.abs(weight) < 0.5, 0, 3 * weight))
+    pass_ = Recover(norms=True, ridge=1e6, bias=False)
+    after, context = _recovered(pass_, model, reference, _splits(x=x))
+    assert "mean" in dict(context.done)
+    fit = x[:320] @ after.weight("w").read()
+    np.testing.assert_allclose(after.weight("var").read(), fit.var(0), rtol=1e-3)
+    np.testing.assert_allclose(after.weight("mean").read(), fit.mean(0), atol=1e-3)
+
+
+def test_a_normalisation_folded_into_the_layer_is_part_of_what_it_should_give() -> None:
+    weight, scale = _random(1, 3, 4), np.abs(_random(2, 4)) + 1
+    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+    reference = _model(NORM, w=weight, scale=scale, shift=zeros, mean=zeros, var=ones)
+    folded = weight * scale
+    # The folded layer keeps its own output's name, and another node gives y.
+    model = _model(
+        """g (float[N,3] x) => (float[N,4] y) { a = MatMul(x, w) y = Identity(a) }""",
+        w=folded + 0.3 * _random(3, 3, 4),
+    )
+    splits = _splits(x=_random(4, 200, 3))
+    after, context = _recovered(Recover(ridge=0), model, reference, splits)
+    assert context.done
+    np.testing.assert_allclose(after.weight("w").read(), folded, atol=1e-3)
+
+
+def test_layers_whose_outputs_were_renamed_are_found_by_their_weight() -> None:
+    reference = _model(
+        "g (float[N,6] x) => (float[N,4] y) { h = MatMul(x, w) y = Relu(h) }",
+        w=_random(0, 6, 4),
+    )
+    model = _model(
+        "g (float[N,6] x) => (float[N,4] y) { other = MatMul(x, w) y = Relu(other) }",
+        w=_random(1, 6, 4),
+    )
+    splits = _splits(x=_random(2, 100, 6))
+    after, _ = _recovered(Recover(ridge=0), model, reference, splits)
+    np.testing.assert_allclose(
+        after.weight("w").read(), reference.weight("w").read(), atol=1e-4
+    )
+
+
+# --- what it leaves alone -------------------------------------------------------------
+
+
+def test_a_layer_that_would_not_gain_is_left_alone() -> None:
+    reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
+    weight = reference.weight("w").read() * np.float32(1.01)
+    model = _damaged(reference, w=weight)
+    x = np.zeros((40, 6), np.float32)
+    x[:32] = _random(2, 32, 6) * 1e-3
+    x[32:] = 1  # what judges is nothing like what was fitted
+    x[:32, 0] = _random(3, 32)
+    after, context = _recovered(
+        Recover(bias=False, ridge=0), model, reference, _splits(x=x)
+    )
+    if not context.done:
+        np.testing.assert_array_equal(after.weight("w").read(), weight)
+        assert "would not fall" in _whys(context)["w"]
+    before, now = (
+        np.square(_outputs(m, x=x[32:])["y"] - _outputs(reference, x=x[32:])["y"]).sum()
+        for m in (model, after)
+    )
+    assert now <= before
+
+
+def test_noise_on_the_samples_that_judge_is_a_reason_to_stay() -> None:
+    reference = _model(GEMM, w=np.zeros((4, 6), np.float32), b=np.zeros(4, np.float32))
+    weight = np.zeros((4, 6), np.float32)
+    weight[:, :2] = 1
+    model = _damaged(reference, w=weight)
+    x = np.zeros((40, 6), np.float32)
+    x[:32, 0], x[:32, 1] = 1, 1  # fitted: any weights with sum 0, bias -2
+    x[32:, 0], x[32:, 1] = 1, -1  # judged: right as it is
+    after, context = _recovered(Recover(), model, reference, _splits(x=x))
+    assert not context.done
+    assert after.to_bytes() == model.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "g (float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }",
+            "graph input",
+        ),
+        (
+            "g (float[N,6] x) => (float[N,4] y, float[N,4] z) "
+            "{ y = MatMul(x, w) r = Relu(x) z = MatMul(r, w) }",
+            "shared",
+        ),
+    ],
+)
+def test_weights_out_of_reach_are_left_alone(text: str, why: str) -> None:
+    reference = _model(text, w=_random(0, 6, 4))
+    model = _damaged(reference, w=_random(1, 6, 4))
+    splits = _splits(x=_random(2, 20, 6))
+    after, context = _recovered(Recover(), model, reference, splits)
+    assert after.to_bytes() == model.to_bytes()
+    assert why in _whys(context)["w"]
+
+
+def test_an_unaltered_model_is_left_alone_and_needs_no_data() -> None:
+    reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
+    context = Context(samples=Splits(random=True), reference=reference)
+    assert not Recover().sites(reference.copy(), context)
+    assert _whys(context)["w"] == "it is as it was in the reference"
+
+
+def test_an_altered_model_needs_real_data() -> None:
+    reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
+    model = _damaged(reference, w=_random(2, 4, 6))
+    context = Context(samples=Splits.build(model), reference=reference)
+    with pytest.raises(UsageError, match="give --data"):
+        Recover().sites(model, context)
+
+
+def test_outputs_that_lost_channels_are_no_target() -> None:
+    reference = _model(
+        "g (float[N,6] x) => (float[N,4] y) { h = MatMul(x, w) y = MatMul(h, v) }",
+        w=_random(0, 6, 5),
+        v=_random(1, 5, 4),
+    )
+    model = _damaged(
+        reference, w=reference.weight("w").read()[:, :3], v=_random(1, 5, 4)[:3]
+    )
+    splits = _splits(x=_random(2, 300, 6))
+    after, context = _recovered(Recover(), model, reference, splits)
+    assert "its outputs are" in _whys(context)["w"]
+    assert [where for where, _ in context.done] == ["v"]
+    assert after.weight("v").shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ridge": -1.0}, {"ridge": np.inf}, {"samples": 0}]
+)
+def test_options_out_of_range_are_refused(options: Any) -> None:
+    with pytest.raises(UsageError):
+        Recover(**options)
+
+
+def test_only_and_skip_choose_layers() -> None:
+    reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
+    model = _damaged(reference, w=_random(2, 4, 6))
+    context = Context(samples=_splits(x=_random(3, 9, 6)), reference=reference)
+    assert [s.where for s in Recover(only=("Gemm",)).sites(model, context)] == ["w"]
+    assert not Recover(skip=("w",)).sites(model, context)
+
+
+MODELS = testing.example_models()
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_damaged_example_stays_valid_and_keeps_its_zeros(
+    name: str, order: Any
+) -> None:
+    reference = Model.load(MODELS[name])
+    random = Splits.build(reference).calibration
+    assert random is not None
+    splits = Splits(calibration=random)
+    context = Context(samples=splits, reference=reference, threads=1)
+    model = reference.copy()
+    Prune(sparsity=0.5, importance="magnitude", scope="local").apply(model, context)
+    after, context = _recovered(
+        Recover(order=order, norms=True), model, reference, splits
+    )
+    onnx.checker.check_model(after.to_proto())
+    again, _ = _recovered(Recover(order=order, norms=True), model, reference, splits)
+    assert after.to_bytes() == again.to_bytes()
+    assert (after.to_bytes() != model.to_bytes()) == bool(context.done)
+    held = {weight.name: weight for weight in after.weights()}
+    for weight in model.weights():
+        if weight.data_type == onnx.TensorProto.FLOAT and weight.name in dict(
+            context.done
+        ):
+            zeros = weight.read() == 0
+            assert (held[weight.name].read()[zeros] == 0).all()
+    for batch in random.batches(4):
+        wanted = runtime.session(model, threads=1).run(batch)
+        for key, value in runtime.session(after, threads=1).run(batch).items():
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                assert np.isfinite(value[np.isfinite(wanted[key])]).all()
+
+
+# --- moments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (4, 10, 6)])
+def test_moments_are_sums_over_rows_whatever_the_batches(shape: Any) -> None:
+    x, now, wanted = (_random(s, *shape[:-1], n) for s, n in ((0, 6), (1, 4), (2, 4)))
+    moments = Moments()
+    for part in zip(*(np.split(a, 4) for a in (x, now, wanted)), strict=True):
+        moments.update(MatrixRows(), *part)
+    flat, error = x.reshape(-1, 6), (wanted - now).reshape(-1, 4)
+    assert moments.rows == 40
+    np.testing.assert_allclose(moments.gram[0], flat.T @ flat, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moments.cross[0], flat.T @ error, rtol=1e-4, atol=1e-4)
+    change, shift = _random(3, 4, 6), _random(4, 4)
+    left = error - flat @ change.T - shift
+    np.testing.assert_allclose(
+        moments.error(change[None].astype(float), shift[None].astype(float)),
+        np.square(left).sum() / 40,
+        rtol=1e-4,
+    )
+
+
+def test_patches_meet_the_output_they_make() -> None:
+    x, weight = _random(0, 3, 4, 6, 6), _random(1, 4, 2, 3, 3)
+    window = ConvWindow(kernel=(3, 3), strides=(2, 1), pads=(1, 0, 1, 0), group=2)
+    conv = _model(
+        "g (float[N,4,6,6] x) => (float[N,4,3,4] y) "
+        "{ y = Conv<group = 2, strides = [2, 1], pads = [1, 0, 1, 0]>(x, w) }",
+        w=weight,
+    )
+    y = _outputs(conv, x=x)["y"]
+    for positions in (None, 5):
+        for patches, now, _ in ConvRows(window, positions).pieces(x, y, y):
+            made = patches @ weight.reshape(2, 2, 18).transpose(0, 2, 1)
+            np.testing.assert_allclose(made, now, atol=1e-4)
+
+
+def test_channels_stand_alone() -> None:
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    ((rows, _, _),) = Channels().pieces(x, x, x)
+    np.testing.assert_array_equal(rows[1, :, 0], [4, 5, 6, 7, 16, 17, 18, 19])
+
+
+def test_values_too_large_are_reported_not_fitted() -> None:
+    model = _model(MATMUL, w=_random(0, 6, 4))
+    huge = np.full((8, 6), 1e30, np.float32)
+    context = Context(samples=Splits(), reference=model)
+    request = Request("x", "y", "y", MatrixRows())
+    samples = Samples.from_arrays({"x": huge})
+    ((moments),) = cross.gather(model, model, {"w": request}, [[samples]], context)
+    assert "too large" in moments["w"].why_not
