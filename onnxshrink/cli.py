@@ -1,4 +1,4 @@
-"""The command line: ``onnxshrink MODEL ...`` and the words passes, inspect, compare.
+"""The command line: ``onnxshrink MODEL ...``, passes, inspect, compare and teacher.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 written (or shown), 1 a
 user's error or a broken promise, 2 a command line that cannot be read, 130 interrupted.
@@ -416,7 +416,7 @@ _metric = _option(
     help="Task metric: top1, top5, mse, spearman, or module:function or "
     "file.py:function of (outputs, labels). [default: top1 where labels fit]",
 )
-_runtime = _together(
+_machine = _together(
     _option(
         "--provider",
         "providers",
@@ -433,6 +433,9 @@ _runtime = _together(
         section="Running",
         help="Threads of onnxruntime; 0 lets it choose.",
     ),
+)
+_runtime = _together(
+    _machine,
     _option(
         "--seed",
         type=click.IntRange(0, 2**32 - 1),
@@ -1069,3 +1072,78 @@ def compare_(
     else:
         found.render(screen.out)
     return 0 if found.ok else 1
+
+
+# --- onnxshrink teacher -----------------------------------------------------------
+
+_TEACHER_EXAMPLES = """\
+onnxshrink teacher big.onnx --data photos.npz -o logits.npz
+onnxshrink teacher big.onnx --data photos.npz -o logits.npz --half --keep logits
+onnxshrink small.onnx --data photos.npz --passes prune distill:teacher=logits.npz
+"""
+
+
+@main.command("teacher", cls=_Command, examples=_TEACHER_EXAMPLES)
+@click.argument("model", type=_PATH)
+@_data
+@_labels
+@_option(
+    "-o",
+    "--output",
+    "target",
+    type=_PATH,
+    metavar="FILE.npz",
+    required=True,
+    help="Where the answers go.",
+)
+@_option(
+    "--keep",
+    "names",
+    metavar="NAME",
+    multiple=True,
+    help="Output to keep. Repeat it for more. [default: every output of floats]",
+)
+@_option("--half", is_flag=True, help="Store float16: half the bytes.")
+@_machine
+@_verbose
+def teacher_(
+    model: Path,
+    data: str | None,
+    labels: str | None,
+    target: Path,
+    names: tuple[str, ...],
+    half: bool,
+    providers: tuple[str, ...],
+    threads: int,
+    verbose: bool,
+) -> None:
+    """Write what a model answers to data, for distill:teacher=FILE.npz.
+
+    The file holds one row for each sample, in the order of the data, and checksums of
+    the samples and the model.
+    """
+    import numpy as np
+
+    from onnxshrink.model import Model
+    from onnxshrink.samples import Samples
+    from onnxshrink.teacher import write
+
+    if data is None:
+        raise UsageError("a teacher needs samples to answer; add --data")
+    screen = _Screen.open(quiet=False, verbose=verbose)
+    with screen.bar(f"loading {model.name}") as bar:
+        loaded = Model.load(model)
+        samples = Samples.from_path(data, labels).bind(loaded.inputs)
+        shapes = write(
+            target,
+            loaded,
+            samples,
+            names=names,
+            dtype=np.float16 if half else None,
+            threads=threads,
+            providers=providers or ("CPUExecutionProvider",),
+            progress=bar,
+        )
+    for name, shape in shapes.items():
+        screen.text(f"{name}: {' x '.join(map(str, shape))}")
+    screen.text(f"wrote {target} ({target.stat().st_size:,} bytes)")

@@ -100,11 +100,11 @@ def test_help_names_every_option_of_the_bare_command_and_every_word() -> None:
         "--shape",
     ]:
         assert option in shown.stdout
-    for word in ("passes", "inspect", "compare"):
+    for word in ("passes", "inspect", "compare", "teacher"):
         assert f"onnxshrink {word}" in shown.stdout
 
 
-@pytest.mark.parametrize("word", ["passes", "inspect", "compare"])
+@pytest.mark.parametrize("word", ["passes", "inspect", "compare", "teacher"])
 def test_every_word_has_examples_in_its_help(word: str) -> None:
     shown = run(word, "--help")
     assert shown.exit_code == 0
