@@ -97,8 +97,9 @@ class Recover(SitePass):
         ridge: Keeps weights near what they are: this share of the inputs' mean square
             is added to each.
         samples: Samples to use at most; a fifth of them judges.
-        order: ``sequential`` lets each layer see what those before it became, at a run
-            of the models for each; ``parallel`` runs them once for all.
+        order: ``sequential`` lets each layer make up for what is left of the error of
+            those before it, at a run of both models for each; ``parallel`` lets it read
+            what it read in the reference, in one run for all.
         bias: Adjust biases, and give a Conv or Gemm without one a bias.
         norms: Estimate mean and variance of each BatchNormalization behind an altered
             layer again, from what it reads now.
@@ -267,11 +268,39 @@ class _Finder:
                 ctx.skipped(layer.name, made)
             else:
                 found.append(made)
-        found.sort(key=lambda work: at[id(work.node)])
         if self.options.norms:
             found += self._norms({id(work.node) for work in found}, ctx)
-            found.sort(key=lambda work: at[id(work.node)])
+        found.sort(key=lambda work: at[id(work.node)])
+        if self.options.order == "parallel":
+            return [self._as_there(work, at[id(work.node)]) for work in found]
         return found
+
+    def _as_there(self, work: _Work, node: int) -> _Work:
+        """Let a layer read what it reads in the reference, where that is known.
+
+        What it will read once all layers are recovered is nearer to that than to what
+        it reads now.
+        """
+        index = next(
+            (i for i in (0, 1) if self._is_activation(work.node.inputs[i])), None
+        )
+        if index is None:
+            return work
+        tensor = work.node.inputs[index]
+        request = replace(
+            work.request, inputs=tensor.name, source=tensor.name, at=(node, index)
+        )
+        return replace(work, request=request)
+
+    def _is_activation(self, tensor: gs.Tensor) -> bool:
+        """Whether both models compute it, and not from weights alone."""
+        maker = tensor.inputs
+        return (
+            tensor.name in self.theirs
+            and self.model.constant(tensor) is None
+            and bool(maker)
+            and maker[0].op != "DequantizeLinear"
+        )
 
     def _layer(self, layer: Layer, at: Mapping[int, int]) -> _Work | str:
         why = layer.why_not

@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxshrink import runtime
+from onnxshrink._topology import Variable
 from onnxshrink.analysis.shapes import value_shapes
 from onnxshrink.analysis.statistics import ConvWindow
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
+from onnxshrink.tensors import numpy_type
 
 if TYPE_CHECKING:
     from onnxshrink.base import Context
@@ -294,6 +296,9 @@ class Request:
         wanted: Value of the reference that ``outputs`` should be.
         rows: How they are rows.
         nbytes: Estimate of the moments' size.
+        source: Value of the reference that the layer is given to read instead of
+            ``inputs``; empty leaves it what the model computes.
+        at: Where the layer reads it: index of the node in the graph, and of its input.
     """
 
     inputs: str
@@ -301,6 +306,8 @@ class Request:
     wanted: str
     rows: Rows
     nbytes: int = 0
+    source: str = ""
+    at: tuple[int, int] = (0, 0)
 
 
 def gather(
@@ -336,7 +343,10 @@ def gather(
         return found
     size = first.batch or _BATCH
     feed = first.read(np.arange(min(size, first.used)))
-    shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
+    sizes = {name: value.shape for name, value in feed.items()}
+    shapes = value_shapes(model, sizes)
+    theirs = value_shapes(reference, sizes)
+    types = {name: info.data_type for name, info in model.infer_shapes().items()}
 
     def nbytes(request: Request) -> int:
         names = (request.inputs, request.outputs, request.outputs)
@@ -347,26 +357,42 @@ def gather(
     total, done = sum(len(part) for part in parts) * len(groups), 0
     for group in groups:
         chosen = {key: requests[key] for key in group}
-        ours = [n for r in chosen.values() for n in (r.inputs, r.outputs) if n]
-        run_ours = _runner(model, [n for n in ours if n not in feed], ctx)
-        run_theirs = _runner(reference, [r.wanted for r in chosen.values()], ctx)
+        given = {
+            key: r.source
+            for key, r in chosen.items()
+            if r.source not in ("", *feed)
+            and r.inputs in types
+            and shapes.get(r.inputs, ()) == theirs.get(r.source)
+        }
+        cut, names = _cut(model, {key: chosen[key] for key in given}, types, shapes)
+        inputs = {key: names.get(key, r.inputs) for key, r in chosen.items()}
+        fed = set(feed) | set(names.values()) | {""}
+        watched = [*inputs.values(), *(r.outputs for r in chosen.values())]
+        ours = _session(cut, [name for name in watched if name not in fed], ctx)
+        wished = [r.wanted for r in chosen.values()] + list(given.values())
+        other = _session(reference, wished, ctx)
         for samples, moments in zip(parts, found, strict=True):
             for some in samples:
                 for batch in some.batches(size):
-                    now, wanted = {**batch, **run_ours(batch)}, run_theirs(batch)
+                    wanted = other.run(batch)
+                    feeds = {**batch}
+                    feeds |= {names[key]: wanted[name] for key, name in given.items()}
+                    now = {**feeds, **ours.run(feeds)}
                     for key, request in chosen.items():
                         outputs = now[request.outputs]
-                        inputs = now[request.inputs] if request.inputs else outputs
                         moments[key].update(
-                            request.rows, inputs, outputs, wanted[request.wanted]
+                            request.rows,
+                            now[inputs[key]] if inputs[key] else outputs,
+                            outputs,
+                            wanted[request.wanted],
                         )
                 done += 1
                 ctx.progress(done, total, "comparing with the reference")
     return found
 
 
-def _runner(model: Model, names: Sequence[str], ctx: Context) -> Any:
-    session = runtime.session(
+def _session(model: Model, names: Sequence[str], ctx: Context) -> runtime.Session:
+    return runtime.session(
         model,
         threads=ctx.threads,
         providers=ctx.providers,
@@ -374,11 +400,27 @@ def _runner(model: Model, names: Sequence[str], ctx: Context) -> Any:
         only_exposed=True,
     )
 
-    def run(batch: Mapping[str, Array]) -> dict[str, Any]:
-        # Inputs that nothing exposed depends on are still inputs.
-        return session.run(batch)
 
-    return run
+def _cut(
+    model: Model,
+    requests: Mapping[Key, Request],
+    types: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]],
+) -> tuple[Model, dict[Key, str]]:
+    """Return a copy where layers read new graph inputs, and the names of these."""
+    if not requests:
+        return model, {}
+    copy = model.copy()
+    names = {}
+    for key, request in requests.items():
+        node, index = request.at
+        names[key] = copy.fresh("given")
+        # The last batch may be smaller.
+        shape = [f"{names[key]}_{axis}" for axis in range(len(shapes[request.inputs]))]
+        made = Variable(names[key], numpy_type(types[request.inputs]), shape)
+        copy.graph.inputs.append(made)
+        copy.graph.nodes[node].inputs[index] = made
+    return copy, names
 
 
 def _groups(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ PRUNING: Mapping[str, Mapping[str, str]] = {
     "magnitude": {"importance": "magnitude", "scope": "global"},
     "obs": {"importance": "obs", "scope": "global"},
 }
-COLUMNS = ("model", "zeros", "pruned by", "seed", "pruned %", "recover", "%", "seconds")
+COLUMNS = ("zeros", "pruned by", "seed", "pruned %", "recover", "%", "seconds")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,40 +47,38 @@ def main(arguments: Sequence[str]) -> None:
             # The last training images are never among the samples.
             test, labels = train[-10000:], data["train_y"][-10000:]
     what = "the last 10,000 training images" if given.validation else "test images"
-    table = Table(title=f"errors on {what}; {given.samples} samples, no labels")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
+    console = Console(width=110)
     for name in given.models.split(","):
         model = Model.load(MODELS / f"{name}.onnx")
         start = _error(model, test, labels)
-        table.add_row(name, "-", "-", "-", f"{start:.2f}", "-", "-", "-")
-        for sparsity in given.sparsities.split(","):
-            for kind in given.prune.split(","):
-                for seed in given.seeds.split(","):
-                    splits = _splits(train[:-10000], given.samples, int(seed))
-                    pruned = _applied(
-                        Prune(sparsity=float(sparsity), **PRUNING[kind]),  # type: ignore[arg-type]
-                        model,
-                        model,
-                        splits,
-                    )
-                    damaged = _error(pruned, test, labels)
-                    for pass_ in _choices(given):
-                        begin = time.perf_counter()
-                        recovered = _applied(pass_, pruned, model, splits)
-                        seconds = time.perf_counter() - begin
-                        how = f"{pass_.order} ridge {pass_.ridge:g}"
-                        table.add_row(
-                            name,
-                            sparsity,
-                            kind,
-                            seed,
-                            f"{damaged:.2f}",
-                            how + (" norms" if pass_.norms else ""),
-                            f"{_error(recovered, test, labels):.2f}",
-                            f"{seconds:.1f}",
-                        )
-    Console(width=110).print(table)
+        table = Table(
+            title=f"{name}: {start:.2f} % errors on {what}; "
+            f"{given.samples} samples, no labels"
+        )
+        for column in COLUMNS:
+            table.add_column(column, justify="right")
+        for sparsity, kind, seed in product(
+            *(text.split(",") for text in (given.sparsities, given.prune, given.seeds))
+        ):
+            splits = _splits(train[:-10000], given.samples, int(seed))
+            prune = Prune(sparsity=float(sparsity), **PRUNING[kind])  # type: ignore[arg-type]
+            pruned = _applied(prune, model, model, splits)
+            damaged = _error(pruned, test, labels)
+            for pass_ in _choices(given):
+                begin = time.perf_counter()
+                recovered = _applied(pass_, pruned, model, splits)
+                seconds = time.perf_counter() - begin
+                how = f"{pass_.order} ridge {pass_.ridge:g}"
+                table.add_row(
+                    sparsity,
+                    kind,
+                    seed,
+                    f"{damaged:.2f}",
+                    how + (" norms" if pass_.norms else ""),
+                    f"{_error(recovered, test, labels):.2f}",
+                    f"{seconds:.1f}",
+                )
+        console.print(table)
 
 
 def _choices(given: argparse.Namespace) -> list[Recover]:
