@@ -47,7 +47,7 @@ Piece = tuple[Array, Array, Array]
 
 GROUP_BYTES = 128 << 20
 """Bytes of activations of one batch, and of moments, that are held at a time."""
-_BATCH = 32
+_BATCH = 256
 _UNKNOWN_BYTES = 16 << 20
 _ROWS = 4096
 _CHUNK = 1 << 21
@@ -341,7 +341,7 @@ def gather(
     first = next((s for part in parts for s in part if s.used), None)
     if first is None or not requests:
         return found
-    size = first.batch or _BATCH
+    size = first.batch or _batch_size(model, requests, first)
     feed = first.read(np.arange(min(size, first.used)))
     sizes = {name: value.shape for name, value in feed.items()}
     shapes = value_shapes(model, sizes)
@@ -389,6 +389,18 @@ def gather(
                 done += 1
                 ctx.progress(done, total, "comparing with the reference")
     return found
+
+
+def _batch_size(model: Model, requests: Mapping[Key, Request], samples: Samples) -> int:
+    """Return samples in a run: many, as each costs an update of the moments."""
+    feed = samples.read([0])
+    shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
+    names = {r.inputs for r in requests.values()} | {
+        r.outputs for r in requests.values()
+    }
+    largest = max((4 * math.prod(shapes[n]) for n in names if n in shapes), default=0)
+    one = max(largest, *(value.nbytes for value in feed.values()), 1)
+    return max(4, min(_BATCH, GROUP_BYTES // 16 // one))
 
 
 def _session(model: Model, names: Sequence[str], ctx: Context) -> runtime.Session:
