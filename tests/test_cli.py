@@ -617,6 +617,8 @@ def test_ctrl_c_stops_with_130_and_writes_nothing(model: Path, tmp_path: Path) -
     code = (
         "import os, signal\n"
         "from onnxshrink import cli, validate\n"
+        # A shell starts background jobs with SIGINT ignored, and children inherit it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def stop(*args, **kwargs):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "validate.Validator.check = stop\n"
