@@ -81,9 +81,6 @@ def _rms_norm(ctx: GradContext, node: Node, grads: Grads) -> Grads:
     return found
 
 
-rule("SimplifiedLayerNormalization")(_rms_norm)
-
-
 def _channelwise(ctx: GradContext, tensor: Tensor, rank: int) -> Tensor:
     """Return a value for each channel in a shape that broadcasts over (N, C, ...)."""
     return ctx.reshape(tensor, [1, *ctx.shape(tensor), *[1] * (rank - 2)])

@@ -365,3 +365,17 @@ def test_integer_weights_have_a_gradient_for_their_scale() -> None:
     )
     found = gradient(model, "y", ["s"], {"x": row(1, 10)})
     np.testing.assert_allclose(found["s"], [1 + 30, -2 + 40])
+
+
+def test_dropout_that_drops_passes_what_it_kept() -> None:
+    model = model_of(
+        """g (float[8,8] x) => (float[8,8] y) <float r = {0.25}, bool t = {1}> {
+          y = Dropout <seed = 3> (x, r, t)
+        }"""
+    )
+    found = gradients(model, {"y": None}, ["x"])["x"]
+    x = np.ones((8, 8), np.float32)
+    session = runtime.session(model, threads=1, expose=[found.name])
+    answer = session.run({"x": x})
+    assert 0 < np.count_nonzero(answer["y"]) < 64
+    np.testing.assert_allclose(answer[found.name], answer["y"])
