@@ -102,7 +102,8 @@ class Recover(SitePass):
             what it read in the reference, in one run for all.
         bias: Adjust biases, and give a Conv or Gemm without one a bias.
         norms: Estimate mean and variance of each BatchNormalization behind an altered
-            layer again, from what it reads now.
+            layer again, from what it reads now. It helps where weights are left alone:
+            least squares leaves nothing to it.
         only: Act only on these weights or nodes: names, glob patterns or op types.
         skip: Leave these weights or nodes alone: names, glob patterns or op types.
     """
@@ -269,7 +270,7 @@ class _Finder:
             else:
                 found.append(made)
         if self.options.norms:
-            found += self._norms({id(work.node) for work in found}, ctx)
+            found += self._norms(ctx)
         found.sort(key=lambda work: at[id(work.node)])
         if self.options.order == "parallel":
             return [self._as_there(work, at[id(work.node)]) for work in found]
@@ -366,8 +367,12 @@ class _Finder:
             layer.name, "weights", node, request, "", layer.layout, bias, may_add, scale
         )
 
-    def _quantized(self) -> Iterator[tuple[Node, Weight]]:
-        """Yield nodes of the main graph whose weight is dequantized, and the weight."""
+    def _quantized(self, everywhere: bool = False) -> Iterator[tuple[Node, Weight]]:
+        """Yield nodes of the main graph whose weight is dequantized, and the weight.
+
+        Args:
+            everywhere: Those too that ``only`` and ``skip`` leave out.
+        """
         for node in self.model.graph.nodes:
             if node.op not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
                 continue
@@ -378,9 +383,8 @@ class _Finder:
                 continue
             weight = self.model.constant(maker[0].inputs[0])
             names = [] if weight is None else [weight.name, node.name, node.op]
-            if weight is not None and selected(
-                names, self.options.only, self.options.skip
-            ):
+            chosen = selected(names, self.options.only, self.options.skip)
+            if weight is not None and (chosen or everywhere):
                 yield node, weight
 
     def _frozen(self, node: Node, weight: Weight) -> _Work | str:
@@ -408,9 +412,20 @@ class _Finder:
         request = cross.Request("", *target, rows)
         return _Work(weight.name, "bias", node, request, "it is quantized", None, bias)
 
-    def _norms(self, altered: set[int], ctx: Context) -> list[_Work]:
+    def _altered(self) -> set[int]:
+        """Return the nodes with altered weights, those left alone among them."""
+        readers = [
+            (use.node, layer.weight)
+            for layer in layers.find(self.model)
+            for use in layer.uses
+        ]
+        readers += self._quantized(everywhere=True)
+        return {id(node) for node, weight in readers if not self._same(weight)}
+
+    def _norms(self, ctx: Context) -> list[_Work]:
         """Return the normalisations that something altered leads to."""
         found = []
+        altered = self._altered()
         moved: set[int] = set()
         for node in self.model.graph.nodes:
             if id(node) not in altered and not any(id(t) in moved for t in node.inputs):

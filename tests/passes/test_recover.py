@@ -327,16 +327,29 @@ def test_norms_are_estimated_again_from_what_they_read_now() -> None:
         NORM, w=weight, scale=ones, shift=zeros, mean=seen.mean(0), var=seen.var(0)
     )
     model = _damaged(reference, w=weight * 3)
-    pass_ = Recover(norms=True, skip=("w",))
-    _, context = _recovered(pass_, model, reference, _splits(x=x))
-    assert not context.done, "nothing altered is left, so no norm is behind it"
-    model = _damaged(reference, w=np.where(np.abs(weight) < 0.5, 0, 3 * weight))
-    pass_ = Recover(norms=True, ridge=1e6, bias=False)
+    # Only its scale is wrong, which a normalisation takes out.
+    pass_ = Recover(norms=True, only=("BatchNormalization",))
     after, context = _recovered(pass_, model, reference, _splits(x=x))
-    assert "mean" in dict(context.done)
-    fit = x[:320] @ after.weight("w").read()
+    assert [where for where, _ in context.done] == ["mean"]
+    fit = x[:320] @ (3 * weight)
     np.testing.assert_allclose(after.weight("var").read(), fit.var(0), rtol=1e-3)
     np.testing.assert_allclose(after.weight("mean").read(), fit.mean(0), atol=1e-3)
+    np.testing.assert_array_equal(after.weight("w").read(), 3 * weight)
+    off = [
+        np.abs(_outputs(m, x=x)["y"] - _outputs(reference, x=x)["y"]).max()
+        for m in (model, after)
+    ]
+    assert off[1] < 0.2 * off[0]
+
+
+def test_norms_behind_unaltered_layers_stay() -> None:
+    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+    reference = _model(
+        NORM, w=_random(1, 3, 4), scale=ones, shift=zeros, mean=zeros, var=ones
+    )
+    splits = _splits(x=_random(0, 50, 3))
+    _, context = _recovered(Recover(norms=True), reference, reference, splits)
+    assert not context.done
 
 
 def test_a_normalisation_folded_into_the_layer_is_part_of_what_it_should_give() -> None:
