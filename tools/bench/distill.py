@@ -21,8 +21,6 @@ from onnxshrink.samples import Samples, Splits
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
 HELD_OUT = 55000
 """Training images from here on were seen by no model; they choose the best epoch."""
-WAYS = {"no labels": 0.0, "labels only": 1.0, "both": 0.1}
-"""Share of the labels in the loss."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,6 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sparsity", type=float, default=0.92)
     parser.add_argument("--importance", default="auto", help="of prune")
     parser.add_argument("--samples", type=int, default=HELD_OUT, help="to train on")
+    parser.add_argument("--alphas", default="0,0.5,1", help="shares of the labels")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--shift", type=int, default=0, help="pixels images move")
@@ -55,7 +54,8 @@ def _table(name: str, given: argparse.Namespace) -> Table:
     data_all = Samples.from_arrays({"image": train, "labels": known})
     data_all = data_all.bind(model.inputs)
     start = _errors(model, test, labels)
-    rows: dict[str, list[int]] = {"pruned": [], **{way: [] for way in WAYS}}
+    ways = {_words(alpha): alpha for alpha in map(float, given.alphas.split(","))}
+    rows: dict[str, list[int]] = {"pruned": [], **{way: [] for way in ways}}
     held: dict[str, list[int]] = {key: [] for key in rows}
     seconds: dict[str, list[float]] = {key: [] for key in rows}
     for seed in range(given.seeds):
@@ -66,18 +66,21 @@ def _table(name: str, given: argparse.Namespace) -> Table:
             training=training,
             validation=data_all.take(slice(HELD_OUT, None)),
         )
-        context = Context(
-            samples=splits, reference=model, seed=seed, threads=given.threads
-        )
+
+        def context(splits: Splits = splits, seed: int = seed) -> Context:
+            return Context(
+                samples=splits, reference=model, seed=seed, threads=given.threads
+            )
+
         pruned = model.copy()
         begin = time.perf_counter()
         Prune(sparsity=given.sparsity, importance=given.importance).apply(
-            pruned, context
+            pruned, context()
         )
         seconds["pruned"].append(time.perf_counter() - begin)
         candidates = {"pruned": pruned}
-        for way, alpha in WAYS.items():
-            student = pruned.copy()
+        for way, alpha in ways.items():
+            student, now = pruned.copy(), context()
             begin = time.perf_counter()
             Distill(
                 alpha=alpha,
@@ -85,10 +88,10 @@ def _table(name: str, given: argparse.Namespace) -> Table:
                 batch=given.batch,
                 shift=given.shift,
                 temperature=given.temperature,
-            ).apply(student, context)
+            ).apply(student, now)
             seconds[way].append(time.perf_counter() - begin)
             candidates[way] = student
-            said = "; ".join(what for _, what in [context.done[-1], *context.left[-1:]])
+            said = "; ".join(what for _, what in [*now.done, *now.left])
             print(f"{name}, seed {seed}, {way}: {said}", flush=True)
         for way, candidate in candidates.items():
             rows[way].append(_errors(candidate, test, labels))
@@ -112,6 +115,10 @@ def _table(name: str, given: argparse.Namespace) -> Table:
             f"{np.mean(seconds[way]):.0f}",
         )
     return table
+
+
+def _words(alpha: float) -> str:
+    return {0.0: "no labels", 1.0: "labels only"}.get(alpha, f"both, alpha={alpha:g}")
 
 
 def _errors(model: Model, images: np.ndarray, labels: np.ndarray) -> int:

@@ -1,0 +1,570 @@
+"""distill: what it trains, what it leaves, whom it believes, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnxshrink import runtime, teacher
+from onnxshrink.base import Context
+from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.manager import shrink
+from onnxshrink.model import Model
+from onnxshrink.passes import distill
+from onnxshrink.passes.distill import Distill
+from onnxshrink.passes.prune import Prune
+from onnxshrink.samples import Samples, Splits
+from onnxshrink.testing import example_models
+
+Array = np.ndarray[Any, Any]
+
+X = np.random.default_rng(1).normal(size=(160, 6)).astype(np.float32)
+REFUSED = {
+    "half_precision",
+    "loop_weights",
+    "no_weights",
+    "only_identity",
+    "opset_9",
+    "recurrent",
+    "subgraph_weights",
+    "weight_is_graph_input",
+    "weight_is_graph_output",
+}
+"""Example models without a float32 weight that gradients reach and that is free."""
+COMMON = {"convolutions", "transformer", "unnamed_and_fixed", "opset_9", "no_weights"}
+QUICK: dict[str, Any] = {"epochs": 8, "batch": 16, "lr": 0.01}
+
+
+def model_of(text: str, opset: int = 17, **weights: Array) -> Model:
+    header = f'<ir_version: 8, opset_import: ["" : {opset}]>\n'
+    proto = onnx.parser.parse_model(header + text)
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items()
+    )
+    return Model.load(proto)
+
+
+def draw(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def classifier(end: str = "y = Gemm(r, w2, b2)") -> Model:
+    return model_of(
+        "g (float[N,6] x) => (float[N,4] y) "
+        f"{{ h = Gemm(x, w1, b1)  r = Relu(h)  {end} }}",
+        w1=draw(2, 6, 12),
+        b1=draw(3, 12),
+        w2=draw(4, 12, 4),
+        b2=draw(5, 4),
+    )
+
+
+def context(
+    reference: Model, x: Array = X, labels: Array | None = None, seed: int = 0
+) -> Context:
+    arrays = {"x": x} if labels is None else {"x": x, "labels": labels}
+    samples = Samples.from_arrays(arrays).bind(reference.inputs)
+    cut = len(x) * 3 // 4
+    splits = Splits(
+        training=samples.take(slice(0, cut)), validation=samples.take(slice(cut, None))
+    )
+    return Context(samples=splits, reference=reference, threads=1, seed=seed)
+
+
+def damaged(model: Model, names: tuple[str, ...] = ("w1", "w2")) -> Model:
+    copy = model.copy()
+    for index, name in enumerate(names):
+        values = copy.weight(name).read()
+        noise = np.random.default_rng(index).normal(1, 0.3, values.shape)
+        copy.set_weight(name, (values * noise).astype(np.float32))
+    return copy
+
+
+def gap(one: Model, two: Model, x: Array = X) -> float:
+    first, second = (runtime.session(m, threads=1).run({"x": x}) for m in (one, two))
+    return float(
+        np.abs(next(iter(first.values())) - next(iter(second.values()))).mean()
+    )
+
+
+def values(model: Model) -> dict[str, Array]:
+    return {weight.name: np.array(weight.read()) for weight in model.weights()}
+
+
+def run(student: Model, ctx: Context, **options: Any) -> str:
+    """Distill in place; return what was said."""
+    Distill(**{**QUICK, **options}).apply(student, ctx)
+    student.check()
+    return "\n".join(what for _, what in [*ctx.done, *ctx.left])
+
+
+# --- it learns --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "y = Gemm(r, w2, b2)",
+        "l = Gemm(r, w2, b2)  y = Softmax<axis=1>(l)",
+        "l = Gemm(r, w2, b2)  t = Tanh(l)  y = Identity(t)",
+    ],
+)
+@pytest.mark.parametrize("loss", ["auto", "mse", "cosine"])
+def test_a_damaged_model_comes_closer_to_the_original(end: str, loss: str) -> None:
+    model = classifier(end)
+    student = damaged(model)
+    before = gap(model, student)
+    said = run(student, context(model), loss=loss)
+    assert gap(model, student) < 0.7 * before
+    assert said.startswith("trained ")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_learning_rate_is_found(optimizer: str) -> None:
+    model = classifier()
+    student = damaged(model)
+    before = gap(model, student)
+    run(student, context(model), lr=None, optimizer=optimizer, epochs=12)
+    assert gap(model, student) < 0.5 * before
+
+
+def test_labels_alone_teach() -> None:
+    model = classifier()
+    labels = (X[:, 0] > 0).astype(np.uint8) + 2 * (X[:, 1] > 0).astype(np.uint8)
+    ctx = context(model, labels=labels)
+    said = run(model.copy(), ctx, alpha=1.0, epochs=20, lr=0.03)
+    accuracy = float(said.splitlines()[0].rpartition("top1 ")[2].rstrip("%"))
+    assert accuracy > 65  # it starts at 25
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "end", ["y = Gemm(r, w2, b2)", "l = Gemm(r, w2, b2) y = Softmax(l)"]
+)
+def test_what_is_minimised_is_what_is_judged(alpha: float, end: str) -> None:
+    model = classifier(end)
+    labels = np.arange(len(X)) % 4
+    ctx = context(model, labels=labels)
+    ctx.samples = dataclasses.replace(ctx.samples, validation=ctx.samples.training)
+    options = Distill(alpha=alpha, batch=120)
+    training = ctx.samples.training
+    assert training is not None
+    made = distill._Run(options, damaged(model), ctx, training, Path())
+    wanted = made._ask(training, ["y"])
+    feed = distill._Feed(made, wanted, None)
+    step = made._step(120, feed)
+    judged = distill._Judge(made, training, wanted)(step.weights)
+    loss = step(feed(np.arange(120), np.random.default_rng(0)), 0.0)
+    assert loss == pytest.approx(judged, rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    model = classifier()
+    made = []
+    for seed in (0, 0, 1):
+        student = damaged(model)
+        run(student, context(model, seed=seed), epochs=2)
+        made.append(student.to_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+# --- what the graph says may be touched -------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_zeros_stay_zero_and_the_rest_moves(optimizer: str) -> None:
+    model = classifier()
+    student = model.copy()
+    ctx = context(model)
+    Prune(sparsity=0.6, importance="magnitude").apply(student, ctx)
+    pruned = values(student)
+    before = gap(model, student)
+    said = run(student, ctx, optimizer=optimizer, weight_decay=0.01)
+    after = values(student)
+    zeros = 0
+    for name in ("w1", "w2"):
+        np.testing.assert_array_equal(after[name] == 0, pruned[name] == 0)
+        assert (after[name] != pruned[name])[pruned[name] != 0].all()
+        zeros += int((pruned[name] == 0).sum())
+    assert f"{zeros:,} zeros kept" in said
+    assert gap(model, student) < before
+
+
+def test_a_bias_that_starts_at_zero_is_trained() -> None:
+    model = classifier()
+    student = damaged(model)
+    student.set_weight("b1", np.zeros(12, np.float32))
+    run(student, context(model))
+    assert values(student)["b1"].all()
+
+
+def test_a_matrix_of_zeros_stays() -> None:
+    model = classifier()
+    student = damaged(model)
+    student.set_weight("w1", np.zeros((6, 12), np.float32))
+    ctx = context(model)
+    run(student, ctx)
+    assert ("w1", "all of it is zero, and zeros stay") in ctx.left
+    assert not values(student)["w1"].any()
+
+
+@pytest.mark.parametrize(
+    ("choice", "moved"),
+    [
+        ({"only": ("w1",)}, {"w1"}),
+        ({"only": ("b*",)}, {"b1", "b2"}),
+        ({"skip": ("w2", "b1")}, {"w1", "b2"}),
+    ],
+)
+def test_only_and_skip_freeze_the_rest(
+    choice: Mapping[str, tuple[str, ...]], moved: set[str]
+) -> None:
+    model = classifier()
+    student = damaged(model)
+    before = values(student)
+    run(student, context(model), **choice)
+    after = values(student)
+    assert {n for n in before if not np.array_equal(before[n], after[n])} == moved
+
+
+def test_a_weight_that_is_used_twice_stays_one() -> None:
+    model = model_of(
+        "g (float[N,6] x) => (float[N,6] y) { a = MatMul(x, w) t = Tanh(a) "
+        "y = MatMul(t, w) }",
+        w=draw(0, 6, 6),
+    )
+    student = damaged(model, ("w",))
+    before = gap(model, student)
+    run(student, context(model))
+    assert len(list(student.weights())) == 1
+    assert gap(model, student) < before
+
+
+def test_statistics_of_a_normalisation_stay() -> None:
+    model = model_of(
+        "g (float[N,6] x) => (float[N,6] y) "
+        "{ h = MatMul(x, w)  y = BatchNormalization(h, scale, shift, mean, var) }",
+        w=draw(0, 6, 6),
+        scale=np.ones(6, np.float32),
+        shift=np.zeros(6, np.float32),
+        mean=draw(1, 6),
+        var=np.abs(draw(2, 6)) + 1,
+    )
+    student = damaged(model, ("w",))
+    before = values(student)
+    run(student, context(model))
+    after = values(student)
+    moved = {n for n in before if not np.array_equal(before[n], after[n])}
+    assert moved == {"w", "scale", "shift"}
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_codes_are_trained_through_the_rounding_and_stay_codes(
+    dtype: type[Any], per_channel: bool
+) -> None:
+    model = classifier()
+    weights = values(damaged(model))
+    zero = 0 if dtype is np.int8 else 128
+    largest = np.abs(weights["w1"]).max(axis=0 if per_channel else None)
+    scale = np.asarray(largest / 120, np.float32)
+    codes = (np.rint(weights["w1"] / scale) + zero).astype(dtype)
+    student = model_of(
+        "g (float[N,6] x) => (float[N,4] y) "
+        "{ d = DequantizeLinear<axis=1>(q, s, z)  h = Gemm(x, d, b1)  r = Relu(h)  "
+        "y = Gemm(r, w2, b2) }",
+        q=codes,
+        s=scale,
+        z=np.full(scale.shape, zero, dtype),
+        b1=weights["b1"],
+        w2=values(model)["w2"],
+        b2=weights["b2"],
+    )
+    before = gap(model, student)
+    run(student, context(model), only=("q",))
+    after = values(student)
+    assert after["q"].dtype == dtype
+    np.testing.assert_array_equal(after["s"], scale)
+    assert gap(model, student) < 0.7 * before
+
+
+def test_what_lies_above_an_operator_without_a_rule_is_frozen() -> None:
+    model = model_of(
+        "g (float[N,6] x) => (float[N,4] y) "
+        "{ a = MatMul(x, w1)  d = Det(m)  b = Mul(a, d)  y = MatMul(b, w2) }",
+        w1=draw(0, 6, 6),
+        w2=draw(1, 6, 4),
+        m=draw(2, 2, 2),
+    )
+    student = damaged(model)
+    student.set_weight("m", student.weight("m").read() * np.float32(1.1))
+    before = values(student)
+    run(student, context(model))
+    np.testing.assert_array_equal(values(student)["m"], before["m"])
+    assert (values(student)["w1"] != before["w1"]).any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COMMON else pytest.param(name, marks=pytest.mark.slow)
+        for name in example_models()
+    ],
+)
+def test_every_example_is_trained_or_refused_in_words(name: str) -> None:
+    model = Model.load(example_models()[name])
+    samples = Samples.random_for(model, seed=1, count=6)
+    splits = Splits(
+        training=samples.take(slice(0, 4)), validation=samples.take(slice(4, 6))
+    )
+    student = model.copy()
+    for weight in list(student.weights()):
+        if weight.dtype == np.float32 and weight.size > 1:
+            student.set_weight(weight, np.array(weight.read()) * np.float32(0.9))
+    start = student.to_bytes()
+    ctx = Context(samples=splits, reference=model, threads=1)
+    trained = Distill(epochs=2, lr=1e-3)
+    if name in REFUSED:
+        with pytest.raises(UsageError, match="no weight to train"):
+            trained.apply(student, ctx)
+        assert student.to_bytes() == start
+        return
+    trained.apply(student, ctx)
+    student.check()
+    assert (student.inputs, student.outputs) == (model.inputs, model.outputs)
+    assert (student.to_bytes() != start) == bool(ctx.done)
+
+
+# --- the teacher ------------------------------------------------------------------
+
+
+def test_a_teacher_from_a_file_teaches_the_same(tmp_path: Path) -> None:
+    model = classifier()
+    everything = Samples.from_arrays({"x": X}).bind(model.inputs)
+    teacher.write(tmp_path / "t.npz", model, everything)
+    splits = Splits.build(model, {"x": X}, seed=5, calibration_size=8)
+    made = []
+    for options in ({}, {"teacher": tmp_path / "t.npz"}):
+        student = damaged(model)
+        ctx = Context(samples=splits, reference=model, threads=1)
+        run(student, ctx, epochs=2, **options)
+        made.append(student.to_bytes())
+    assert made[0] == made[1]
+
+
+def test_a_file_is_believed_not_the_model_it_started_from(tmp_path: Path) -> None:
+    model, other = classifier(), damaged(classifier())
+    everything = Samples.from_arrays({"x": X}).bind(model.inputs)
+    teacher.write(tmp_path / "t.npz", other, everything)
+    student = model.copy()
+    before = gap(other, student)
+    run(student, context(model), teacher=tmp_path / "t.npz")
+    assert gap(other, student) < 0.7 * before
+
+
+def test_a_file_of_one_output_may_call_it_otherwise(tmp_path: Path) -> None:
+    model = classifier()
+    out = runtime.session(model, threads=1).run({"x": X})["y"]
+    np.savez(tmp_path / "t.npz", other_name=out)
+    student = damaged(model)
+    said = run(student, context(model), teacher=tmp_path / "t.npz", epochs=2)
+    assert "taken on trust: it holds no checksums" in said
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"y": np.zeros((160, 5))}, r"'y' is \[4\] for a sample.*teacher's is \[5\]"),
+        ({"y": np.zeros((159, 4))}, "has 159 samples and arrays has 160"),
+        ({"a": np.zeros((160, 4)), "b": np.zeros((160, 4))}, "none of that is an out"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(
+    tmp_path: Path, arrays: dict[str, Array], says: str
+) -> None:
+    np.savez(tmp_path / "t.npz", **arrays)  # type: ignore[arg-type]
+    model = classifier()
+    with pytest.raises(UsageError, match=says):
+        run(damaged(model), context(model), teacher=tmp_path / "t.npz")
+
+
+# --- images -----------------------------------------------------------------------
+
+
+def test_shift_moves_images_and_repeats_their_border() -> None:
+    image = np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3).repeat(40, axis=0)
+    moved = distill._shifted({"x": image}, 1, np.random.default_rng(0))["x"]
+    padded = np.pad(image[0, 0], 1, mode="edge")
+    expected = [padded[r : r + 3, c : c + 3] for r in range(3) for c in range(3)]
+    for one in moved[:, 0]:
+        assert any(np.array_equal(one, other) for other in expected)
+    assert len(np.unique(moved.reshape(40, -1), axis=0)) == 9
+
+
+def test_with_shift_the_teacher_sees_the_moved_image() -> None:
+    model = model_of(
+        "g (float[N,1,4,4] x) => (float[N,3] y) { f = Flatten(x)  y = MatMul(f, w) }",
+        w=draw(0, 16, 3),
+    )
+    images = draw(1, 64, 1, 4, 4)
+    ctx = context(model, images)
+    training = ctx.samples.training
+    assert training is not None
+    made = distill._Run(Distill(shift=1), model, ctx, training, Path())
+    session = runtime.session(model, threads=1)
+    fed = distill._Feed(made, {}, session)(np.arange(8), np.random.default_rng(0))
+    assert not np.array_equal(fed["x"], images[:8])
+    np.testing.assert_array_equal(fed["y/teacher"], session.run({"x": fed["x"]})["y"])
+    student = damaged(model, ("w",))
+    before = gap(model, student, images)
+    run(student, ctx, shift=1, loss="mse")
+    assert gap(model, student, images) < 0.9 * before
+
+
+def test_shift_without_images_is_refused() -> None:
+    model = classifier()
+    with pytest.raises(UsageError, match="no input is that"):
+        run(damaged(model), context(model), shift=1)
+
+
+# --- what is refused, and what is said --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temperature": 0.0}, "temperature is above 0"),
+        ({"alpha": 1.5}, "alpha is a share"),
+        ({"epochs": 0}, "epochs is at least 1"),
+        ({"batch": 0}, "batch is at least 1"),
+        ({"lr": -1.0}, "a learning rate is above 0"),
+        ({"clip": -1.0}, "clip is at least 0"),
+        ({"shift": -1}, "shift is a number of pixels"),
+        ({"weight_decay": 1.0}, "weight_decay"),
+        ({"teacher": Path("t.npz"), "alpha": 1.0}, "asks no teacher"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Distill(**options)
+
+
+def test_random_samples_are_refused() -> None:
+    model = classifier()
+    ctx = Context(samples=Splits.build(model), reference=model)
+    with pytest.raises(UsageError, match="only random ones; give more with --data"):
+        Distill().apply(model.copy(), ctx)
+
+
+def test_no_training_samples_are_refused() -> None:
+    model = classifier()
+    splits = Splits.build(model, {"x": X[:2]})
+    assert splits.training is None
+    with pytest.raises(UsageError, match="too few ones; give more with --data"):
+        Distill().apply(model.copy(), Context(samples=splits, reference=model))
+
+
+def test_nothing_to_train_is_refused() -> None:
+    model = classifier()
+    with pytest.raises(UsageError, match="no weight to train that only and skip"):
+        run(model.copy(), context(model), skip=("*",))
+
+
+def test_nan_in_a_sample_is_refused_and_the_model_is_as_it_was() -> None:
+    model = classifier()
+    bad = X.copy()
+    bad[70, 2] = np.nan
+    student = damaged(model)
+    before = student.to_bytes()
+    with pytest.raises(ModelError, match="sample 70 of 'x' holds NaN"):
+        run(student, context(model, bad))
+    assert student.to_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (None, "the samples have no labels"),
+        (np.full(160, 4), "labels go from 4 to 4, and 'y' has 4 classes"),
+        (np.full(160, 0.5), "not one whole number"),
+        (np.zeros((160, 2)), "not one whole number"),
+    ],
+)
+def test_alpha_needs_labels_that_fit(labels: Array | None, says: str) -> None:
+    model = classifier()
+    with pytest.raises(UsageError, match=says):
+        run(damaged(model), context(model, labels=labels), alpha=0.5)
+    ctx = context(model, labels=labels)
+    said = run(damaged(model), ctx, epochs=1)
+    assert (says in said) == (labels is not None)
+
+
+def test_training_that_explodes_leaves_the_model_and_says_what_to_change() -> None:
+    model = classifier()
+    student = damaged(model)
+    before = student.to_bytes()
+    ctx = context(model)
+    said = run(student, ctx, lr=1e6, optimizer="sgd", clip=0.0)
+    assert "training went wrong" in said
+    assert "set lr to a third of that" in said
+    assert student.to_bytes() == before
+    assert not ctx.done
+
+
+def test_ctrl_c_keeps_the_best_so_far() -> None:
+    model = classifier()
+    student = damaged(model)
+    before = gap(model, student)
+    ctx = context(model)
+
+    def progress(done: int, total: int, what: str) -> None:
+        if what.startswith("epoch 6"):
+            raise KeyboardInterrupt
+
+    ctx.progress = progress
+    said = run(student, ctx)
+    assert "interrupted after 5 epochs" in said
+    assert gap(model, student) < before
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+    real = distill._Run._step
+
+    def step(self: distill._Run, size: int, feed: Any) -> Any:
+        sizes.append(size)
+        if size > 4:
+            raise ModelError(
+                "onnxruntime cannot run it: it needs more memory than there is"
+            )
+        return real(self, size, feed)
+
+    monkeypatch.setattr(distill._Run, "_step", step)
+    model = classifier()
+    said = run(damaged(model), context(model), epochs=1)
+    assert sizes == [16, 8, 4]
+    assert "memory is short: batches of 4 instead" in said
+
+
+def test_in_a_pipeline_it_makes_good_what_pruning_did() -> None:
+    result = shrink(
+        classifier(),
+        "prune:sparsity=0.5,importance=magnitude,distill:epochs=10,batch=16,lr=0.01",
+        data={"x": draw(9, 500, 6)},
+        on_breach="keep",
+        measure_latency=False,
+        measure_memory=False,
+    )
+    pruned, distilled = result.report.steps
+    assert distilled.accepted
+    assert distilled.after.metric["agreement"] > pruned.after.metric["agreement"]
+    assert distilled.after.nonzeros <= pruned.after.nonzeros
