@@ -47,7 +47,7 @@ Kind = Literal["soft", "mse", "cosine"]
 _FLOOR = 1e-7
 """Least probability whose logarithm is taken."""
 _LABELS = "labels/hard"
-_HARD = 0.1
+_HARD = 0.5
 """Share of labels in the loss unless alpha says otherwise."""
 
 
@@ -98,7 +98,7 @@ class Distill(Pass):
             teacher``, instead of the model the run started from.
         temperature: T of the soft targets; higher tells more of the wrong classes.
         alpha: Share of the labels in the loss: 0 needs none, 1 is plain training. By
-            default 0.1 where labels fit, else 0.
+            default 0.5 where labels fit, else 0.
         loss: How outputs are taught: ``auto``, ``soft`` for scores along the last axis,
             ``mse``, or ``cosine`` for directions along the last axis.
         epochs: Times that every training sample is seen.
@@ -178,46 +178,41 @@ class Distill(Pass):
     def _report(
         self, model: Model, ctx: Context, run: _Run, outcome: Outcome, judge: _Judge
     ) -> None:
-        where = self.name
-        for words in run.notes:
-            ctx.skipped(where, words)
+        where, notes = "training", list(run.notes)
         if outcome.ending == "diverged":
-            ctx.skipped(
-                where,
-                f"training went wrong after {len(outcome.losses)} epochs at a learning "
-                f"rate of {outcome.rate:g}: set lr to a third of that or a lower clip",
+            notes.append(
+                f"went wrong after {len(outcome.losses)} epochs at a learning rate of "
+                f"{outcome.rate:g}: set lr to a third of that, or a lower clip"
             )
         if outcome.ending == "interrupted":
-            ctx.skipped(where, f"interrupted after {len(outcome.losses)} epochs")
+            notes.append(f"interrupted after {len(outcome.losses)} epochs")
         if outcome.is_falling:
-            ctx.skipped(
-                where,
-                "the loss was still falling at the end: more epochs will do better "
-                f"(epochs={2 * self.epochs})",
+            notes.append(
+                "the loss was still falling at the end: more epochs may do better "
+                f"(epochs={2 * self.epochs})"
             )
-        before, after = judge.words(outcome.start), judge.words(outcome.best)
-        if outcome.best_epoch == 0:
-            ctx.skipped(
-                where,
-                f"no epoch was better than the start: {before}, lr {outcome.rate:g}",
-            )
-            return
         changed = 0
-        for one in run.chosen:
-            values = values_of(one, model, outcome.weights[one.name])
-            if not np.array_equal(values, model.weight(one.name).read()):
-                model.set_weight(one.name, values)
-                changed += 1
+        if outcome.best_epoch:
+            for one in run.chosen:
+                values = values_of(one, model, outcome.weights[one.name])
+                if not np.array_equal(values, model.weight(one.name).read()):
+                    model.set_weight(one.name, values)
+                    changed += 1
+        before, after = judge.words(outcome.start), judge.words(outcome.best)
         if not changed:
-            ctx.skipped(where, "training changed no stored value")
+            why = f"no epoch was better than the start, {before}, lr {outcome.rate:g}"
+            for words in [why, *notes]:
+                ctx.skipped(where, words)
             return
         held = sum(int((o.keep == 0).sum()) for o in run.chosen if o.keep is not None)
         zeros = f", {held:,} zeros kept" if held else ""
         ctx.did(
             where,
-            f"trained {changed} weights{zeros}; best after epoch {outcome.best_epoch} "
-            f"of {len(outcome.losses)}, lr {outcome.rate:g}: {before} -> {after}",
+            f"trained {changed} weights{zeros}; best in epoch {outcome.best_epoch} of "
+            f"{self.epochs}, lr {outcome.rate:g}: {before} -> {after}",
         )
+        for words in notes:
+            ctx.did(where, words)
 
 
 class _Run:
