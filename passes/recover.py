@@ -41,6 +41,8 @@ MAX_INPUTS = 8192
 """Layers with more inputs get their bias corrected only: 512 MB of Gram matrix."""
 HELD = 5
 """One of so many samples judges whether a layer gained by its new values."""
+CONV_SAMPLES = 512
+"""Samples for a Conv alone, which has many rows in each: more gained nothing."""
 TABLE = 256
 """A weight with no more distinct values than this keeps them: it is stored by index."""
 MEMO_BYTES = 256 << 20
@@ -63,6 +65,7 @@ class _Work:
         bias: The bias, if there is one that is free to change.
         may_add: Whether the node takes a bias and has none.
         scale: What outputs are, in products of inputs and weights (alpha of Gemm).
+        samples: How many are enough, if there are so many.
     """
 
     where: str
@@ -74,6 +77,7 @@ class _Work:
     bias: Weight | None = None
     may_add: bool = False
     scale: float = 1.0
+    samples: int = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ class Recover(SitePass):
     promise: ClassVar[Promise] = Promise.CLOSE
     example: ClassVar[str] = "recover:samples=4096"
 
-    ridge: float = 0.01
+    ridge: float = 0.1
     samples: int = 2048
     order: Literal["sequential", "parallel"] = "sequential"
     bias: bool = True
@@ -177,7 +181,8 @@ class Recover(SitePass):
         mark = (fingerprint(model), self.ridge, self.samples, self.bias)
         new = {w.where: w for w in works if (*mark, w.where) not in memo.results}
         if new:
-            fit, held = _divided(_pool(ctx, self.samples))
+            count = min(self.samples, max(work.samples for work in new.values()))
+            fit, held = _divided(_pool(ctx, count))
             moments, judged = cross.gather(
                 model,
                 ctx.reference,
@@ -323,7 +328,10 @@ class _Finder:
             return "it is a stack of matrices"
         if not scale:
             return "its node multiplies it by zero"
-        seen = layer.watched("gram", self.samples)
+        enough = self.samples
+        if node.op == "Conv" and self.options.order == "sequential":
+            enough = min(enough, max(CONV_SAMPLES, 2 * inputs))
+        seen = layer.watched("gram", enough)
         if seen is None:
             return "its inputs cannot be watched"
         tensor, statistic = seen[0]
@@ -364,7 +372,15 @@ class _Finder:
         nbytes = 16 * groups * inputs * (inputs + outputs)
         request = cross.Request(tensor.name, *target, rows, nbytes)
         return _Work(
-            layer.name, "weights", node, request, "", layer.layout, bias, may_add, scale
+            layer.name,
+            "weights",
+            node,
+            request,
+            layout=layer.layout,
+            bias=bias,
+            may_add=may_add,
+            scale=scale,
+            samples=enough,
         )
 
     def _quantized(self, everywhere: bool = False) -> Iterator[tuple[Node, Weight]]:

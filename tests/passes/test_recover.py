@@ -175,16 +175,17 @@ def test_pruned_layers_in_a_row_are_recovered_together(order: Any) -> None:
         v=_random(1, 8, 4),
     )
     model = Model.load(reference.to_proto())
-    splits = _splits(x=_random(2, 800, 6))
+    mix = _random(9, 4, 6)  # what goes is found in what stays
+    splits = _splits(x=_random(2, 800, 4) @ mix)
     Prune(sparsity=0.6, importance="magnitude", scope="local").apply(
         model, Context(samples=splits, reference=reference)
     )
-    x = _random(3, 200, 6)
+    x = _random(3, 200, 4) @ mix
     wanted = _outputs(reference, x=x)["y"]
     errors = [np.square(_outputs(model, x=x)["y"] - wanted).mean()]
     after, _ = _recovered(Recover(order=order), model, reference, splits)
     errors.append(np.square(_outputs(after, x=x)["y"] - wanted).mean())
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.6 * errors[0]
 
 
 @pytest.mark.parametrize(
