@@ -88,7 +88,7 @@ class Recover(SitePass):
     whose weight is no longer the reference's, weights and bias become those that give
     its outputs best: the least squares of ``Y_reference - X W - b`` over samples, with
     ``X`` what the layer reads in the model as it is now (layer-wise reconstruction:
-    He, Zhang and Sun 2017, "Channel Pruning"; Frantar and Alistarh 2022, section 3).
+    He, Zhang and Sun 2017, "Channel Pruning", section 3.1).
     Zeros stay zero. Samples are those for calibration and training; labels are not
     looked at, and memory does not grow with the samples.
 
