@@ -87,7 +87,8 @@ class Distill(Pass):
     What the graph says is kept: zeros of a pruned weight stay zero, a weight used twice
     stays one, statistics of BatchNormalization stay. Weights stored as 8-bit codes
     behind DequantizeLinear are trained through the rounding and written as codes again
-    (quantization-aware training); their scales stay.
+    (quantization-aware training), within the range of the codes they have; their scales
+    stay.
 
     It needs ``--data``: training samples for the gradients, validation samples to
     choose the learning rate's best epoch. The weights of the best epoch are kept, which

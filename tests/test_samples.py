@@ -604,3 +604,13 @@ def test_data_is_not_copied_when_it_is_divided():
     x[:] = 7
     assert splits.evaluation is not None
     assert whole(splits.evaluation)["x"].min() == 7
+
+
+def test_positions_say_which_sample_of_the_source_each_is() -> None:
+    x = np.arange(10, dtype=np.float32).reshape(10, 1)
+    samples = Samples.from_arrays({"ids": x})
+    part = samples.take([7, 2, 5]).take([2, 0])
+    np.testing.assert_array_equal(part.positions, [5, 7])
+    assert part.source_count == 10
+    part.positions[0] = 9
+    np.testing.assert_array_equal(part.positions, [5, 7])

@@ -43,10 +43,7 @@ _READ: dict[str, tuple[int, ...]] = {
 _THROUGH = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _LARGEST = 1e4
 """Constants with entries above this are masks, not weights."""
-_CODES: dict[int, tuple[int, int]] = {
-    onnx.TensorProto.INT8: (-128, 127),
-    onnx.TensorProto.UINT8: (0, 255),
-}
+_CODES = frozenset({onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
 _PRUNED = 0.5
 """Share of zero codes from which a quantized weight counts as pruned."""
 
@@ -61,12 +58,15 @@ class Trainable:
         keep: 1 where it may change and 0 where it is zero and stays so, float32;
             ``None`` if all of it may change.
         is_quantized: Whether it is stored as codes that DequantizeLinear reads.
+        codes: The least and the largest code it may have: those it has, so that codes
+            of few bits stay such.
     """
 
     name: str
     start: Array
     keep: Array | None = None
     is_quantized: bool = False
+    codes: tuple[int, int] = (0, 0)
 
 
 def find_trainable(
@@ -144,6 +144,15 @@ def attach(model: Model, chosen: Sequence[Trainable]) -> None:
                 name=f"{one.name}_codes",
                 before=reader,
             )
+            scale, zero = _scale(model, reader, one.start.ndim)
+            ends = [(code - zero) * scale for code in one.codes]
+            least, largest = (np.asarray(end, np.float32) for end in ends)
+            above = model.add_node(
+                "Max", [value, model.add_weight(f"{one.name}_least", least)]
+            ).outputs[0]
+            node.inputs[0] = model.add_node(
+                "Min", [above, model.add_weight(f"{one.name}_largest", largest)]
+            ).outputs[0]
             reader.inputs[0] = node.outputs[0]
         if one.keep is None:
             continue
@@ -160,7 +169,7 @@ def values_of(one: Trainable, model: Model, trained: Array) -> Array:
     weight = model.weight(one.name)
     ((node, _),) = weight.uses
     scale, zero = _scale(model, node, len(weight.shape))
-    low, high = _CODES[weight.data_type]
+    low, high = one.codes
     codes = np.rint(trained / scale) + zero
     made: Array = np.clip(codes, low, high).astype(weight.dtype)
     return made
@@ -256,6 +265,7 @@ def _why_not(weight: Weight, readers: Sequence[tuple[Node, int]]) -> str:
 def _made(model: Model, weight: Weight) -> Trainable | str:
     values = weight.read()
     node: Node | None = None
+    codes = (0, 0)
     if weight.data_type in _CODES:
         ((node, _),) = weight.uses
         if attribute(node, "block_size", 0):
@@ -266,6 +276,7 @@ def _made(model: Model, weight: Weight) -> Trainable | str:
         scale, zero = decoded
         if scale.dtype != np.float32:
             return f"its scale is {scale.dtype}, not float32"
+        codes = int(values.min()), int(values.max())
         values = (values.astype(np.float32) - zero) * scale
     if not np.isfinite(values).all():
         return "it holds NaN or infinity"
@@ -279,7 +290,9 @@ def _made(model: Model, weight: Weight) -> Trainable | str:
         return Trainable(weight.name, np.array(values, np.float32))
     held = share >= _PRUNED if node is not None else share > 0
     keep = (~zeros).astype(np.float32) if held else None
-    return Trainable(weight.name, np.array(values, np.float32), keep, node is not None)
+    return Trainable(
+        weight.name, np.array(values, np.float32), keep, node is not None, codes
+    )
 
 
 def _scale(model: Model, node: Node, rank: int) -> Any:

@@ -291,6 +291,7 @@ def test_codes_are_trained_through_the_rounding_and_stay_codes(
     run(student, context(model), only=("q",))
     after = values(student)
     assert after["q"].dtype == dtype
+    assert codes.min() <= after["q"].min() < after["q"].max() <= codes.max()
     np.testing.assert_array_equal(after["s"], scale)
     assert gap(model, student) < 0.7 * before
 
