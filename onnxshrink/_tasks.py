@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,24 @@ from onnxshrink.errors import ModelError, UsageError, nearest
 __all__ = ["BUILT_IN", "Custom", "Spearman", "Squared", "Task", "Top", "imported"]
 
 
-class Task:
+class Task(ABC):
     """A task metric: fed with outputs and labels, then read."""
 
     name: str
     lower_is_better = False
     percent = False
 
+    @abstractmethod
     def start(self) -> None:
         """Forget what was fed."""
 
+    @abstractmethod
     def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
         """Take in one batch."""
 
+    @abstractmethod
     def value(self, labels: Array | None) -> float:
         """Return the metric over what was fed."""
-        raise NotImplementedError
 
 
 class Top(Task):
