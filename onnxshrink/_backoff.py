@@ -30,7 +30,7 @@ class Plan:
     Attributes:
         sites: The sites as the pass listed them.
         strengths: One for each site; 1 as listed, 0 left out.
-        order: Indices of the sites, the most damaging first.
+        order: Indices of the sites, the most damaging first where that was measured.
     """
 
     sites: tuple[Site, ...]

@@ -259,9 +259,11 @@ class PassManager:
             raise OutputError(f"cannot write {folder}: {error.strerror}") from error
         try:
             yield folder
-        except OnnxshrinkError:
-            # Nothing to resume: the same run would end the same way.
-            shutil.rmtree(folder, ignore_errors=True)
+        except OnnxshrinkError as error:
+            # The same run would end the same way; but a request that does not fit an
+            # interrupted run must not cost that run its state.
+            if not (resume and isinstance(error, UsageError)):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
 

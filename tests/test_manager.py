@@ -325,6 +325,23 @@ def test_a_killed_run_resumes_after_the_last_accepted_pass(tmp_path: Path) -> No
     assert Model.load(output).weight("w1").read()[0, 0] == 6
 
 
+def test_a_resume_that_does_not_fit_keeps_the_interrupted_state(tmp_path: Path) -> None:
+    class Interrupted(Scale):
+        def apply(self, model: Model, ctx: Context) -> None:
+            raise KeyboardInterrupt
+
+    model, output = classifier(), tmp_path / "out.onnx"
+    state = tmp_path / ".out.onnx.onnxshrink" / "state.json"
+    with pytest.raises(KeyboardInterrupt):
+        manager(Scale(), Interrupted(), model=model).run(model, output)
+    before = state.read_bytes()
+
+    with pytest.raises(UsageError, match="another one"):
+        manager(Scale(factor=5.0), model=model).run(model, output, resume=True)
+
+    assert state.read_bytes() == before
+
+
 def test_a_site_pass_whose_sites_share_a_name_is_refused() -> None:
     class Twice(Swap):
         def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
