@@ -1,0 +1,1 @@
+"""Quantization: how values become codes, and where in a graph they do."""
