@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class Context:
         done: What the pass said it did, in order.
         left: What the pass said it left alone, and why.
         cache: Statistics that an earlier request of the same model already gathered.
+        folder: An existing folder of this step's own, whose files are there again when
+            an interrupted run is resumed; a pass that keeps its progress here must see
+            for itself that what it finds was left by the same work. It is deleted once
+            the step is done. ``None`` where nothing could be resumed.
     """
 
     samples: Splits
@@ -92,6 +97,7 @@ class Context:
     done: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def did(self, where: str, what: str) -> None:
         """Record what was done at a weight or node."""

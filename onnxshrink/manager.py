@@ -386,6 +386,9 @@ class _Run:
         label = f"step {index + 1} ({pass_.name})"
         manager.progress(index, len(manager.pipeline), pass_.name)
         ctx = manager._context(self.reference, self.splits, self.executor)
+        if self.target is not None:
+            ctx.folder = self._scratch(index)
+            ctx.folder.mkdir(exist_ok=True)
         try:
             attempt = self._attempt(index, pass_, before, before_path, ctx)
         except OnnxshrinkError as error:
@@ -595,6 +598,10 @@ class _Run:
             "samples": list(self.splits.describe()),
         }
 
+    def _scratch(self, index: int) -> Path:
+        """Return where a step keeps what it wants to find again after a resume."""
+        return self.folder / f"step-{index}"
+
     def _remember(self, index: int, path: Path, stats: Stats) -> None:
         """Note the accepted model, after which an interrupted run can continue."""
         if self.target is None:
@@ -610,6 +617,7 @@ class _Run:
         temporary = self.folder / "state.json.new"
         temporary.write_text(json.dumps(state))
         os.replace(temporary, self.folder / "state.json")
+        shutil.rmtree(self._scratch(index), ignore_errors=True)
 
     def _resumed(self) -> tuple[Model, Path, Stats, int] | None:
         file = self.folder / "state.json"

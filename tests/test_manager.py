@@ -355,3 +355,34 @@ def test_a_site_pass_whose_sites_share_a_name_is_refused() -> None:
 def test_a_model_that_cannot_be_loaded_is_an_error() -> None:
     with pytest.raises(ModelError):
         shrink(b"no model", "fold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patient(Scale):
+    """Leave a mark in the step's folder, and fail the first time."""
+
+    name: ClassVar[str] = "patient"
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        assert ctx.folder is not None
+        mark = ctx.folder / "mark"
+        ctx.did("here", "found it" if mark.exists() else "new")
+        if not mark.exists():
+            mark.touch()
+            raise KeyboardInterrupt
+        super().apply(model, ctx)
+
+
+def test_a_step_finds_its_folder_again_after_a_resume(tmp_path: Path) -> None:
+    model, output = classifier(), tmp_path / "out.onnx"
+    with pytest.raises(KeyboardInterrupt):
+        manager(Patient(), model=model).run(model, output)
+    result = manager(Patient(), model=model).run(model, output, resume=True)
+    assert ("here", "found it") in result.report.steps[0].did
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_a_step_without_an_output_has_no_folder() -> None:
+    model = classifier()
+    with pytest.raises(PromiseError, match="AssertionError"):
+        manager(Patient(), model=model).run(model)
