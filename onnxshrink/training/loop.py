@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from onnxshrink.base import Progress
-from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.errors import ModelError, OutputError, UsageError
 from onnxshrink.training.step import TrainingStep
 
-__all__ = ["Outcome", "Plan", "find_rate", "fit", "schedule"]
+__all__ = ["Checkpoint", "Outcome", "Plan", "find_rate", "fit", "schedule"]
 
 Array = np.ndarray[Any, Any]
 Weights = Mapping[str, Array]
@@ -113,6 +118,76 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a training keeps its state, so that one that was killed goes on.
+
+    Attributes:
+        path: A file; it is replaced at once or not at all.
+        key: Says which training it is; state of another is ignored.
+        seconds: How much work may be lost: at most this and one step.
+    """
+
+    path: Path
+    key: str
+    seconds: float = 20.0
+
+
+@dataclass
+class _State:
+    """All that a training has come to, besides the step's own weights and state.
+
+    Attributes:
+        random: Draws the order of samples and augmentation.
+        rate: The highest learning rate.
+        start: Judgement of the weights before training.
+        best: Judgement of ``kept``.
+        kept: The best weights.
+        best_epoch: After which epoch they were seen.
+        epoch: Epochs finished.
+        order: Positions of samples in the epoch under way; empty before it.
+        seen: Loss of each step of the epoch under way.
+        first: Loss of the first ten steps.
+        losses: Mean loss of each epoch finished.
+        judged: Judgement after each of them.
+    """
+
+    random: np.random.Generator
+    rate: float
+    start: float
+    best: float
+    kept: dict[str, Array]
+    best_epoch: int = 0
+    epoch: int = 0
+    order: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    seen: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
+
+    def consider(self, value: float, weights: Weights, epoch: int) -> None:
+        """Keep the weights if they are judged better than the best."""
+        self.judged.append(value)
+        # Whatever is finite is better than a start that is not.
+        if value < self.best or (math.isnan(self.best) and not math.isnan(value)):
+            self.best, self.kept, self.best_epoch = value, dict(weights), epoch
+
+    def is_stale(self, plan: Plan) -> bool:
+        """Whether patience is at an end."""
+        return len(self.judged) - self.best_epoch >= plan.patience
+
+    def is_falling(self, plan: Plan) -> bool:
+        """Whether the loss was still falling in the last of the epochs."""
+        tail = max(1, plan.epochs // 5)
+        losses = self.losses
+        return (
+            len(losses) > tail
+            and self.best_epoch > plan.epochs - tail
+            and losses[-1] < (1 - _FALLING) * losses[-1 - tail]
+            and losses[-1] > 1e-6
+        )
+
+
 def fit(
     step: TrainingStep,
     feed: Feed,
@@ -120,6 +195,7 @@ def fit(
     judge: Judge,
     plan: Plan,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Train, and keep the weights that ``judge`` likes best.
 
@@ -133,83 +209,188 @@ def fit(
         judge: Called before training and after each epoch.
         plan: How to train.
         progress: Receives steps done, with the loss and the last judgement in words.
+        checkpoint: Where the state is kept; if there is some of this training, it goes
+            on there and ends with the same bits as if it had not been interrupted.
 
     Raises:
         UsageError: There are fewer samples than one batch takes.
         ModelError: A step cannot be run. A loss that is not finite is no error: the
             best weights are returned, with ``ending`` saying so.
+        OutputError: The state cannot be written.
     """
     if count < plan.batch:
         raise UsageError(f"{count} samples do not fill a batch of {plan.batch}")
-    rate = plan.rate
-    if rate is None:
-        rate = find_rate(step, feed, count, plan, progress)
-    random = np.random.default_rng(plan.seed)
-    each = count // plan.batch
-    total = each * plan.epochs
-    best = start = judge(step.weights)
-    kept, best_epoch = dict(step.weights), 0
-    losses: list[float] = []
-    judged: list[float] = []
-    first: list[float] = []
+    keeper = None if checkpoint is None else _Keeper(checkpoint, step, plan, count)
+    state = None if keeper is None else keeper.load()
+    if state is None:
+        rate = plan.rate
+        if rate is None:
+            rate = find_rate(step, feed, count, plan, progress)
+        start = judge(step.weights)
+        random = np.random.default_rng(plan.seed)
+        state = _State(random, rate, start, start, dict(step.weights))
     ending: Ending = ""
-
-    def consider(epoch: int) -> None:
-        nonlocal best, kept, best_epoch
-        value = judge(step.weights)
-        judged.append(value)
-        # Whatever is finite is better than a start that is not.
-        if value < best or (math.isnan(best) and not math.isnan(value)):
-            best, kept, best_epoch = value, dict(step.weights), epoch
-
     try:
-        for epoch in range(plan.epochs):
-            seen: list[float] = []
-            for positions in _batches(count, plan.batch, random):
-                at = epoch * each + len(seen)
-                loss = _try(
-                    step,
-                    feed(positions, random),
-                    rate * schedule(at, total, plan.warmup),
-                )
-                first += [loss] if len(first) < 10 else []
-                if not loss <= _EXPLODED * max(1.0, float(np.mean(first))):
-                    ending = "diverged"
-                    break
-                seen.append(loss)
-                if progress is not None:
-                    shown = judged[-1] if judged else start
-                    words = f"epoch {epoch + 1}, loss {loss:.4f}, held out {shown:.4f}"
-                    progress(at + 1, total, words)
-            if ending:
+        while state.epoch < plan.epochs and not state.is_stale(plan):
+            if not _epoch(step, feed, count, plan, state, progress, keeper):
+                ending = "diverged"
                 break
-            losses.append(float(np.mean(seen)))
-            consider(epoch + 1)
-            if len(judged) - best_epoch >= plan.patience:
-                ending = "early" if epoch + 1 < plan.epochs else ""
-                break
+            state.losses.append(float(np.mean(state.seen)))
+            state.epoch += 1
+            state.order, state.seen = np.zeros(0, np.int64), []
+            state.consider(judge(step.weights), step.weights, state.epoch)
+            if keeper is not None:
+                keeper.save_if_due(state)
+        if not ending and state.epoch < plan.epochs:
+            ending = "early"
     except KeyboardInterrupt:
         ending = "interrupted"
-        consider(len(losses) + 1)
-    tail = max(1, plan.epochs // 5)
-    falling = (
-        not ending
-        and len(losses) > tail
-        and best_epoch > plan.epochs - tail
-        and losses[-1] < (1 - _FALLING) * losses[-1 - tail]
-        and losses[-1] > 1e-6
-    )
+        state.consider(judge(step.weights), step.weights, state.epoch + 1)
     return Outcome(
-        weights=kept,
-        rate=rate,
-        start=start,
-        best=best,
-        best_epoch=best_epoch,
-        losses=tuple(losses),
-        judged=tuple(judged),
+        weights=state.kept,
+        rate=state.rate,
+        start=state.start,
+        best=state.best,
+        best_epoch=state.best_epoch,
+        losses=tuple(state.losses),
+        judged=tuple(state.judged),
         ending=ending,
-        is_falling=falling,
+        is_falling=not ending and state.is_falling(plan),
     )
+
+
+def _epoch(
+    step: TrainingStep,
+    feed: Feed,
+    count: int,
+    plan: Plan,
+    state: _State,
+    progress: Progress | None,
+    keeper: _Keeper | None,
+) -> bool:
+    """Do what is left of an epoch; return whether the loss stayed sound."""
+    each = count // plan.batch
+    total = each * plan.epochs
+    if not len(state.order):
+        state.order = state.random.permutation(count)
+    for positions in list(_batches(state.order, plan.batch))[len(state.seen) :]:
+        at = state.epoch * each + len(state.seen)
+        rate = state.rate * schedule(at, total, plan.warmup)
+        loss = _try(step, feed(positions, state.random), rate)
+        state.first += [loss] if len(state.first) < 10 else []
+        if not loss <= _EXPLODED * max(1.0, float(np.mean(state.first))):
+            return False
+        state.seen.append(loss)
+        if progress is not None:
+            shown = state.judged[-1] if state.judged else state.start
+            words = f"epoch {state.epoch + 1}, loss {loss:.4f}, held out {shown:.4f}"
+            progress(at + 1, total, words)
+        if keeper is not None and len(state.seen) < each:
+            keeper.save_if_due(state)
+    return True
+
+
+class _Keeper:
+    """Writes the state of a training to a file now and then, and reads it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, step: TrainingStep, plan: Plan, count: int
+    ) -> None:
+        self._checkpoint, self._step = checkpoint, step
+        self._key = f"{checkpoint.key} {plan} {count}"
+        self._saved = time.monotonic()
+
+    def save_if_due(self, state: _State) -> None:
+        """Write the state if the last time is long enough ago.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if time.monotonic() - self._saved < self._checkpoint.seconds:
+            return
+        step, path = self._step, self._checkpoint.path
+        facts = {
+            **{name: getattr(state, name) for name in _FACTS},
+            "key": self._key,
+            "count": step.count,
+            "random": state.random.bit_generator.state,
+        }
+        arrays = {"facts": np.asarray(json.dumps(facts)), "order": state.order}
+        for group, named in (
+            ("weight", step.weights),
+            ("state", step.state),
+            ("kept", state.kept),
+        ):
+            arrays.update({f"{group}/{name}": array for name, array in named.items()})
+        temporary = path.with_name(f"{path.name}.new")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OutputError(
+                f"cannot keep the state of training in {path}: "
+                f"{error.strerror or error}"
+            ) from error
+        self._saved = time.monotonic()
+
+    def load(self) -> _State | None:
+        """Put the step where it was and return the state; ``None`` if there is none."""
+        step = self._step
+        try:
+            with (
+                self._checkpoint.path.open("rb") as raw,
+                np.load(raw, allow_pickle=False) as file,
+            ):
+                facts = json.loads(str(file["facts"]))
+                if facts.pop("key") != self._key:
+                    return None
+                weights, slots, kept = (
+                    {name: _like(file[f"{group}/{name}"], now) for name, now in of}
+                    for group, of in (
+                        ("weight", step.weights.items()),
+                        ("state", step.state.items()),
+                        ("kept", step.weights.items()),
+                    )
+                )
+                random = np.random.default_rng()
+                random.bit_generator.state = facts.pop("random")
+                count = int(facts.pop("count"))
+                state = _State(random, kept=kept, order=file["order"], **facts)
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            zipfile.BadZipFile,
+        ):
+            return None  # none, or not ours: training starts from the beginning
+        step.weights, step.state, step.count = weights, slots, count
+        return state
+
+
+_FACTS = (
+    "rate",
+    "start",
+    "best",
+    "best_epoch",
+    "epoch",
+    "seen",
+    "first",
+    "losses",
+    "judged",
+)
+
+
+def _like(array: Array, other: Array) -> Array:
+    if array.shape != other.shape or array.dtype != other.dtype:
+        raise ValueError("another shape or dtype")
+    return array
 
 
 def find_rate(
@@ -272,12 +453,11 @@ def _try(step: TrainingStep, given: Mapping[str, Array], rate: float) -> float:
         raise
 
 
-def _batches(count: int, size: int, random: np.random.Generator) -> Iterator[Array]:
-    order = random.permutation(count)
-    for start in range(0, count - size + 1, size):
+def _batches(order: Array, size: int) -> Iterator[Array]:
+    for start in range(0, len(order) - size + 1, size):
         yield np.sort(order[start : start + size])
 
 
 def _endless(count: int, size: int, random: np.random.Generator) -> Iterator[Array]:
     while True:
-        yield from _batches(count, size, random)
+        yield from _batches(random.permutation(count), size)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.errors import ModelError, OutputError, UsageError
 from onnxshrink.model import Model
 from onnxshrink.training import Optimizer, Sgd, TrainingStep, mse
-from onnxshrink.training.loop import Outcome, Plan, find_rate, fit, schedule
+from onnxshrink.training.loop import (
+    Checkpoint,
+    Outcome,
+    Plan,
+    find_rate,
+    fit,
+    schedule,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -169,6 +177,95 @@ def test_ctrl_c_keeps_the_best_so_far() -> None:
     assert len(outcome.losses) == 6
     assert outcome.best < outcome.start
     assert distance(outcome.weights) == outcome.best
+
+
+class KilledError(BaseException):
+    """Ends a training as a signal would: nothing catches it."""
+
+
+def noisy(positions: Array, random: np.random.Generator) -> Mapping[str, Array]:
+    x = X[positions] + random.normal(0, 0.1, (4, 3)).astype(np.float32)
+    return {"x": x, "t": x * WANTED}
+
+
+def kept(path: Path, stop: int | None, key: str = "k", **plan: Any) -> Outcome:
+    """Train with state kept after every step; die in step ``stop``."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == stop and what.startswith("epoch"):
+            raise KilledError
+
+    settings = {"epochs": 6, "batch": 4, "rate": None, "rates": (1e-2, 1e-1), **plan}
+    checkpoint = Checkpoint(path=path, key=key, seconds=0.0)
+    return fit(
+        step_of(), noisy, len(X), distance, Plan(**settings), progress, checkpoint
+    )
+
+
+def same(one: Outcome, two: Outcome) -> bool:
+    weights = one.weights["w"].tobytes() == two.weights["w"].tobytes()
+    others = [{k: v for k, v in vars(o).items() if k != "weights"} for o in (one, two)]
+    return weights and others[0] == others[1]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 6, 13, 30])
+def test_a_killed_training_goes_on_with_the_same_bits(
+    tmp_path: Path, stop: int
+) -> None:
+    whole = kept(tmp_path / "whole", None)
+    with pytest.raises(KilledError):
+        kept(tmp_path / "state", stop)
+    steps: list[int] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        steps.append(done)
+
+    plan = Plan(epochs=6, batch=4, rates=(1e-2, 1e-1))
+    checkpoint = Checkpoint(path=tmp_path / "state", key="k", seconds=0.0)
+    step = step_of()
+    resumed = fit(step, noisy, len(X), distance, plan, progress, checkpoint)
+    assert same(whole, resumed)
+    if stop > 1:  # the step that was killed is done again, and no other
+        assert steps == list(range(stop, 31))
+    assert [path.name for path in tmp_path.iterdir() if "new" in path.name] == []
+
+
+def test_a_training_that_lost_patience_is_not_taken_up_again(tmp_path: Path) -> None:
+    judged = itertools.count()
+    plan = Plan(epochs=9, batch=4, rate=0.1, patience=2)
+    checkpoint = Checkpoint(path=tmp_path / "state", key="k", seconds=0.0)
+
+    def judge(weights: Mapping[str, Array]) -> float:
+        return float(next(judged))
+
+    outcomes = [
+        fit(step_of(), feed, len(X), judge, plan, None, checkpoint) for _ in range(2)
+    ]
+    assert same(*outcomes)
+    assert outcomes[1].ending == "early"
+    assert next(judged) == 3  # the start and two epochs, once
+
+
+@pytest.mark.parametrize("change", [{"key": "other"}, {"seed": 1}, {"epochs": 7}])
+def test_state_of_another_training_is_ignored(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(KilledError):
+        kept(tmp_path / "state", 13)
+    found = kept(tmp_path / "state", None, **change)
+    assert same(found, kept(tmp_path / "fresh", None, **change))
+
+
+@pytest.mark.parametrize("size", [0, 40, 1000])
+def test_state_that_cannot_be_read_is_ignored(tmp_path: Path, size: int) -> None:
+    whole = kept(tmp_path / "state", None)
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:size])
+    assert same(whole, kept(tmp_path / "state", None))
+
+
+def test_state_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot keep the state of training"):
+        kept(tmp_path / "no" / "state", None)
 
 
 def test_a_loss_that_still_falls_is_seen() -> None:
