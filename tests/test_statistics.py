@@ -17,6 +17,7 @@ from onnxshrink.analysis.statistics import (
     ChannelNorm,
     ConvGram,
     ConvNorm,
+    ConvSample,
     ConvWindow,
     Gram,
     Histogram,
@@ -419,3 +420,16 @@ def test_an_update_changes_neither_the_array_nor_keeps_it():
         x[:] = 7
         assert repr(state(statistic)) == before
         x[:] = 1
+
+
+def test_a_sample_of_patches_gives_a_convolution_its_outputs() -> None:
+    x = np.arange(2 * 4 * 3 * 3, dtype=np.float32).reshape(2, 4, 3, 3)
+    window = ConvWindow((2, 2), pads=(1, 1, 0, 0), group=2)
+    rows = fed(ConvSample(1000, window=window, positions=9), x).values
+    weight = np.arange(2 * 2 * 2 * 2, dtype=np.float32).reshape(2, 2, 2, 2)
+    products = np.einsum("rgi,gi->rg", rows.reshape(-1, 2, 8), weight.reshape(2, 8))
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 0), (1, 0)))
+    for index, (n, i, j) in enumerate(np.ndindex(2, 3, 3)):
+        patch = padded[n, :, i : i + 2, j : j + 2]
+        wanted = [(patch[:2] * weight[0]).sum(), (patch[2:] * weight[1]).sum()]
+        np.testing.assert_array_equal(products[index], wanted)

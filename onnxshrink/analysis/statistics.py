@@ -23,6 +23,7 @@ __all__ = [
     "ChannelNorm",
     "ConvGram",
     "ConvNorm",
+    "ConvSample",
     "ConvWindow",
     "Gram",
     "Histogram",
@@ -884,6 +885,33 @@ class Sample(Statistic):
         if other._kept is not None:
             self._offer(other._kept, other._priority)
         self.rows += other.rows
+
+
+@dataclass(eq=False)
+class ConvSample(Sample):
+    """A seeded random choice of the patches a Conv reads.
+
+    A row is a patch: column ``c * kernel + k`` is what ``W[out, c, k...]`` of the
+    group that channel ``c`` belongs to is multiplied with; groups come one after the
+    other. Padding is zeros.
+
+    Attributes:
+        window: The convolution's window.
+        positions: At most this many output positions of a sample are offered, on an
+            even grid.
+    """
+
+    window: ConvWindow = field(default_factory=lambda: ConvWindow((1, 1)))
+    positions: int = 16
+
+    def update(self, array: Array) -> None:
+        """Offer the patches of one batch, [samples, channels, spatial...]."""
+        _check_groups(array, self.window)
+        source = ConvGram(self.window, positions=self.positions)
+        for patches in source._rows(array):
+            rows = patches.swapaxes(0, 1).reshape(patches.shape[1], -1)
+            self.rows += len(rows)
+            self._offer(rows, self._draws.random(len(rows)))
 
 
 class Multi(Statistic):
