@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from onnxshrink.base import Site, SitePass
 
-__all__ = ["Plan", "back_off", "tighten"]
+__all__ = ["Plan", "back_off", "blend", "nothing", "tighten"]
 
 _PROBES = 128
 """Most sites measured one by one; more are measured in groups of neighbours."""
@@ -118,6 +118,32 @@ def tighten(pass_: SitePass, plan: Plan) -> Plan | None:
         0.0 if index in drop else s for index, s in enumerate(plan.strengths)
     )
     return Plan(plan.sites, strengths, plan.order) if any(strengths) else None
+
+
+def nothing(sites: Sequence[Site]) -> Plan:
+    """Return the plan that leaves every site out."""
+    return Plan(tuple(sites), (0.0,) * len(sites), tuple(range(len(sites))))
+
+
+def blend(pass_: SitePass, plan: Plan, share: float) -> Plan:
+    """Return what lies between a plan and acting at every site as listed.
+
+    Args:
+        pass_: The pass, for ``weaken``.
+        plan: A plan; what it weakens or leaves out is given back in part.
+        share: From 0, the plan as it is, to 1, every site as listed. Where sites cannot
+            be weakened, this share of those left out takes part again, the least
+            damaging first.
+    """
+    if any(pass_.weaken(site, 0.5) is not None for site in plan.sites):
+        return _with(plan, [s + share * (1 - s) for s in plan.strengths])
+    out = [index for index in plan.order if plan.strengths[index] == 0]
+    still = set(out[: round((1 - share) * len(out))])
+    strengths = [
+        0.0 if index in still else 1.0 if index in out else strength
+        for index, strength in enumerate(plan.strengths)
+    ]
+    return _with(plan, strengths)
 
 
 def _with(plan: Plan, strengths: Sequence[float]) -> Plan:

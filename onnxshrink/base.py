@@ -32,7 +32,10 @@ class Promise(Enum):
     CLOSE = "close"
     """Outputs move, within the budget."""
     SIGNATURE = "signature"
-    """Only the names, types and shapes of inputs and outputs are kept."""
+    """Only the names, types and shapes of inputs and outputs are kept.
+
+    The budget holds for the run all the same: after the passes that repair.
+    """
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ class Pass(ABC):
     example: ClassVar[str] = ""
     opset: ClassVar[int] = 0
     """Lowest ai.onnx opset the rewritten model needs; the manager raises it first."""
+    repairs: ClassVar[bool] = False
+    """Whether it undoes damage: a pass that breaks the budget is judged after it."""
 
     @abstractmethod
     def apply(self, model: Model, ctx: Context) -> None:

@@ -44,9 +44,14 @@ back if none fits; ``rollback`` goes on without the pass; ``abort`` stops with a
 and writes nothing; ``keep`` keeps it and says so. A model that is broken (NaN where
 there was none, another signature, changed outputs where the pass promised the same) is
 never kept.
+
+Where passes that repair come later (``Pass.repairs``: distill, recover), all four wait
+for them: what counts is whether the repaired model holds.
 """
 
 _TIGHTENINGS = 24
+_REPAIRS = 2
+"""Weaker forms of a pass that are repaired and judged, after the full one failed."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,37 @@ class _Attempt:
     verdict: Verdict
     done: list[tuple[str, str]]
     left: list[tuple[str, str]]
-    changes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    plan: _backoff.Plan | None = None
+    """How strongly it acted at each site, where that is not as listed."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is accepted so far: a model, the file that holds it, its figures."""
+
+    model: Model
+    path: Path
+    stats: Stats
+
+
+@dataclass
+class _Try:
+    """A pass that was run at its place in the pipeline, before that is recorded."""
+
+    index: int
+    pass_: Pass
+    attempt: _Attempt
+    seconds: float
+    kept: bool
+    reason: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.attempt.verdict
+
+    @property
+    def label(self) -> str:
+        return f"step {self.index + 1} ({self.pass_.name})"
 
 
 class PassManager:
@@ -367,30 +402,210 @@ class _Run:
         manager = self.manager
         baseline = self._measure(self.baseline_path)
         baseline = dataclasses.replace(baseline, metric=self.judge.reference_metric())
-        accepted, path, stats, start = self.source, self.baseline_path, baseline, 0
+        state, index = _State(self.source, self.baseline_path, baseline), 0
         if resume:
-            resumed = self._resumed()
-            if resumed is not None:
-                accepted, path, stats, start = resumed
-        for index, pass_ in enumerate(manager.pipeline):
-            if index < start:
-                continue
-            accepted, path, stats = self._step(index, pass_, accepted, path, stats)
-        return self._finish(accepted, baseline)
+            state, index = self._resumed() or (state, 0)
+        while index < len(manager.pipeline):
+            tries = self._decided(index, state)
+            state = self._record(tries, state)
+            index += len(tries)
+        return self._finish(state.model, baseline)
 
-    def _step(
-        self, index: int, pass_: Pass, before: Model, before_path: Path, stats: Stats
-    ) -> tuple[Model, Path, Stats]:
+    def _decided(self, index: int, state: _State) -> list[_Try]:
+        """Run a pass, or several that are judged together, and say what is kept."""
         manager = self.manager
         started = time.perf_counter()
+        manager.progress(
+            index, len(manager.pipeline), manager.pipeline.passes[index].name
+        )
+        tries = self._tried_with_repair(index, state)
+        first = tries[0]
+        # The search for what fits belongs to the pass that made it necessary.
+        first.seconds += (
+            time.perf_counter() - started - sum(one.seconds for one in tries)
+        )
+        return tries
+
+    def _tried_with_repair(self, index: int, state: _State) -> list[_Try]:
+        on_breach = self.manager.on_breach
+        first = self._tried(index, state.model, state.path)
+        if first.kept:
+            return [first]
+        if on_breach == "keep" and first.verdict.keepable:
+            first.kept, first.reason = True, f"kept although {first.verdict.reason}"
+            return [first]
+        last = self._last_repairer(index)
+        failed = first
+        if last is not None and first.verdict.problem == "budget":
+            together = self._repaired(first, last)
+            if together[-1].verdict.ok:
+                return together
+            failed = min(together, key=lambda one: one.verdict.damage)
+        if on_breach == "abort":
+            after = "" if failed is first else f", and still after {failed.label}"
+            raise PromiseError(
+                f"{first.label}{after}: {failed.verdict.reason}; nothing was written"
+            )
+        first.kept, first.reason = False, f"rolled back: {failed.verdict.reason}"
+        if on_breach == "back-off":
+            return self._weakened(first, last, state)
+        return [first]
+
+    def _weakened(self, first: _Try, last: int | None, state: _State) -> list[_Try]:
+        """Give way: as far as it must before a repair, or alone if none helps."""
+        pass_ = first.pass_
+        if not isinstance(pass_, SitePass) or pass_.promise is Promise.SAME:
+            return [first]
+        alone = self._backed_off(first, state)
+        if last is not None and first.verdict.problem == "budget":
+            plan = alone.attempt.plan if alone is not None else None
+            stronger = self._weakened_before_repair(first, plan, last, state)
+            if stronger is not None:
+                return stronger
+        return [alone or first]
+
+    def _weakened_before_repair(
+        self, first: _Try, plan: _backoff.Plan | None, last: int, state: _State
+    ) -> list[_Try] | None:
+        """Look for the strongest form of a pass that later passes can repair.
+
+        It lies between what fits the budget without repair, which is known, and the
+        pass as asked for, which does not. Each trial costs a whole repair.
+        """
+        pass_ = first.pass_
+        assert isinstance(pass_, SitePass)
+        prepared = self.manager._prepared(state.model, pass_)
+        if plan is None:
+            sites = pass_.sites(prepared, self._context(first.index))
+            plan = _backoff.nothing(sites)
+        best: list[_Try] | None = None
+        low, high = 0.0, 1.0
+        for number in range(_REPAIRS):
+            share = (low + high) / 2
+            blended = _backoff.blend(pass_, plan, share)
+            if not blended.chosen(pass_) or blended == plan:
+                break
+            tag = f"-weaker{number + 1}"
+            tries = [
+                self._tried(first.index, state.model, state.path, blended, tag=tag)
+            ]
+            if not tries[0].verdict.ok:
+                tries = self._repaired(tries[0], last, tag=tag)
+            if tries[-1].verdict.ok:
+                best, low = tries, share
+            else:
+                high = share
+        return best
+
+    def _last_repairer(self, index: int) -> int | None:
+        """Return the last of the passes that repair what this one damages."""
+        passes = self.manager.pipeline.passes
+        if passes[index].repairs:
+            return None
+        later = range(index + 1, len(passes))
+        first = next((i for i in later if passes[i].repairs), None)
+        if first is None:
+            return None
+        last = first
+        for i in range(first + 1, len(passes)):
+            if passes[i].repairs:
+                last = i
+            elif passes[i].promise is not Promise.SAME:
+                break
+        return last
+
+    def _repaired(self, first: _Try, last: int, *, tag: str = "") -> list[_Try]:
+        """Go on from a pass that broke the budget until the model holds again.
+
+        Passes on the way that damage further wait for the repair too; one that repairs
+        is kept if it makes the damage smaller. The last verdict tells whether it held.
+        """
+        first.kept = True
+        tries, state = [first], first.attempt
+        for index in range(first.index + 1, last + 1):
+            one = self._tried(index, state.model, state.path, tag=tag)
+            verdict = one.verdict
+            helps = verdict.damage < state.verdict.damage
+            waits = verdict.problem == "budget" and not one.pass_.repairs
+            if verdict.keepable and (helps or waits):
+                one.kept = True
+            elif not one.kept:
+                one.reason = f"rolled back: {verdict.reason}"
+            tries.append(one)
+            if one.kept:
+                state = one.attempt
+            if verdict.ok:
+                self._explain(tries)
+                return tries
+        return tries
+
+    def _explain(self, tries: Sequence[_Try]) -> None:
+        """Say of passes that broke the budget who repaired it."""
+        *broke, last = tries
+        repairers = [one.pass_.name for one in tries if one.kept and one.pass_.repairs]
+        names = " and ".join(dict.fromkeys(repairers)) or last.pass_.name
+        for one in broke:
+            if one.kept and not one.verdict.ok:
+                one.reason = f"repaired by {names}: {one.verdict.reason} before"
+
+    def _record(self, tries: Sequence[_Try], state: _State) -> _State:
+        """Note the steps that are decided; an interrupted run continues after them."""
+        manager = self.manager
+        for one in tries:
+            before, attempt = state, one.attempt
+            if one.kept:
+                stats = self._measure(attempt.path)
+                stats = dataclasses.replace(stats, metric=one.verdict.quality())
+                state = _State(attempt.model, attempt.path, stats)
+            changes: list[tuple[str, str]] = []
+            if attempt.plan is not None and isinstance(one.pass_, SitePass):
+                changes = attempt.plan.changes(one.pass_)
+            step = Step(
+                pass_name=one.pass_.name,
+                options=one.pass_.options(),
+                accepted=one.kept,
+                reason=one.reason or one.verdict.reason,
+                seconds=one.seconds,
+                before=before.stats,
+                after=state.stats,
+                verdict=one.verdict,
+                did=tuple(attempt.done) if one.kept else (),
+                skipped=tuple(attempt.left),
+                left_out=tuple(changes) if one.kept else (),
+            )
+            self.steps.append(step)
+            if manager.on_step is not None:
+                manager.on_step(step)
+        self._tidy(tries, state)
+        self._remember(tries[-1].index, state)
+        return state
+
+    def _tidy(self, tries: Sequence[_Try], state: _State) -> None:
+        """Delete the files of attempts that came to nothing, which can be large."""
+        kept = {one.attempt.path.name for one in tries if one.kept} | {state.path.name}
+        for one in tries:
+            for file in self.folder.glob(f"{one.index}-*"):
+                if file.is_file() and not any(file.name.startswith(k) for k in kept):
+                    file.unlink(missing_ok=True)
+
+    # --- one step -----------------------------------------------------------------
+
+    def _tried(
+        self,
+        index: int,
+        before: Model,
+        before_path: Path,
+        plan: _backoff.Plan | None = None,
+        *,
+        tag: str = "",
+    ) -> _Try:
+        """Run one pass and judge it; an error says which and leaves nothing behind."""
+        started = time.perf_counter()
+        pass_ = self.manager.pipeline.passes[index]
+        ctx = self._context(index, tag)
         label = f"step {index + 1} ({pass_.name})"
-        manager.progress(index, len(manager.pipeline), pass_.name)
-        ctx = manager._context(self.reference, self.splits, self.executor)
-        if self.target is not None:
-            ctx.folder = self._scratch(index)
-            ctx.folder.mkdir(exist_ok=True)
         try:
-            attempt = self._attempt(index, pass_, before, before_path, ctx)
+            attempt = self._attempt(index, pass_, before, before_path, ctx, plan, tag)
         except OnnxshrinkError as error:
             raise type(error)(f"{label}: {error}") from error
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -401,66 +616,41 @@ class _Run:
                 f"{label} failed after {where}: {type(error).__name__}: {error}; "
                 "the model before this step is unharmed and nothing was written"
             ) from error
-        verdict = attempt.verdict
-        if not verdict.ok and manager.on_breach == "abort":
-            raise PromiseError(f"{label}: {verdict.reason}; nothing was written")
-        kept = verdict.ok or (manager.on_breach == "keep" and verdict.keepable)
-        reason = verdict.reason
-        if kept and not verdict.ok:
-            reason = f"kept although {reason}"
-        elif not kept:
-            reason = f"rolled back: {reason}"
-        after = stats
-        if kept:
-            after = dataclasses.replace(
-                self._measure(attempt.path), metric=verdict.quality()
-            )
-        step = Step(
-            pass_name=pass_.name,
-            options=pass_.options(),
-            accepted=kept,
-            reason=reason,
-            seconds=time.perf_counter() - started,
-            before=stats,
-            after=after,
-            verdict=verdict,
-            did=tuple(attempt.done) if kept else (),
-            skipped=tuple(attempt.left),
-            left_out=tuple(attempt.changes) if kept else (),
-        )
-        self.steps.append(step)
-        if manager.on_step is not None:
-            manager.on_step(step)
-        if not kept:
-            self._remember(index, before_path, stats)
-            return before, before_path, stats
-        self._remember(index, attempt.path, after)
-        return attempt.model, attempt.path, after
+        seconds = time.perf_counter() - started
+        return _Try(index, pass_, attempt, seconds, attempt.verdict.ok)
 
-    # --- one step -----------------------------------------------------------------
+    def _context(self, index: int, tag: str = "") -> Context:
+        ctx = self.manager._context(self.reference, self.splits, self.executor)
+        if self.target is not None:
+            ctx.folder = self.folder / f"step-{index}{tag}"
+            ctx.folder.mkdir(exist_ok=True)
+        return ctx
 
     def _attempt(
-        self, index: int, pass_: Pass, before: Model, before_path: Path, ctx: Context
+        self,
+        index: int,
+        pass_: Pass,
+        before: Model,
+        before_path: Path,
+        ctx: Context,
+        plan: _backoff.Plan | None,
+        tag: str,
     ) -> _Attempt:
         prepared = self.manager._prepared(before, pass_)
-        if not isinstance(pass_, SitePass):
+        if isinstance(pass_, SitePass):
+            sites = list(pass_.sites(prepared, ctx))
+            listed = list(ctx.left)
+            names = [site.where for site in sites]
+            if len(set(names)) != len(names):
+                raise PromiseError("the pass lists the same site twice")
+            chosen = sites if plan is None else plan.chosen(pass_)
+            candidate = self._rewritten(pass_, prepared, chosen, ctx, listed)
+        else:
             candidate = prepared.copy()
             pass_.apply(candidate, ctx)
-            return self._judged(index, pass_, candidate, before_path, ctx)
-        sites = list(pass_.sites(prepared, ctx))
-        listed = list(ctx.left)
-        names = [site.where for site in sites]
-        if len(set(names)) != len(names):
-            raise PromiseError("the pass lists the same site twice")
-        candidate = self._rewritten(pass_, prepared, sites, ctx, listed)
-        attempt = self._judged(index, pass_, candidate, before_path, ctx)
-        if attempt.verdict.ok or self.manager.on_breach != "back-off" or not sites:
-            return attempt
-        if pass_.promise is Promise.SAME:
-            return attempt
-        return self._backed_off(
-            index, pass_, prepared, sites, before_path, ctx, listed, attempt
-        )
+        attempt = self._judged(index, pass_, candidate, before_path, ctx, tag)
+        attempt.plan = plan
+        return attempt
 
     def _rewritten(
         self,
@@ -477,15 +667,21 @@ class _Run:
         return candidate
 
     def _judged(
-        self, index: int, pass_: Pass, candidate: Model, before_path: Path, ctx: Context
+        self,
+        index: int,
+        pass_: Pass,
+        candidate: Model,
+        before_path: Path,
+        ctx: Context,
+        tag: str = "",
     ) -> _Attempt:
         """Write the candidate and let the validator look at the file."""
-        path = self.folder / f"{index}-{self.name}"
+        path = self.folder / f"{index}{tag}-{self.name}"
         candidate.fit_runtime()
         files = self._save(candidate, path)
         verdict = self.judge.check(
             path,
-            pass_.promise,
+            _judged_by(pass_),
             before=before_path,
             before_bytes=_bytes(before_path),
             after_bytes=sum(file.stat().st_size for file in files),
@@ -501,18 +697,16 @@ class _Run:
             max_decode_ratio=manager.max_decode_ratio,
         )
 
-    def _backed_off(
-        self,
-        index: int,
-        pass_: SitePass,
-        prepared: Model,
-        sites: Sequence[Site],
-        before_path: Path,
-        ctx: Context,
-        listed: list[tuple[str, str]],
-        failed: _Attempt,
-    ) -> _Attempt:
+    def _backed_off(self, failed: _Try, state: _State) -> _Try | None:
         """Give way until the budget holds: choose on validation samples, then judge."""
+        index, pass_ = failed.index, failed.pass_
+        assert isinstance(pass_, SitePass)
+        ctx = self._context(index)
+        prepared = self.manager._prepared(state.model, pass_)
+        sites = list(pass_.sites(prepared, ctx))
+        listed = list(ctx.left)
+        if not sites:
+            return None
         scout = self._scout()
         tried = 0
 
@@ -523,7 +717,7 @@ class _Run:
             if not some:
                 return 0.0
             trial = self._rewritten(pass_, prepared, some, ctx, listed)
-            return scout.check(trial, pass_.promise).damage
+            return scout.check(trial, _judged_by(pass_)).damage
 
         plan = _backoff.back_off(pass_, sites, damage)
         for _ in range(_TIGHTENINGS):
@@ -533,12 +727,12 @@ class _Run:
             if not chosen:
                 break
             candidate = self._rewritten(pass_, prepared, chosen, ctx, listed)
-            attempt = self._judged(index, pass_, candidate, before_path, ctx)
+            attempt = self._judged(index, pass_, candidate, state.path, ctx)
             if attempt.verdict.ok:
-                attempt.changes = plan.changes(pass_)
-                return attempt
+                attempt.plan = plan
+                return _Try(index, pass_, attempt, 0.0, kept=True)
             plan = _backoff.tighten(pass_, plan)
-        return failed
+        return None
 
     def _scout(self) -> Validator:
         """The validator that choices are made with: never on evaluation samples."""
@@ -598,28 +792,26 @@ class _Run:
             "samples": list(self.splits.describe()),
         }
 
-    def _scratch(self, index: int) -> Path:
-        """Return where a step keeps what it wants to find again after a resume."""
-        return self.folder / f"step-{index}"
-
-    def _remember(self, index: int, path: Path, stats: Stats) -> None:
+    def _remember(self, index: int, accepted: _State) -> None:
         """Note the accepted model, after which an interrupted run can continue."""
         if self.target is None:
             return
+        path = accepted.path
         inside = path.parent == self.folder
         state = {
             "run": self._fingerprint,
             "next": index + 1,
             "path": path.name if inside else None,
-            "stats": stats.to_json(),
+            "stats": accepted.stats.to_json(),
             "steps": [step.to_json() for step in self.steps],
         }
         temporary = self.folder / "state.json.new"
         temporary.write_text(json.dumps(state))
         os.replace(temporary, self.folder / "state.json")
-        shutil.rmtree(self._scratch(index), ignore_errors=True)
+        for folder in self.folder.glob("step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _resumed(self) -> tuple[Model, Path, Stats, int] | None:
+    def _resumed(self) -> tuple[_State, int] | None:
         file = self.folder / "state.json"
         if not file.exists():
             return None
@@ -634,7 +826,8 @@ class _Run:
             path = self.baseline_path if name is None else self.folder / Path(name).name
             model = self.source if name is None else Model.load(path)
             self.steps = [Step.from_json(step) for step in state["steps"]]
-            return model, path, Stats.from_json(state["stats"]), int(state["next"])
+            stats = Stats.from_json(state["stats"])
+            return _State(model, path, stats), int(state["next"])
         except (KeyError, TypeError, ValueError, ModelError) as error:
             raise UsageError(
                 f"the state in {self.folder} cannot be read ({error}); "
@@ -696,6 +889,12 @@ class _Run:
         )
         final.source = self.target
         return Result(final, report, files if self.target is not None else ())
+
+
+def _judged_by(pass_: Pass) -> Promise:
+    """Return the promise a pass is judged by inside a run, which has a budget."""
+    free = pass_.promise is Promise.SIGNATURE
+    return Promise.CLOSE if free else pass_.promise
 
 
 def _bytes(path: Path) -> int:

@@ -115,6 +115,7 @@ class Recover(SitePass):
     name: ClassVar[str] = "recover"
     promise: ClassVar[Promise] = Promise.CLOSE
     example: ClassVar[str] = "recover:samples=4096"
+    repairs: ClassVar[bool] = True
 
     ridge: float = 0.1
     samples: int = 2048
