@@ -118,6 +118,7 @@ class Distill(Pass):
     name: ClassVar[str] = "distill"
     promise: ClassVar[Promise] = Promise.CLOSE
     example: ClassVar[str] = "distill:epochs=20,temperature=4"
+    repairs: ClassVar[bool] = True
 
     teacher: Path | None = None
     temperature: float = 4.0
