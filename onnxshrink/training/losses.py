@@ -13,26 +13,40 @@ import numpy as np
 from onnxshrink.errors import UsageError
 from onnxshrink.training.gradients import GradContext, Tensor
 
-__all__ = ["cosine", "cross_entropy", "mse", "soft_cross_entropy", "weighted"]
+__all__ = [
+    "attention",
+    "cosine",
+    "cross_entropy",
+    "mse",
+    "soft_cross_entropy",
+    "top_cross_entropy",
+    "weighted",
+]
 
 
 def cross_entropy(
     ctx: GradContext, logits: Tensor, labels: Tensor, axis: int = -1
 ) -> Tensor:
-    """Return the mean cross-entropy between class scores and integer labels.
+    """Return the mean cross-entropy between class scores and labels.
 
     Args:
         ctx: The context to build with.
         logits: Scores before softmax.
         labels: int64, of the shape of ``logits`` without the class axis. A negative
-            label takes no part.
+            label takes no part. Or the share of each class, of the type and shape of
+            ``logits``.
         axis: The class axis.
 
     Raises:
-        UsageError: The labels do not have that shape.
+        UsageError: The labels do not have such a shape.
     """
     shape = ctx.shape(logits)
     axis %= len(shape)
+    if ctx.dtype(labels).kind == "f":
+        _same_shape(ctx, logits, labels)
+        logs = ctx.op("LogSoftmax", logits, axis=axis)
+        total = ctx.op("ReduceSum", ctx.op("Mul", logs, labels), keepdims=0)
+        return ctx.op("Mul", total, -1.0 / (math.prod(shape) // shape[axis]))
     if ctx.shape(labels) != (*shape[:axis], *shape[axis + 1 :]):
         raise UsageError(
             f"scores of shape {list(shape)} do not go with labels of shape "
@@ -90,6 +104,99 @@ def soft_cross_entropy(
     total = ctx.op("ReduceSum", parts, keepdims=0)
     count = math.prod(n for i, n in enumerate(ctx.shape(logits)) if i != axis)
     return ctx.op("Mul", total, temperature**2 / count)
+
+
+def top_cross_entropy(
+    ctx: GradContext,
+    logits: Tensor,
+    top: Tensor,
+    indices: Tensor,
+    rest: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the divergence from a teacher of whom only the largest scores are known.
+
+    All classes but those are one more class for both sides, with the mass that is left.
+    What ``soft_cross_entropy`` says of k + 1 classes is said of these: their scores are
+    divided by the temperature, and the divergence is multiplied with its square.
+
+    Args:
+        ctx: The context to build with.
+        logits: Scores of the model before softmax, [..., classes].
+        top: The teacher's largest scores, [..., k].
+        indices: Of which classes they are, int64 [..., k].
+        rest: The score of all other classes together, the logarithm of the sum of
+            their exponentials, [...].
+        temperature: T, above 0.
+
+    Raises:
+        UsageError: The shapes do not go together.
+    """
+    shape, many = ctx.shape(logits), ctx.shape(top)
+    known = ctx.shape(indices) == many and (*ctx.shape(rest), many[-1]) == many
+    if not known or shape[:-1] != many[:-1] or many[-1] >= shape[-1]:
+        raise UsageError(
+            f"scores of shape {list(shape)} do not go with the largest ones of a "
+            f"teacher, of shapes {list(many)}, {list(ctx.shape(indices))} and "
+            f"{list(ctx.shape(rest))}"
+        )
+    last = len(shape) - 1
+    axes = ctx.ints([last])
+    # The mass that is left is summed without the scores that are known: to subtract
+    # these from the whole would leave nothing but rounding.
+    hole = ctx.constant(np.full(many, -1e30, np.float32))
+    others = ctx.op("ScatterElements", logits, indices, hole, axis=last)
+    left = ctx.op("ReduceLogSumExp", others, axes, keepdims=1)
+    mine = ctx.op(
+        "Concat",
+        ctx.op("GatherElements", logits, indices, axis=last),
+        left,
+        axis=last,
+    )
+    theirs = ctx.op("Concat", top, ctx.op("Unsqueeze", rest, axes), axis=last)
+    return soft_cross_entropy(ctx, mine, theirs, temperature)
+
+
+def attention(ctx: GradContext, output: Tensor, target: Tensor, axis: int) -> Tensor:
+    """Return the mean squared distance between two tensors' maps of attention.
+
+    Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, section 3.1:
+    the map of a sample is the sum of squares over its channels, scaled to length one as
+    a vector over positions. The two sides may have different numbers of channels.
+
+    Args:
+        ctx: The context to build with.
+        output: The model's tensor; its first axis is samples.
+        target: The teacher's.
+        axis: The axis of channels.
+
+    Raises:
+        UsageError: Something else than the number of channels differs, or there are no
+            positions.
+    """
+
+    def positions(tensor: Tensor) -> list[int]:
+        shape = list(ctx.shape(tensor))
+        del shape[axis]
+        return shape
+
+    if positions(output) != positions(target) or len(positions(output)) < 2:
+        raise UsageError(
+            f"maps of attention of {output.name!r} of shape {list(ctx.shape(output))} "
+            f"and {target.name!r} of shape {list(ctx.shape(target))} cannot be compared"
+        )
+
+    def scaled(tensor: Tensor) -> Tensor:
+        energy = ctx.op("ReduceSumSquare", tensor, ctx.ints([axis]), keepdims=0)
+        count, *others = positions(tensor)
+        flat = ctx.reshape(energy, [count, math.prod(others)])
+        size = ctx.op("ReduceSumSquare", flat, ctx.ints([1]), keepdims=1)
+        # A map of zeros has no direction; it stays one.
+        return ctx.op("Div", flat, ctx.op("Sqrt", ctx.op("Add", size, 1e-24)))
+
+    off = ctx.op("Sub", scaled(output), scaled(target))
+    total = ctx.op("ReduceSumSquare", off, keepdims=0)
+    return ctx.op("Mul", total, 1.0 / positions(output)[0])
 
 
 def mse(ctx: GradContext, output: Tensor, target: Tensor) -> Tensor:
