@@ -33,10 +33,12 @@ from onnxshrink.training import (
 )
 from onnxshrink.training.loop import RATES, Outcome, Plan, fit
 from onnxshrink.training.trainable import (
+    Scales,
     Trainable,
     attach,
     find_trainable,
-    values_of,
+    summary,
+    write,
 )
 
 __all__ = ["Distill"]
@@ -84,11 +86,12 @@ class Distill(Pass):
     float32 are taught by their squared error, in units of the teacher's variance. Where
     samples have labels, these take part.
 
-    What the graph says is kept: zeros of a pruned weight stay zero, a weight used twice
-    stays one, statistics of BatchNormalization stay. Weights stored as 8-bit codes
-    behind DequantizeLinear are trained through the rounding and written as codes again
-    (quantization-aware training), within the range of the codes they have; their scales
-    stay.
+    What the graph says is kept: zeros of a pruned weight stay zero, equal values of a
+    weight with few stay equal (Han, Mao and Dally 2016), a weight used twice stays one,
+    statistics of BatchNormalization stay. Weights stored as codes of 2 to 16 bits are
+    trained through the rounding and written as codes again (quantization-aware
+    training), within the range of the codes they have. Scales of quantization can be
+    learned (LSQ: Esser et al. 2020); an int32 bias follows those it is made of.
 
     It needs ``--data``: training samples for the gradients, validation samples to
     choose the learning rate's best epoch. The weights of the best epoch are kept, which
@@ -110,6 +113,10 @@ class Distill(Pass):
         clip: Largest norm of all gradients together; 0 does not clip.
         shift: Most pixels that images [samples, channels, height, width] are moved by,
             anew in each step; the teacher sees the same image, except from a file.
+        scales: Whether scales of quantization are learned: ``auto`` those of weights
+            of 16 levels or fewer, ``fixed`` none, ``learned`` those of activations too.
+        ties: Whether equal values of a matrix or kernel of at most 256 distinct ones
+            stay equal.
         only: Train only these weights: names of weights or nodes, glob patterns or op
             types.
         skip: Leave these weights alone: names, glob patterns or op types.
@@ -131,6 +138,8 @@ class Distill(Pass):
     weight_decay: float = 0.0
     clip: float = 1.0
     shift: int = 0
+    scales: Scales = "auto"
+    ties: bool = True
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -195,23 +204,19 @@ class Distill(Pass):
             )
         changed = 0
         if outcome.best_epoch:
-            for one in run.chosen:
-                values = values_of(one, model, outcome.weights[one.name])
-                if not np.array_equal(values, model.weight(one.name).read()):
-                    model.set_weight(one.name, values)
-                    changed += 1
+            changed = write(model, run.chosen, outcome.weights)
         before, after = judge.words(outcome.start), judge.words(outcome.best)
         if not changed:
             why = f"no epoch was better than the start, {before}, lr {outcome.rate:g}"
             for words in [why, *notes]:
                 ctx.skipped(where, words)
             return
-        held = sum(int((o.keep == 0).sum()) for o in run.chosen if o.keep is not None)
-        zeros = f", {held:,} zeros kept" if held else ""
+        special = summary(run.chosen)
+        special = f" ({special})" if special else ""
         ctx.did(
             where,
-            f"trained {changed} weights{zeros}; best in epoch {outcome.best_epoch} of "
-            f"{self.epochs}, lr {outcome.rate:g}: {before} -> {after}",
+            f"trained {changed} weights{special}; best in epoch "
+            f"{outcome.best_epoch} of {self.epochs}, lr {outcome.rate:g}: {before} -> {after}",
         )
         for words in notes:
             ctx.did(where, words)
@@ -244,7 +249,13 @@ class _Run:
         self.heads = self._heads()
         names = [head.output for head in self.heads]
         self.chosen: list[Trainable] = find_trainable(
-            model, names, options.only, options.skip, ctx.skipped
+            model,
+            names,
+            options.only,
+            options.skip,
+            ctx.skipped,
+            scales=options.scales,
+            ties=options.ties,
         )
         if not self.chosen:
             why = f": {ctx.left[0][0]}: {ctx.left[0][1]}" if ctx.left else ""
@@ -532,8 +543,7 @@ class _Judge:
         """Return the loss; NaN if the model gives NaN."""
         run = self._run
         model = run.model.copy()
-        for one in run.chosen:
-            model.set_weight(one.name, values_of(one, model, weights[one.name]))
+        write(model, run.chosen, weights)
         names = [head.output for head in run.heads]
         try:
             given = teacher.answers(

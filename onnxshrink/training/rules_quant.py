@@ -3,7 +3,8 @@
 LSQ: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 3. The
 gradient of an integer code stands for that of the real number the code was rounded
 from. The two operators of a pair each give their part of the scale's gradient: where
-they share one scale, the parts add up to the paper's.
+they share one scale, the parts add up to the paper's. A number within half a step of
+the outermost code is rounded to it like any other, and not clipped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _RANGES: dict[int, tuple[int, int]] = {
     _T.INT16: (-32768, 32767),
     _T.UINT4: (0, 15),
     _T.INT4: (-8, 7),
+    _T.UINT2: (0, 3),
+    _T.INT2: (-2, 1),
 }
 
 
@@ -84,8 +87,8 @@ def _quantize(ctx: GradContext, node: Node, grads: Grads) -> Grads:
     code = ratio if offset is None else ctx.op("Add", ratio, offset)
     inside = ctx.op(
         "And",
-        ctx.op("GreaterOrEqual", code, float(low)),
-        ctx.op("LessOrEqual", code, float(high)),
+        ctx.op("GreaterOrEqual", code, low - 0.5),
+        ctx.op("LessOrEqual", code, high + 0.5),
     )
     passed = ctx.op("Div", ctx.mask(inside, g), wide)
     found: Grads = [passed if ctx.wants(0) else None, None]

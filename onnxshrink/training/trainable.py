@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -12,10 +13,27 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink._topology import is_onnx, subgraphs_of
 from onnxshrink.base import selected
-from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model import Model, Node, Weight
+from onnxshrink.quantization.schemes import limits
+from onnxshrink.training.fakequant import (
+    CODES,
+    MOVES,
+    Decoder,
+    decoder_of,
+    fake_quantized,
+    is_pruned,
+)
 from onnxshrink.training.gradients import _ZERO, is_covered
+from onnxshrink.training.rules_quant import lsq_factor
 
-__all__ = ["Trainable", "attach", "find_trainable", "values_of"]
+__all__ = [
+    "Scales",
+    "Trainable",
+    "attach",
+    "find_trainable",
+    "summary",
+    "write",
+]
 
 Array = np.ndarray[Any, Any]
 Note = Callable[[str, str], None]
@@ -40,33 +58,222 @@ _READ: dict[str, tuple[int, ...]] = {
     "RNN": (1, 2, 3),
 }
 """Inputs of operators that hold what was learnt; anything else is a setting."""
-_THROUGH = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _LARGEST = 1e4
 """Constants with entries above this are masks, not weights."""
-_CODES = frozenset({onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
-_PRUNED = 0.5
-"""Share of zero codes from which a quantized weight counts as pruned."""
+_INTEGER = {
+    "ConvInteger": 1,
+    "MatMulInteger": 1,
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+}
+"""Operators that multiply codes as they are, and which input the weight is."""
+_TABLE = 256
+"""A weight with no more distinct values than this is stored by index."""
+_REPEATS = 16
+"""Entries there are at least for each value of such a weight."""
+_LOW_BITS = 16
+"""Levels up to which ``scales=auto`` learns the scale of a weight."""
+_TINY = float(np.finfo(np.float32).tiny)
+
+Scales = Literal["auto", "fixed", "learned"]
 
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
-    """A weight that training may change.
+    """A weight that training may change: by itself, as it is.
 
     Attributes:
-        name: Name of the weight.
+        name: Name of the weight that a training step makes an input.
         start: Its values, float32.
         keep: 1 where it may change and 0 where it is zero and stays so, float32;
             ``None`` if all of it may change.
-        is_quantized: Whether it is stored as codes that DequantizeLinear reads.
-        codes: The least and the largest code it may have: those it has, so that codes
-            of few bits stay such.
     """
 
     name: str
     start: Array
     keep: Array | None = None
-    is_quantized: bool = False
-    codes: tuple[int, int] = (0, 0)
+
+    @property
+    def held(self) -> int:
+        """How many zeros stay zero."""
+        return 0 if self.keep is None else int((self.keep == 0).sum())
+
+    def attach(self, model: Model) -> gs.Tensor:
+        """Rewrite a training copy; return what stands for the weight's values."""
+        value = model.weight(self.name).value
+        if self.keep is None:
+            return value
+        mask = model.add_weight(f"{self.name}_mask", self.keep)
+        node = model.add_node("Mul", [mask, mask], name=f"{self.name}_kept")
+        model.replace_uses(value, node.outputs[0])
+        node.inputs[0] = value
+        return node.outputs[0]
+
+    def write(self, model: Model, trained: Array) -> None:
+        """Write what was trained into a model that is not a training copy."""
+        model.set_weight(self.name, trained)
+
+
+@dataclass(frozen=True, eq=False)
+class Tied(Trainable):
+    """A weight of few values, of which those that are equal stay equal.
+
+    What is trained is the table of its values: each gets the sum of the gradients of
+    its members (Han, Mao and Dally, Deep Compression, ICLR 2016, section 3). Zero
+    stays zero.
+
+    Attributes:
+        index: Position in ``start`` of each entry, int32 of the weight's shape.
+    """
+
+    index: Array = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    @property
+    def held(self) -> int:
+        """How many zeros stay zero."""
+        return int((self.start[self.index] == 0).sum())
+
+    def attach(self, model: Model) -> gs.Tensor:
+        """Look the entries up in the table."""
+        model.set_weight(self.name, self.start)
+        table = super().attach(model)
+        index = model.add_weight(f"{self.name}_index", self.index)
+        node = model.add_node("Gather", [index, index], name=f"{self.name}_tied")
+        model.replace_uses(table, node.outputs[0])
+        node.inputs[0] = table
+        return node.outputs[0]
+
+    def write(self, model: Model, trained: Array) -> None:
+        """Write every entry."""
+        model.set_weight(self.name, trained[self.index])
+
+
+@dataclass(frozen=True, eq=False)
+class Codes(Trainable):
+    """A weight stored as integer codes: a float master is trained, codes are written.
+
+    Attributes:
+        scale: Name of its scale.
+        least: Least code it may have: the least it has, so that codes of few bits stay
+            such.
+        largest: Largest code it may have.
+    """
+
+    scale: str = ""
+    least: int = 0
+    largest: int = 0
+
+    def attach(self, model: Model) -> gs.Tensor:
+        """Round the master in the graph, in place of what decodes the codes."""
+        decoder = _decoder(model, self.name)
+        model.set_weight(self.name, self.start)
+        made = fake_quantized(
+            model,
+            model.weight(self.name).value,
+            decoder,
+            self.least,
+            self.largest,
+        )
+        model.replace_uses(decoder.values, made)
+        for node in decoder.nodes:
+            model.remove(node)
+        return super().attach(model)
+
+    def write(self, model: Model, trained: Array) -> None:
+        """Write codes, at the scale that the model has now."""
+        weight = model.weight(self.name)
+        decoder = _decoder(model, self.name)
+        scale = model.weight(self.scale).read()
+        codes = decoder.encode(trained, scale, self.least, self.largest, weight.shape)
+        model.set_weight(weight, codes.astype(weight.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Bias(Trainable):
+    """A bias of int32 codes, whose scale is that of the inputs times the weight's.
+
+    Rounding it changes nothing that counts, so the float master takes its place.
+
+    Attributes:
+        scale: Name of its scale.
+        factors: Names of the scales that multiply to it; empty if it has its own.
+    """
+
+    scale: str = ""
+    factors: tuple[str, ...] = ()
+
+    def attach(self, model: Model) -> gs.Tensor:
+        """Let the layer read the master."""
+        decoder = _decoder(model, self.name)
+        model.set_weight(self.name, self.start)
+        model.replace_uses(decoder.values, model.weight(self.name).value)
+        for node in decoder.nodes:
+            model.remove(node)
+        return super().attach(model)
+
+    def write(self, model: Model, trained: Array) -> None:
+        """Write codes, and the scale that the others have come to."""
+        weight, own = model.weight(self.name), model.weight(self.scale)
+        scale = own.read()
+        if self.factors:
+            scale = _product(model, self.factors, scale.shape)
+            model.set_weight(own, scale)
+        decoder = _decoder(model, self.name)
+        wide = decoder.spread(scale).astype(np.float64)
+        limits = np.iinfo(np.int32)
+        codes = np.clip(np.rint(trained / wide), limits.min, limits.max)
+        model.set_weight(weight, codes.astype(np.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Trainable):
+    """The scale of a quantization: trained is the logarithm of its change.
+
+    So it stays positive, and moves by the same share whatever its size. ``slope`` is
+    the root of LSQ's factor: a gradient step moves the logarithm by that factor times
+    its gradient.
+
+    Attributes:
+        names: The weights that hold this scale, which stay equal.
+        slope: What the parameter is multiplied with.
+    """
+
+    names: tuple[str, ...] = ()
+    slope: float = 1.0
+
+    def attach(self, model: Model) -> gs.Tensor:
+        """Multiply the scale by the exponential of the parameter."""
+        parameter = model.add_weight(self.name, self.start)
+        assert parameter.name == self.name
+        slope = model.add_weight("slope", np.asarray(self.slope, np.float32))
+        change = model.add_node("Mul", [parameter, slope]).outputs[0]
+        change = model.add_node("Exp", [change]).outputs[0]
+        for name in self.names:
+            old = model.weight(name).value
+            node = model.add_node("Mul", [change, change], name=f"{name}_learned")
+            model.replace_uses(old, node.outputs[0])
+            node.inputs[0] = old
+        return parameter
+
+    def write(self, model: Model, trained: Array) -> None:
+        """Write the scale."""
+        factor = np.exp(trained * np.float32(self.slope))
+        for name in self.names:
+            scale = model.weight(name).read()
+            made = np.maximum(scale * factor, np.float32(_TINY))
+            model.set_weight(name, made.astype(scale.dtype))
+
+
+def _decoder(model: Model, name: str) -> Decoder:
+    made = decoder_of(model, model.weight(name))
+    assert isinstance(made, Decoder), made  # it was one when it was found
+    return made
+
+
+def _product(model: Model, names: Sequence[str], shape: Sequence[int]) -> Array:
+    """Return the product of scales as float32 of a shape."""
+    first, second = (model.weight(name).read().reshape(-1) for name in names)
+    return np.broadcast_to(first * second, [math.prod(shape)]).reshape(shape).copy()
 
 
 def find_trainable(
@@ -75,14 +282,17 @@ def find_trainable(
     only: Sequence[str],
     skip: Sequence[str],
     note: Note,
+    *,
+    scales: Scales = "auto",
+    ties: bool = True,
 ) -> list[Trainable]:
     """List the weights that gradients of some outputs reach and that may change.
 
     Kernels, matrices, tables, biases, scales and shifts of float32 in the main graph
-    are trained, and int8 and uint8 ones behind DequantizeLinear. A single number is a
-    setting. Zeros of a weight that
+    are trained, and integer codes that DequantizeLinear, or Cast and Mul, decode. A
+    single number is a setting. Zeros of a weight that
     has others stay zero. A vector of zeros is a bias that starts there and may change.
-    Statistics of BatchNormalization, scales of quantization and whatever is neither
+    Statistics of BatchNormalization and whatever is neither
     learnt nor float are left alone.
 
     Args:
@@ -91,13 +301,20 @@ def find_trainable(
         only: Names or glob patterns of weights or nodes, or op types; empty is all.
         skip: The same; wins over ``only``.
         note: Receives (weight, reason) for what is frozen and might have been trained.
+        scales: Whether scales of quantization are trained: ``learned`` all that can,
+            ``auto`` those of weights of 16 levels or fewer.
+        ties: Whether equal values of a matrix, kernel or table of at most 256 values
+            stay equal.
+
+    Returns:
+        Each to be a parameter of the training step; scales first.
     """
     reached, blocked = _reach(model, outputs)
-    found = []
+    found: list[Trainable] = []
     for weight in model.weights():
         if not weight.size or not weight.shape:
             continue
-        readers = list(_readers(weight.uses))
+        readers = list(_readers(model, weight))
         learnt = [node for node, index in readers if index in _indices(node)]
         if not learnt:
             continue
@@ -113,66 +330,64 @@ def find_trainable(
         if why:
             note(weight.name, why)
             continue
-        made = _made(model, weight)
+        made = _made(model, weight, ties)
         if isinstance(made, str):
             note(weight.name, made)
         else:
             found.append(made)
-    return found
+    if scales == "fixed":
+        return found
+    return [*_scales(model, found, reached, only, skip, scales), *found]
 
 
 def attach(model: Model, chosen: Sequence[Trainable]) -> None:
     """Rewrite a copy for training: zeros held by masks, integers by float masters.
 
-    Each weight keeps its name and is float32 afterwards, so that a training step can
-    make it an input. A masked weight is multiplied with its mask, so that its gradient
-    is zero where it is zero. A quantized one is quantized in the graph, which passes
-    gradients straight through.
+    The parameter of each keeps its name and is float32 afterwards, so that a training
+    step can make it an input. A masked weight is multiplied with its mask, so that its
+    gradient is zero where it is zero. A quantized one is quantized in the graph, which
+    passes gradients straight through.
     """
+    if any(isinstance(one, Codes) and one.largest - one.least > 255 for one in chosen):
+        model.require_opset(21)
     for one in chosen:
-        weight = model.weight(one.name)
-        value = weight.value
-        if one.is_quantized:
-            (reader, _), *_ = weight.uses
-            attrs = {key: given for key, given in reader.attrs.items() if key == "axis"}
-            model.set_weight(weight, one.start)
-            value = model.weight(one.name).value
-            node = model.add_node(
-                "QuantizeLinear",
-                [*reader.inputs],
-                attrs=attrs,
-                name=f"{one.name}_codes",
-                before=reader,
-            )
-            scale, zero = _scale(model, reader, one.start.ndim)
-            ends = [(code - zero) * scale for code in one.codes]
-            least, largest = (np.asarray(end, np.float32) for end in ends)
-            above = model.add_node(
-                "Max", [value, model.add_weight(f"{one.name}_least", least)]
-            ).outputs[0]
-            node.inputs[0] = model.add_node(
-                "Min", [above, model.add_weight(f"{one.name}_largest", largest)]
-            ).outputs[0]
-            reader.inputs[0] = node.outputs[0]
-        if one.keep is None:
-            continue
-        mask = model.add_weight(f"{one.name}_mask", one.keep)
-        node = model.add_node("Mul", [mask, mask], name=f"{one.name}_kept")
-        model.replace_uses(value, node.outputs[0])
-        node.inputs[0] = value
+        one.attach(model)
 
 
-def values_of(one: Trainable, model: Model, trained: Array) -> Array:
-    """Return what is written for a weight: trained values, as codes if it has them."""
-    if not one.is_quantized:
-        return trained
-    weight = model.weight(one.name)
-    ((node, _),) = weight.uses
-    scale, zero = _scale(model, node, len(weight.shape))
-    low, high = one.codes
-    codes = np.rint(trained / scale) + zero
-    made: Array = np.clip(codes, low, high).astype(weight.dtype)
-    return made
+def write(
+    model: Model, chosen: Sequence[Trainable], trained: Mapping[str, Array]
+) -> int:
+    """Write trained parameters into a model; return how many weights they changed.
+
+    Args:
+        model: The model, as it was when ``find_trainable`` saw it.
+        chosen: What was trained, or some of it.
+        trained: Values by name.
+    """
+    changed = 0
+    # Codes are made at the scales that come out, and those of a bias at both.
+    order = sorted(
+        chosen, key=lambda o: (not isinstance(o, Scale), isinstance(o, Bias))
+    )
+    for one in order:
+        names = one.names if isinstance(one, Scale) else (one.name,)
+        before = [model.weight(name).read() for name in names]
+        one.write(model, trained[one.name])
+        pairs = zip(before, names, strict=True)
+        changed += sum(not np.array_equal(a, model.weight(n).read()) for a, n in pairs)
+    return changed
+
+
+def summary(chosen: Sequence[Trainable]) -> str:
+    """Say in words what is special about what is trained; empty if nothing is."""
+    scales = sum(len(one.names) for one in chosen if isinstance(one, Scale))
+    counts = [
+        (sum(isinstance(one, (Codes, Bias)) for one in chosen), "as codes"),
+        (sum(isinstance(one, Tied) for one in chosen), "of tied values"),
+        (scales, "scales of quantization"),
+        (sum(one.held for one in chosen), "zeros kept"),
+    ]
+    return ", ".join(f"{count:,} {what}" for count, what in counts if count)
 
 
 def _reach(model: Model, outputs: Iterable[str]) -> tuple[set[int], dict[int, str]]:
@@ -221,40 +436,58 @@ def _indices(node: Node) -> tuple[int, ...]:
     return _READ.get(node.op, ()) if is_onnx(node.domain) else ()
 
 
-def _readers(
-    uses: Iterable[tuple[Node, int]], depth: int = 5
-) -> Iterable[tuple[Node, int]]:
+def _readers(model: Model, weight: Weight) -> Iterable[tuple[Node, int]]:
     """Yield what reads a weight, behind nodes that only move or decode it."""
+    if weight.data_type in CODES or weight.data_type == onnx.TensorProto.INT32:
+        decoder = decoder_of(model, weight)
+        if isinstance(decoder, str):
+            yield from _behind(weight.uses, _DECODE)
+        else:
+            yield from _behind(_reads(decoder.values))
+    else:
+        yield from _behind(weight.uses)
+
+
+_DECODE = frozenset({"Cast", "DequantizeLinear", "Mul", "Sub"})
+
+
+def _reads(tensor: gs.Tensor) -> Iterator[tuple[Node, int]]:
+    for reader in dict.fromkeys(tensor.outputs):
+        for at, read in enumerate(reader.inputs):
+            if read is tensor:
+                yield reader, at
+
+
+def _behind(
+    uses: Iterable[tuple[Node, int]],
+    more: frozenset[str] = frozenset(),
+    depth: int = 5,
+) -> Iterable[tuple[Node, int]]:
     for node, index in uses:
-        through = node.op in _THROUGH or node.op == "DequantizeLinear"
-        if not (through and is_onnx(node.domain) and index == 0 and depth):
+        through = node.op in MOVES or node.op in more
+        if through and is_onnx(node.domain) and index == 0 and depth:
+            yield from _behind(_reads(node.outputs[0]), more, depth - 1)
+        else:
             yield node, index
-            continue
-        after = [
-            (reader, at)
-            for reader in dict.fromkeys(node.outputs[0].outputs)
-            for at, tensor in enumerate(reader.inputs)
-            if tensor is node.outputs[0]
-        ]
-        yield from _readers(after, depth - 1)
 
 
 def _why_not(weight: Weight, readers: Sequence[tuple[Node, int]]) -> str:
     kind = onnx.TensorProto.DataType.Name(weight.data_type)
-    direct = [node for node, _ in weight.uses]
-    quantized = [n for n in direct if n.op == "DequantizeLinear"]
+    is_codes = weight.data_type in CODES
+    decoded = [n for n, _ in weight.uses if n.op in (*_DECODE, *MOVES)]
     if weight.data_type != onnx.TensorProto.FLOAT and not (
-        weight.data_type in _CODES and quantized
+        decoded and (is_codes or weight.data_type == onnx.TensorProto.INT32)
     ):
-        return f"its values are {kind.lower()}; float32 is trained, or 8-bit codes"
+        integer = [n for n, at in weight.uses if _INTEGER.get(n.op) == at]
+        if is_codes and integer:
+            return f"{integer[0].op} multiplies its codes, which has no gradient rule"
+        return f"its values are {kind.lower()}; float32 is trained, or integer codes"
     if weight.is_input:
         return "it is also a graph input, so a caller may override it; run fold first"
     if weight.is_output:
         return "it is also an output of the graph"
     if weight.graph is not weight._model.graph:
         return "it is inside a subgraph or function"
-    if quantized and len(direct) > 1:
-        return "several nodes read its codes"
     strange = [node for node, index in readers if index not in _indices(node)]
     if strange:
         node = strange[0]
@@ -262,56 +495,283 @@ def _why_not(weight: Weight, readers: Sequence[tuple[Node, int]]) -> str:
     return ""
 
 
-def _made(model: Model, weight: Weight) -> Trainable | str:
-    values = weight.read()
-    node: Node | None = None
-    codes = (0, 0)
-    if weight.data_type in _CODES:
-        ((node, _),) = weight.uses
-        if attribute(node, "block_size", 0):
-            return "it has a scale for each block"
-        decoded = _scale(model, node, values.ndim)
-        if isinstance(decoded, str):
-            return decoded
-        scale, zero = decoded
-        if scale.dtype != np.float32:
-            return f"its scale is {scale.dtype}, not float32"
-        codes = int(values.min()), int(values.max())
-        values = (values.astype(np.float32) - zero) * scale
+def _made(model: Model, weight: Weight, ties: bool) -> Trainable | str:
+    if weight.data_type != onnx.TensorProto.FLOAT:
+        return _made_of_codes(model, weight)
+    values = np.array(weight.read(), np.float32)
+    why = _unfit(values)
+    if why:
+        return why
+    zeros = values == 0
+    if zeros.all():
+        if values.ndim > 1:
+            return "all of it is zero, and zeros stay"
+        return Trainable(weight.name, values)
+    table = _table(values) if ties else None
+    if table is not None:
+        (kept,) = np.nonzero(table == 0)
+        index = np.searchsorted(table, values).astype(np.int32)
+        keep = (table != 0).astype(np.float32) if kept.size else None
+        return Tied(weight.name, table, keep, index)
+    return Trainable(weight.name, values, _mask(zeros) if zeros.any() else None)
+
+
+def _mask(zeros: Array) -> Array:
+    return np.asarray(~zeros, np.float32)
+
+
+def _unfit(values: Array) -> str:
     if not np.isfinite(values).all():
         return "it holds NaN or infinity"
     if np.abs(values).max() > _LARGEST:
         return f"it holds values above {_LARGEST:g}, as masks do"
+    return ""
+
+
+def _table(values: Array) -> Array | None:
+    """Return the distinct values of a matrix, kernel or table that has few."""
+    if sum(size > 1 for size in values.shape) < 2:
+        return None
+    few: Array = np.zeros(0, np.float32)
+    flat = values.reshape(-1)
+    for at in range(0, flat.size, 1 << 16):
+        few = np.union1d(few, flat[at : at + (1 << 16)])
+        if len(few) > _TABLE:
+            return None
+    is_table = len(few) > 1 and flat.size >= _REPEATS * len(few)
+    return np.asarray(few, np.float32) if is_table else None
+
+
+def _made_of_codes(model: Model, weight: Weight) -> Trainable | str:
+    decoder = decoder_of(model, weight)
+    if isinstance(decoder, str):
+        return decoder
+    scale = model.constant(decoder.scale)
+    if scale is None:
+        return "its scale is computed from data"
+    if scale.dtype != np.float32:
+        return f"its scale is {scale.dtype}, not float32"
+    scales, codes = scale.read(), weight.read().astype(np.int32)
+    try:
+        values = decoder.decode(codes, scales)
+    except ValueError:
+        return "its scale does not fit its shape"
+    if values.shape != decoder.shape:
+        return "its scale has more axes than it"
+    if not (np.isfinite(scales).all() and (scales > 0).all()):
+        return "its scale is not above zero"
+    why = _unfit(values)
+    if why:
+        return why
+    if weight.data_type == onnx.TensorProto.INT32:
+        factors = _factors(model, decoder, scale)
+        return Bias(weight.name, values, None, scale.name, factors)
     zeros = values == 0
-    share = float(zeros.mean())
-    if share == 1.0:
-        if values.ndim > 1 or node is not None:
-            return "all of it is zero, and zeros stay"
-        return Trainable(weight.name, np.array(values, np.float32))
-    held = share >= _PRUNED if node is not None else share > 0
-    keep = (~zeros).astype(np.float32) if held else None
-    return Trainable(
-        weight.name, np.array(values, np.float32), keep, node is not None, codes
+    if zeros.all():
+        return "all of it is zero, and zeros stay"
+    is_held = is_pruned(codes, _zero_codes(decoder, codes))
+    return Codes(
+        weight.name,
+        values,
+        _mask(zeros) if is_held else None,
+        scale.name,
+        int(codes.min()),
+        int(codes.max()),
     )
 
 
-def _scale(model: Model, node: Node, rank: int) -> Any:
-    """Return scale and zero point that broadcast over the codes, or why not."""
-    parts: list[Array] = []
-    for tensor in node.inputs[1:3]:
-        known = model.constant(tensor) if tensor.name or tensor.inputs else None
-        if known is None:
-            if isinstance(tensor, gs.Variable) and not tensor.name:
+def _zero_codes(decoder: Decoder, codes: Array) -> Array:
+    """Return the zero point of each code, in the shape of the weight."""
+    wide = np.broadcast_to(decoder.zero, decoder.shape).reshape(-1)
+    if decoder.places is None:
+        return wide.reshape(codes.shape)
+    made = np.empty(codes.size, np.float32)
+    made[decoder.places.reshape(-1)] = wide
+    return made.reshape(codes.shape)
+
+
+# --- scales ---------------------------------------------------------------------------
+
+
+def _factors(model: Model, decoder: Decoder, scale: Weight) -> tuple[str, ...]:
+    """Return the scales of a layer's inputs and weight if a bias's is their product."""
+    readers = list(dict.fromkeys(decoder.values.outputs))
+    if len(readers) != 1 or readers[0].op not in ("Conv", "ConvTranspose", "Gemm"):
+        return ()
+    names = []
+    for tensor in readers[0].inputs[:2]:
+        for _ in range(3):
+            maker = tensor.inputs[0] if tensor.inputs else None
+            if maker is None or maker.op not in MOVES:
+                break
+            tensor = maker.inputs[0]
+        if maker is None or maker.op != "DequantizeLinear":
+            return ()
+        known = model.constant(maker.inputs[1])
+        if known is None or known.dtype != np.float32:
+            return ()
+        names.append(known.name)
+    sizes = {model.weight(name).size for name in names} - {1}
+    if len(sizes) > 1 or not sizes <= {scale.size}:
+        return ()
+    product = _product(model, names, scale.shape)
+    same = np.allclose(product, scale.read(), rtol=1e-4, atol=0)
+    return tuple(names) if same else ()
+
+
+def _scales(
+    model: Model,
+    found: Sequence[Trainable],
+    reached: set[int],
+    only: Sequence[str],
+    skip: Sequence[str],
+    scales: Scales,
+) -> Iterator[Scale]:
+    """Yield the scales that may be learned."""
+    weights: dict[str, list[Codes]] = {}
+    for one in found:
+        if isinstance(one, Codes):
+            weights.setdefault(one.scale, []).append(one)
+    locked = _locked(model, found)
+    for name, users in weights.items():
+        few = max(one.largest - one.least for one in users) < _LOW_BITS
+        scale = model.weight(name)
+        if (scales == "auto" and not few) or name in locked:
+            continue
+        if len(scale.uses) != len(users) or scale.is_input or scale.is_output:
+            continue
+        count = max(1, sum(one.start.size for one in users) // scale.size)
+        zero = float(_decoder(model, users[0].name).zero.max())
+        yield _scale(model, (name,), count, max(1.0, users[0].largest - zero))
+    if scales != "learned":
+        return
+    for names, count, largest, labels in _activations(model, reached):
+        if not set(names) & locked and selected([*names, *labels], only, skip):
+            yield _scale(model, names, count, largest)
+
+
+def _scale(model: Model, names: tuple[str, ...], count: int, largest: float) -> Scale:
+    slope = math.sqrt(lsq_factor(count, max(1, round(largest))))
+    start = np.zeros(model.weight(names[0]).shape, np.float32)
+    return Scale(model.fresh(f"{names[0]}_log"), start, None, names, slope)
+
+
+def _locked(model: Model, found: Sequence[Trainable]) -> set[str]:
+    """Return the scales that must stay, as an int32 bias relies on them."""
+    chosen = {one.name: one for one in found if isinstance(one, Bias)}
+    locked: set[str] = set()
+    for weight in model.weights():
+        if weight.data_type != onnx.TensorProto.INT32 or len(weight.uses) != 1:
+            continue
+        node = weight.uses[0][0]
+        if node.op != "DequantizeLinear" or weight.uses[0][1] != 0:
+            continue
+        bias = chosen.get(weight.name)
+        own = model.constant(node.inputs[1])
+        if bias is not None and bias.factors:
+            if own is not None and len(own.uses) == 1:
                 continue
-            return "its scale is computed from data"
-        parts.append(np.asarray(known.read()))
-    scale = parts[0]
-    zero = parts[1] if len(parts) > 1 else np.zeros((), np.int8)
-    axis = int(attribute(node, "axis", 1))
-    if scale.size > 1:
-        shape = [1] * rank
-        shape[axis] = scale.size
-        scale, zero = scale.reshape(shape), zero.reshape(shape if zero.size > 1 else ())
-    else:
-        scale, zero = scale.reshape(()), zero.reshape(())
-    return scale, zero.astype(np.float32)
+            locked |= set(bias.factors)
+            continue
+        decoder = decoder_of(model, weight)
+        if own is not None and isinstance(decoder, Decoder):
+            locked |= set(_factors(model, decoder, own))
+    return locked
+
+
+def _activations(
+    model: Model, reached: set[int]
+) -> Iterator[tuple[tuple[str, ...], int, float, list[str]]]:
+    """Yield scales of activations: their names, values, largest code, labels.
+
+    Scales that stand on both sides of codes stay equal, and so do those on both sides
+    of operators that only pass values on.
+    """
+    groups: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while groups[name] != name:
+            name = groups[name]
+        return name
+
+    known: dict[int, Weight] = {}
+    pairs = [
+        n
+        for n in model.graph.nodes
+        if n.op in ("QuantizeLinear", "DequantizeLinear") and is_onnx(n.domain)
+    ]
+    for node in pairs:
+        scale = model.constant(node.inputs[1])
+        if scale is None or model.constant(node.inputs[0]) is not None:
+            continue
+        known[id(node)] = scale
+        groups.setdefault(scale.name, scale.name)
+    for node in pairs:
+        for reader in _pass_on(node):
+            if id(node) in known and id(reader) in known:
+                one, two = known[id(node)], known[id(reader)]
+                is_pair = node.op == "QuantizeLinear"
+                if is_pair or np.array_equal(one.read(), two.read()):
+                    groups[root(one.name)] = root(two.name)
+    shapes = model.infer_shapes()
+    for key in dict.fromkeys(root(name) for name in groups):
+        names = tuple(name for name in groups if root(name) == key)
+        nodes = [node for node in pairs if node.inputs[1].name and id(node) in known]
+        nodes = [node for node in nodes if known[id(node)].name in names]
+        if _is_free(model, names, nodes, reached):
+            first = next((n for n in nodes if n.op == "QuantizeLinear"), nodes[0])
+            info = shapes.get(first.inputs[0].name)
+            sizes = [] if info is None or info.shape is None else info.shape[1:]
+            count = math.prod(n for n in sizes if isinstance(n, int))
+            labels = [n for node in nodes for n in (node.name, node.op)]
+            yield names, max(1, count), _largest(model, first), labels
+
+
+_PASSES = frozenset({"Flatten", "MaxPool", "Gather", "Slice", *MOVES})
+"""Operators behind which codes keep their scale."""
+
+
+def _pass_on(node: Node) -> Iterator[Node]:
+    """Yield the nodes that quantize, or decode, what this node gives, unchanged."""
+    wanted = "DequantizeLinear" if node.op == "QuantizeLinear" else "QuantizeLinear"
+    stack = [node.outputs[0]]
+    for _ in range(64):
+        if not stack:
+            return
+        for reader, index in _reads(stack.pop()):
+            if index == 0 and reader.op == wanted:
+                yield reader
+            elif index == 0 and reader.op in _PASSES:
+                stack.append(reader.outputs[0])
+
+
+def _is_free(
+    model: Model, names: Sequence[str], nodes: Sequence[Node], reached: set[int]
+) -> bool:
+    """Whether scales of activations can be learned."""
+    first = model.weight(names[0]).read()
+    for name in names:
+        scale = model.weight(name)
+        uses = scale.uses
+        if (
+            scale.dtype != np.float32
+            or scale.is_input
+            or scale.is_output
+            or scale.graph is not model.graph
+            or id(scale.value) not in reached
+            or not np.array_equal(scale.read(), first)
+            or not (scale.read() > 0).all()
+            or any(n.op not in ("QuantizeLinear", "DequantizeLinear") for n, _ in uses)
+            or any(at != 1 or not any(n is m for m in nodes) for n, at in uses)
+        ):
+            return False
+    return any(node.op == "QuantizeLinear" for node in nodes)
+
+
+def _largest(model: Model, node: Node) -> float:
+    """Return the largest code that an activation may have, counted from zero."""
+    zero = model.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if zero is None or zero.data_type not in CODES:
+        return 255.0
+    high = limits(zero.data_type)[1]
+    return float(max(1, high - int(zero.read().astype(np.int32).max())))
