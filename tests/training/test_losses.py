@@ -96,7 +96,7 @@ def test_the_largest_scores_and_a_rest_teach(
         return float(apart.mean()) * temperature**2
 
     check(
-        lambda ctx, y, *t: top_cross_entropy(ctx, y, *t, temperature=temperature),
+        lambda ctx, y, *t: top_cross_entropy(ctx, y, t[0], t[1], t[2], temperature),
         plain,
         draw(*shape),
         top=known[..., :3].astype(np.float32),
@@ -109,7 +109,7 @@ def test_the_rest_is_exact_where_one_class_has_nearly_all() -> None:
     x = np.array([[40.0, 1.0, 2.0, 3.0]], np.float32)
     rest = np.array([3.4], np.float32)
     found, grad = loss_and_gradient(
-        lambda ctx, y, *t: top_cross_entropy(ctx, y, *t, temperature=20.0),
+        lambda ctx, y, *t: top_cross_entropy(ctx, y, t[0], t[1], t[2], 20.0),
         x,
         {"top": x[:, :1], "indices": np.zeros((1, 1), np.int64), "rest": rest},
     )
