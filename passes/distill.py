@@ -216,7 +216,8 @@ class Distill(Pass):
         ctx.did(
             where,
             f"trained {changed} weights{special}; best in epoch "
-            f"{outcome.best_epoch} of {self.epochs}, lr {outcome.rate:g}: {before} -> {after}",
+            f"{outcome.best_epoch} of {self.epochs}, lr {outcome.rate:g}: "
+            f"{before} -> {after}",
         )
         for words in notes:
             ctx.did(where, words)
