@@ -1,0 +1,733 @@
+"""Where QuantizeLinear and DequantizeLinear go for integer kernels to run.
+
+``Planner`` decides which operators of a graph run on codes and which values therefore
+become codes; ``Plan`` is its answer, and ``write`` puts it into the graph. All of it is
+about the main graph; no number is looked at before ``write``.
+
+What onnxruntime 1.31's CPU provider makes of a DequantizeLinear in front of an operator
+and a QuantizeLinear behind it was looked up in its optimized graphs:
+
+- Conv, Gemm and MatMul of a weight get integer kernels; Gemm and MatMul give floats
+  where no QuantizeLinear follows, Conv needs one;
+- Add, Mul, Concat, AveragePool, GlobalAveragePool, Sigmoid, LeakyRelu and Softmax get
+  integer kernels with scales of their own;
+- MaxPool, Reshape, Transpose and others that only move values run on codes if both
+  sides have one scale;
+- Relu and Clip behind an integer operator are part of its QuantizeLinear if the codes
+  end where they do; everything else between two integer operators costs a way to
+  floats and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxshrink._exporter import in_order
+from onnxshrink.analysis.layers import Layer, Layout, find
+from onnxshrink.errors import ModelError
+from onnxshrink.model import Model, Node, ValueInfo, attribute
+from onnxshrink.quantization.schemes import Scheme, quantize
+
+__all__ = [
+    "Coded",
+    "Codes",
+    "Linear",
+    "Plan",
+    "Planner",
+    "Reading",
+    "bias_codes",
+    "channel_axis",
+    "clipped_range",
+    "write",
+]
+
+Array = NDArray[Any]
+
+LINEAR = frozenset({"Conv", "Gemm", "MatMul"})
+RESCALING = frozenset(
+    {
+        "Add",
+        "AveragePool",
+        "Concat",
+        "GlobalAveragePool",
+        "LeakyRelu",
+        "Mul",
+        "Sigmoid",
+        "Softmax",
+    }
+)
+"""Operators with an integer kernel that reads and writes scales of their own."""
+MOVING = frozenset(
+    {
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "MaxPool",
+        "ReduceMax",
+        "ReduceMin",
+        "Reshape",
+        "Resize",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+"""Operators that hand on values of their first input, and so its codes."""
+CLIPPING = frozenset({"Clip", "Relu"})
+_MANY = frozenset({"Add", "Concat", "Mul"})
+_STANDARD = (None, "", "ai.onnx")
+_INT32_ROOM = 2.0**30
+"""Largest code of a bias: half of what int32 holds, the other half for the sums."""
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """An operator that multiplies activations with a weight, and can do so in codes.
+
+    Attributes:
+        node: The Conv, Gemm or MatMul.
+        layer: Its weight, with all that reads it.
+    """
+
+    node: Node
+    layer: Layer
+
+    @property
+    def name(self) -> str:
+        """Name of the node, or of its output where it has none."""
+        return str(self.node.name or self.node.outputs[0].name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that ``only`` and ``skip`` may call it."""
+        return self.name, self.layer.name, str(self.node.op)
+
+    @property
+    def bias(self) -> gs.Tensor | None:
+        """The bias the operator itself adds, if it has one."""
+        has = self.node.op != "MatMul" and len(self.node.inputs) > 2
+        return self.node.inputs[2] if has and self.node.inputs[2].name else None
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A value that becomes codes.
+
+    Attributes:
+        tensor: The value.
+        source: The value whose range counts: itself, or where moving operators and
+            Concat tie several together, the one that stands for all of them.
+        made_in_codes: Whether an operator that runs on codes makes it: then everything
+            that reads it reads the codes; otherwise only operators on codes do.
+    """
+
+    tensor: gs.Tensor
+    source: gs.Tensor
+    made_in_codes: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which operators run on codes, and which values become codes for that.
+
+    Attributes:
+        linear: Operators with a weight, in graph order.
+        others: Operators without one, in graph order.
+        readings: Values that become codes, in graph order.
+        clips: The Relu or Clip behind an operator on codes, and the value it makes.
+        ranges: For each source, the values whose ranges it must cover.
+    """
+
+    linear: tuple[Linear, ...]
+    others: tuple[Node, ...]
+    readings: tuple[Reading, ...]
+    clips: Mapping[Node, gs.Tensor]
+    ranges: Mapping[gs.Tensor, tuple[gs.Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """How one value becomes codes.
+
+    Attributes:
+        scheme: The codes.
+        scale: float32 scalar.
+        zero: Zero point, scalar of the codes' type.
+    """
+
+    scheme: Scheme
+    scale: NDArray[np.float32]
+    zero: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A weight as codes.
+
+    Attributes:
+        scheme: The codes; its axis is that of the weight's output channels.
+        codes: Of ``scheme.dtype``, in the shape of the weight.
+        scale: float32, scalar or [channels].
+        zero: Zero points, of the same shape.
+    """
+
+    scheme: Scheme
+    codes: Array
+    scale: NDArray[np.float32]
+    zero: Array
+
+
+# --- planning ---------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Planner:
+    """What can run on codes in a model, and plans for a choice of it.
+
+    Attributes:
+        model: The model; it is not changed.
+        left: Operators with a weight that cannot run on codes, and why.
+    """
+
+    model: Model
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Look at the graph once."""
+        graph = self.model.graph
+        self._order: list[Node] = list(in_order(graph.nodes))
+        self._infos = self.model.infer_shapes()
+        self._outputs = {id(tensor) for tensor in graph.outputs}
+        self._linear = {id(one.node): one for one in self._candidates()}
+
+    @property
+    def linear(self) -> tuple[Linear, ...]:
+        """Operators with a weight that can run on codes, in graph order."""
+        return tuple(
+            self._linear[id(node)] for node in self._order if id(node) in self._linear
+        )
+
+    def _candidates(self) -> Iterator[Linear]:
+        here = {id(node) for node in self._order}
+        for layer in find(self.model):
+            if layer.why_not:
+                self.left.append((layer.name, layer.why_not))
+                continue
+            for use in layer.uses:
+                linear = Linear(use.node, layer)
+                why = self._why_not(linear, use.index, id(use.node) in here)
+                if why:
+                    self.left.append((linear.name, why))
+                else:
+                    yield linear
+
+    def _why_not(self, linear: Linear, index: int, here: bool) -> str:
+        node, layer = linear.node, linear.layer
+        if not here:
+            return "it is inside a branch, loop or function"
+        if node.op not in LINEAR:
+            return f"onnxruntime has no integer kernel of {node.op} on codes"
+        if layer.weight.data_type != onnx.TensorProto.FLOAT:
+            kind = onnx.TensorProto.DataType.Name(layer.weight.data_type).lower()
+            return f"it computes in {kind}, and integer kernels stand for float32"
+        if index != 1 or not self._is_float(node.inputs[0]):
+            return "its weight is not the second factor of a float32 activation"
+        if any(use.layout != layer.layout for use in layer.uses):
+            return "its weight is shared by operators that read it differently"
+        if node.op == "MatMul" and len(layer.layout.shape) != 2:
+            return "its weight is a stack of matrices"
+        if node.op == "Conv" and len(layer.layout.shape) > 5:
+            return "onnxruntime convolves at most three spatial axes"
+        return self._unusual(linear)
+
+    def _unusual(self, linear: Linear) -> str:
+        node, bias = linear.node, linear.bias
+        if node.op == "Gemm" and (
+            attribute(node, "transA", 0)
+            or attribute(node, "alpha", 1.0) != 1.0
+            or (bias is not None and attribute(node, "beta", 1.0) != 1.0)
+        ):
+            return "it has factors or a transposed input; run fold first"
+        if bias is None:
+            return ""
+        known = self.model.constant(bias)
+        groups, outputs, _ = linear.layer.layout.matrices_shape
+        if known is None or known.is_input:
+            return "its bias is not constant"
+        if known.size != groups * outputs or known.shape[-1] != known.size:
+            return "its bias is not one value for each output"
+        return ""
+
+    def _is_float(self, tensor: gs.Tensor) -> bool:
+        """Whether a value is a float32 activation: no weight, and of that type."""
+        if not tensor.name or self.model.constant(tensor) is not None:
+            return False
+        info = self._infos.get(tensor.name, ValueInfo(tensor.name, 0, None))
+        return info.data_type == onnx.TensorProto.FLOAT
+
+    def plan(self, chosen: Iterable[Linear], refused: Iterable[gs.Tensor] = ()) -> Plan:
+        """Decide what runs on codes if these operators shall.
+
+        Args:
+            chosen: Some of ``linear``.
+            refused: Values that must stay floats, such as masks: what reads or makes
+                them stays in floats as well.
+        """
+        return _Planning(self, chosen, refused).plan()
+
+
+class _Planning:
+    """One run of ``Planner.plan``."""
+
+    def __init__(
+        self, planner: Planner, chosen: Iterable[Linear], refused: Iterable[gs.Tensor]
+    ) -> None:
+        self.planner = planner
+        self.refused = {id(tensor) for tensor in refused}
+        self.linear = {
+            id(one.node): one
+            for one in chosen
+            if not self._touches_refused(one.node, one.node.inputs[:1])
+        }
+        self.clips: dict[int, Node] = {}
+        self.others: dict[int, Node] = {}
+
+    def _touches_refused(self, node: Node, inputs: Sequence[gs.Tensor]) -> bool:
+        made = list(node.outputs)
+        clip = self._clip_behind(node)
+        if clip is not None:
+            made = [clip.outputs[0]]
+        # Gemm and MatMul can leave what they make in floats.
+        read = list(inputs) if node.op in ("Gemm", "MatMul") else [*inputs, *made]
+        return any(id(tensor) in self.refused for tensor in read)
+
+    def plan(self) -> Plan:
+        wanted = self._wanted()
+        coded = self._coded(wanted)
+        readings = self._readings(coded)
+        return Plan(
+            tuple(one for one in self.planner.linear if id(one.node) in self.linear),
+            tuple(n for n in self.planner._order if id(n) in self.others),
+            *self._tied(readings),
+        )
+
+    # Backward: where would codes be read?
+
+    def _wanted(self) -> set[int]:
+        """Values that lead to an operator with a weight, by operators on codes."""
+        wanted = {id(one.node.inputs[0]) for one in self.linear.values()}
+        for node in reversed(self.planner._order):
+            if not any(id(tensor) in wanted for tensor in node.outputs):
+                continue
+            if node.op in CLIPPING and self._maker_can(node):
+                wanted.add(id(node.inputs[0]))
+            elif self._runs_on_codes(node):
+                wanted.update(id(tensor) for tensor in self._inputs(node))
+        return wanted
+
+    def _maker_can(self, clip: Node) -> bool:
+        makers = clip.inputs[0].inputs
+        return bool(makers) and self._clip_behind(makers[0]) is clip
+
+    def _runs_on_codes(self, node: Node) -> bool:
+        """Whether there is an integer kernel of an operator without weight."""
+        if node.domain not in _STANDARD or len(node.outputs) < 1:
+            return False
+        inputs = self._inputs(node)
+        if node.op in _MANY:
+            if len(inputs) != len(node.inputs):
+                return False  # a constant among them
+        elif node.op not in RESCALING and node.op not in MOVING:
+            return False
+        if node.op == "Resize" and attribute(node, "mode", "nearest") != "nearest":
+            return False
+        if node.op == "MaxPool" and len([t for t in node.outputs if t.name]) > 1:
+            return False
+        if not inputs or not all(self.planner._is_float(tensor) for tensor in inputs):
+            return False
+        return not self._touches_refused(node, inputs)
+
+    def _inputs(self, node: Node) -> list[gs.Tensor]:
+        """The activations an operator reads that would be codes."""
+        read = node.inputs if node.op in _MANY else node.inputs[:1]
+        return [t for t in read if self.planner.model.constant(t) is None and t.name]
+
+    # Forward: where are codes made?
+
+    def _coded(self, wanted: set[int]) -> dict[int, gs.Tensor]:
+        """Find the operators on codes; return the values they make and read."""
+        read = {
+            id(one.node.inputs[0]): one.node.inputs[0] for one in self.linear.values()
+        }
+        coded = dict(read)
+        for node in self.planner._order:
+            if id(node) in self.linear:
+                self._made(node, coded, wanted)
+                continue
+            leads = any(id(tensor) in wanted for tensor in self._results(node))
+            if not leads or not self._runs_on_codes(node):
+                continue
+            if all(id(tensor) in coded for tensor in self._inputs(node)):
+                self.others[id(node)] = node
+                self._made(node, coded, wanted)
+        return coded
+
+    def _results(self, node: Node) -> list[gs.Tensor]:
+        clip = self._clip_behind(node)
+        return list(node.outputs) if clip is None else [clip.outputs[0]]
+
+    def _made(self, node: Node, coded: dict[int, gs.Tensor], wanted: set[int]) -> None:
+        """Note what an operator on codes makes."""
+        results = self._results(node)
+        if node.op in ("Gemm", "MatMul") and not any(
+            id(tensor) in wanted and id(tensor) not in self.refused
+            for tensor in results
+        ):
+            return
+        clip = self._clip_behind(node)
+        if clip is not None:
+            self.clips[id(clip)] = clip
+        coded.update((id(tensor), tensor) for tensor in results if tensor.name)
+
+    def _clip_behind(self, node: Node) -> Node | None:
+        """Return the Relu or constant Clip that alone reads what a node makes."""
+        if node.op in MOVING or len(node.outputs) != 1:
+            return None
+        made = node.outputs[0]
+        if len(made.outputs) != 1 or id(made) in self.planner._outputs:
+            return None
+        reader: Node = made.outputs[0]
+        if reader.op not in CLIPPING or reader.domain not in _STANDARD:
+            return None
+        known = clipped_range(self.planner.model, reader) is not None
+        return reader if known and reader.inputs[0] is made else None
+
+    # What follows for values.
+
+    def _readings(self, coded: Mapping[int, gs.Tensor]) -> list[tuple[gs.Tensor, bool]]:
+        """Return the values that become codes and whether they are made as such."""
+        running = {**{k: one.node for k, one in self.linear.items()}, **self.others}
+        read = {
+            id(tensor)
+            for node in running.values()
+            for tensor in (
+                self._inputs(node) if id(node) in self.others else node.inputs[:1]
+            )
+        }
+        found: list[tuple[gs.Tensor, bool]] = []
+        graph = self.planner.model.graph
+        for tensor in graph.inputs:
+            if id(tensor) in read:
+                found.append((tensor, False))
+        for node in self.planner._order:
+            maker = node.inputs[0].inputs[0] if id(node) in self.clips else node
+            made_in_codes = id(maker) in running and (
+                id(node) in self.clips or self._clip_of(node) is None
+            )
+            for tensor in node.outputs:
+                if id(tensor) not in coded:
+                    continue
+                needed = made_in_codes and maker.op not in ("Gemm", "MatMul")
+                if needed or id(tensor) in read:
+                    found.append((tensor, made_in_codes))
+        kept = {id(tensor) for tensor, _ in found}
+        for key, clip in list(self.clips.items()):
+            if id(clip.outputs[0]) not in kept:
+                del self.clips[key]
+        return found
+
+    def _clip_of(self, node: Node) -> Node | None:
+        clip = self._clip_behind(node)
+        return clip if clip is not None and id(clip) in self.clips else None
+
+    def _tied(
+        self, readings: Sequence[tuple[gs.Tensor, bool]]
+    ) -> tuple[
+        tuple[Reading, ...],
+        dict[Node, gs.Tensor],
+        dict[gs.Tensor, tuple[gs.Tensor, ...]],
+    ]:
+        """Let values that must share a scale share one."""
+        here = {id(tensor): tensor for tensor, _ in readings}
+        ties = _Ties(here)
+        moved: set[int] = set()
+        for node in self.others.values():
+            if node.op in MOVING:
+                for tensor in node.outputs:
+                    if ties.join(node.inputs[0], tensor):
+                        moved.add(id(tensor))
+            elif node.op == "Concat" and self._clip_of(node) is None:
+                for tensor in node.inputs:
+                    # A value that others read as well keeps its finer scale.
+                    if len(tensor.outputs) == 1:
+                        ties.join(node.outputs[0], tensor)
+        ranges: dict[gs.Tensor, list[gs.Tensor]] = {}
+        found = []
+        for tensor, made in readings:
+            source = ties.source(tensor)
+            found.append(Reading(tensor, source, made))
+            covered = ranges.setdefault(source, [])
+            if id(tensor) not in moved:
+                covered.append(tensor)
+        clips = {clip: clip.outputs[0] for clip in self.clips.values()}
+        return tuple(found), clips, {key: tuple(v) for key, v in ranges.items()}
+
+
+class _Ties:
+    """Sets of values that share a scale (union-find)."""
+
+    def __init__(self, tensors: Mapping[int, gs.Tensor]) -> None:
+        self._tensors = tensors
+        self._parent = {key: key for key in tensors}
+
+    def _root(self, key: int) -> int:
+        while self._parent[key] != key:
+            self._parent[key] = self._parent[self._parent[key]]
+            key = self._parent[key]
+        return key
+
+    def join(self, first: gs.Tensor, second: gs.Tensor) -> bool:
+        """Tie two values; ``False`` if one of them does not become codes."""
+        if id(first) not in self._parent or id(second) not in self._parent:
+            return False
+        self._parent[self._root(id(second))] = self._root(id(first))
+        return True
+
+    def source(self, tensor: gs.Tensor) -> gs.Tensor:
+        """Return the value that stands for all that are tied to this one."""
+        return self._tensors[self._root(id(tensor))]
+
+
+def clipped_range(model: Model, node: Node) -> tuple[float, float] | None:
+    """Return what a Relu or Clip clips to; ``None`` if that is not constant."""
+    if node.op == "Relu":
+        return 0.0, np.inf
+    low = float(attribute(node, "min", -np.inf))
+    high = float(attribute(node, "max", np.inf))
+    bounds = [low, high]
+    for index in (1, 2):
+        if len(node.inputs) > index and node.inputs[index].name:
+            known = model.constant(node.inputs[index])
+            if known is None or known.is_input or known.size != 1:
+                return None
+            bounds[index - 1] = float(known.read().reshape(()))
+    return bounds[0], bounds[1]
+
+
+def channel_axis(layout: Layout, node: Node) -> int:
+    """Return the axis of a weight's output channels."""
+    if node.op == "Conv":
+        return 0
+    # [inputs, outputs] for MatMul and a plain Gemm.
+    return 0 if layout.order == (0, 1, 2) else 1
+
+
+def bias_codes(
+    bias: Array, activation: NDArray[np.float32], weight: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Return a bias as int32 codes, with the scale its layer's sums have.
+
+    Args:
+        bias: float32 [outputs].
+        activation: Scale of the activations, scalar.
+        weight: Scale of the weight, scalar or [outputs].
+    """
+    scale = np.asarray(activation * weight, dtype=np.float32)
+    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+    room = np.iinfo(np.int32)
+    return np.clip(codes, room.min, room.max).astype(np.int32), scale
+
+
+def smallest_scale(bias: Array | None, activation: float) -> Array | float:
+    """Return how small a weight's scales may be for its bias to fit int32.
+
+    Args:
+        bias: float32 [outputs], if there is one.
+        activation: Scale of the activations.
+    """
+    if bias is None:
+        return 0.0
+    return np.abs(bias.astype(np.float64)) / (activation * _INT32_ROOM)
+
+
+# --- writing ----------------------------------------------------------------------
+
+
+def write(
+    model: Model,
+    plan: Plan,
+    activations: Mapping[gs.Tensor, Coded],
+    weights: Mapping[str, Codes],
+    biases: Mapping[str, Array],
+) -> int:
+    """Put a plan into the graph of its model.
+
+    Args:
+        model: The model the plan was made for; changed.
+        plan: The plan.
+        activations: For each source of ``plan.ranges``, how it becomes codes.
+        weights: The codes of each weight, by its name.
+        biases: float32 values of biases by the names of their nodes, where they differ
+            from the model's; a node without bias may get one.
+
+    Returns:
+        How many Relu and Clip nodes went, being part of a QuantizeLinear now.
+    """
+    return _Writer(model, plan, activations, weights, biases).write()
+
+
+class _Writer:
+    """One run of ``write``."""
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        activations: Mapping[gs.Tensor, Coded],
+        weights: Mapping[str, Codes],
+        biases: Mapping[str, Array],
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.activations = activations
+        self.weights = weights
+        self.biases = biases
+        self.running = {
+            *(id(one.node) for one in plan.linear),
+            *(id(node) for node in plan.others),
+        }
+        self._constants: dict[tuple[Any, ...], gs.Tensor] = {}
+
+    def write(self) -> int:
+        scales = {
+            id(one.node.inputs[0]): one.node.inputs[0] for one in self.plan.linear
+        }
+        sources = {id(r.tensor): r.source for r in self.plan.readings}
+        before = {key: self.activations[sources[key]] for key in scales}
+        inputs = {id(one.node): id(one.node.inputs[0]) for one in self.plan.linear}
+        for one in self.plan.linear:
+            self._weight(one)
+            self._bias(one, before[inputs[id(one.node)]])
+        dropped = sum(self._drop_clip(clip) for clip in self.plan.clips)
+        for reading in self.plan.readings:
+            self._reading(reading)
+        return dropped
+
+    def _constant(self, name: str, values: Array) -> gs.Tensor:
+        """Return an initializer of these values; equal ones are stored once."""
+        key = (values.dtype.name, values.shape, values.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.model.add_weight(name, values)
+        return self._constants[key]
+
+    def _drop_clip(self, clip: Node) -> bool:
+        """Take a Relu or Clip away that the QuantizeLinear behind it does as well."""
+        made = self.plan.clips[clip]
+        source = next(r.source for r in self.plan.readings if r.tensor is made)
+        if not _clips_alike(clipped_range(self.model, clip), self.activations[source]):
+            return False
+        before = clip.inputs[0]
+        maker = before.inputs[0]
+        index = next(i for i, tensor in enumerate(maker.outputs) if tensor is before)
+        self.model.remove(clip, self.model.graph)
+        maker.outputs[index] = made
+        return True
+
+    def _reading(self, reading: Reading) -> None:
+        """Put QuantizeLinear and DequantizeLinear behind a value."""
+        tensor, coded = reading.tensor, self.activations[reading.source]
+        name = tensor.name or "value"
+        scale = self._constant(f"{name}_scale", np.asarray(coded.scale, np.float32))
+        zero = self._constant(f"{name}_zero_point", coded.zero)
+        readers = list(dict.fromkeys(tensor.outputs))
+        quantizer = self.model.add_node(
+            "QuantizeLinear", [tensor, scale, zero], name=f"{name}_QuantizeLinear"
+        )
+        dequantizer = self.model.add_node(
+            "DequantizeLinear",
+            [quantizer.outputs[0], scale, zero],
+            name=f"{name}_DequantizeLinear",
+        )
+        real = dequantizer.outputs[0]
+        if reading.made_in_codes:
+            self.model.replace_uses(tensor, real)
+            # That included the new QuantizeLinear, which reads the value itself.
+            quantizer.inputs[0] = tensor
+            return
+        for node in readers:
+            if id(node) not in self.running:
+                continue
+            for index, read in enumerate(node.inputs):
+                if read is tensor:
+                    node.inputs[index] = real
+
+    def _weight(self, linear: Linear) -> None:
+        weight = linear.layer.weight
+        coded = self.weights[linear.layer.name]
+        key = ("weight", linear.layer.name)
+        if key not in self._constants:
+            name = weight.constant.name or "weight"
+            made = self._dequantized(
+                name, coded.codes, coded.scale, coded.zero, coded.scheme.axis
+            )
+            self._constants[key] = made
+        linear.node.inputs[1] = self._constants[key]
+
+    def _dequantized(
+        self, name: str, codes: Array, scale: Array, zero: Array, axis: int | None
+    ) -> gs.Tensor:
+        parts = [
+            self.model.add_weight(f"{name}_quantized", codes),
+            self._constant(f"{name}_scale", scale),
+            self._constant(f"{name}_zero_point", zero),
+        ]
+        attrs = {} if axis is None or not scale.ndim else {"axis": axis}
+        node = self.model.add_node(
+            "DequantizeLinear", parts, attrs=attrs, name=f"{name}_DequantizeLinear"
+        )
+        made: gs.Tensor = node.outputs[0]
+        return made
+
+    def _bias(self, linear: Linear, activation: Coded) -> None:
+        node = linear.node
+        if linear.name in self.biases:
+            values = self.biases[linear.name]
+        elif linear.bias is not None:
+            known = self.model.constant(linear.bias)
+            if known is None:
+                raise ModelError(f"the bias of {linear.name} is not constant")
+            values = known.read().reshape(-1)
+        else:
+            return
+        weight = self.weights[linear.layer.name]
+        codes, scale = bias_codes(values, activation.scale, weight.scale)
+        name = linear.bias.name if linear.bias is not None else f"{linear.name}_bias"
+        made = self._dequantized(name, codes, scale, np.zeros(scale.shape, np.int32), 0)
+        if len(node.inputs) > 2:
+            node.inputs[2] = made
+        else:
+            node.inputs.append(made)
+
+
+def _clips_alike(bounds: tuple[float, float] | None, coded: Coded) -> bool:
+    """Whether codes end where a Clip does, so that it changes none of them."""
+    if bounds is None:
+        return False
+    from onnxshrink.quantization.schemes import limits
+
+    low, high = limits(coded.scheme.data_type)
+    edges = np.clip(np.array(bounds, np.float32), -3e38, 3e38)
+    whole = Scheme(coded.scheme.data_type, low, high, symmetric=False)
+    ends = quantize(edges, coded.scale, coded.zero, whole).astype(np.int64)
+    return bool(ends[0] == low and ends[1] == high)
