@@ -1079,6 +1079,8 @@ def compare_(
 _TEACHER_EXAMPLES = """\
 onnxshrink teacher big.onnx --data photos.npz -o logits.npz
 onnxshrink teacher big.onnx --data photos.npz -o logits.npz --half --keep logits
+onnxshrink teacher language.onnx --data text.npz -o logits.npz --top-k 64
+onnxshrink teacher big.onnx --data photos.npz -o logits.npz --tensor 'block*_out'
 onnxshrink small.onnx --data photos.npz --passes prune distill:teacher=logits.npz
 """
 
@@ -1103,6 +1105,21 @@ onnxshrink small.onnx --data photos.npz --passes prune distill:teacher=logits.np
     multiple=True,
     help="Output to keep. Repeat it for more. [default: every output of floats]",
 )
+@_option(
+    "--tensor",
+    "tensors",
+    metavar="NAME",
+    multiple=True,
+    help="Value inside of the model to keep as well, for distill:match=NAME; a glob "
+    "pattern stands for several. Repeat it for more.",
+)
+@_option(
+    "--top-k",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Keep only the K largest scores of an output that has more, and the mass of "
+    "all others together: for large vocabularies.",
+)
 @_option("--half", is_flag=True, help="Store float16: half the bytes.")
 @_machine
 @_verbose
@@ -1112,6 +1129,8 @@ def teacher_(
     labels: str | None,
     target: Path,
     names: tuple[str, ...],
+    tensors: tuple[str, ...],
+    top_k: int | None,
     half: bool,
     providers: tuple[str, ...],
     threads: int,
@@ -1120,7 +1139,7 @@ def teacher_(
     """Write what a model answers to data, for distill:teacher=FILE.npz.
 
     The file holds one row for each sample, in the order of the data, and checksums of
-    the samples and the model.
+    the samples and the model. Memory does not grow with the number of samples.
     """
     import numpy as np
 
@@ -1139,6 +1158,8 @@ def teacher_(
             loaded,
             samples,
             names=names,
+            tensors=tensors,
+            top_k=top_k or 0,
             dtype=np.float16 if half else None,
             threads=threads,
             providers=providers or ("CPUExecutionProvider",),

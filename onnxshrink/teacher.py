@@ -1,15 +1,20 @@
 """What a teacher gives for samples: computed in batches, kept in a file, checked.
 
-A file of a teacher's outputs is a ``.npz`` with one array for each output by name, its
+A file of a teacher's answers is a ``.npz`` with one array for each output by name, its
 first axis the samples in the order of the data. ``write`` makes it from an ONNX model;
-any program can, for a teacher of any framework. Two more arrays are optional:
-``_checksums``, uint32 [samples], the CRC-32 of what the teacher was fed for each sample
-(its inputs in order, as C-ordered bytes), and ``_about``, JSON text that names the
-inputs these are of and the model.
+any program can, for a teacher of any framework. Instead of an output ``y`` of class
+scores [samples, ..., classes] there may be its k largest: ``y/values`` float
+[samples, ..., k], descending, ``y/indices`` int32 of the same shape, the classes these
+are of, and ``y/rest`` float32 [samples, ...], the logarithm of the sum of the
+exponentials of all other scores. Two more arrays are optional: ``_checksums``, uint32
+[samples], the CRC-32 of what the teacher was fed for each sample (its inputs in order,
+as C-ordered bytes), and ``_about``, JSON text that names the inputs these are of, the
+model, and which of the arrays are tensors from inside of it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -22,23 +27,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from onnxshrink import runtime
 from onnxshrink._columns import Column, open_arrays
 from onnxshrink._version import __version__
 from onnxshrink.base import Progress
-from onnxshrink.errors import ModelError, OutputError, UsageError
+from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
+from onnxshrink.tensors import numpy_type
 
-__all__ = ["Recorded", "answers", "read", "write"]
+__all__ = ["Largest", "Recorded", "answers", "are_shares", "digest", "read", "write"]
 
 Array = np.ndarray[Any, Any]
 
 _BATCH_BYTES = 8 << 20
 _BATCH = 64
+_OUTPUT_BYTES = 256 << 20
+"""Bytes that outputs of one run may have."""
 _MAPPED = 64 << 20
 """Bytes from which outputs are kept on disk."""
+SHARE_FLOOR = 1e-7
+"""Least probability whose logarithm is taken."""
+_PARTS = ("values", "indices", "rest")
+"""Arrays of an output of which only the largest scores are kept."""
 _CHECKSUMS = "_checksums"
 _ABOUT = "_about"
 
@@ -47,12 +60,13 @@ _ABOUT = "_about"
 
 
 def answers(
-    model: Model | Path,
+    model: Model,
     samples: Samples,
     names: Sequence[str],
     *,
     folder: Path | None = None,
     dtype: type[np.floating[Any]] | None = None,
+    top: Mapping[str, int] | None = None,
     threads: int = 0,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     progress: Progress | None = None,
@@ -62,9 +76,11 @@ def answers(
     Args:
         model: The model.
         samples: The samples; each gets an answer, also where the batch size is fixed.
-        names: Names of the outputs.
-        folder: Where outputs of more than 64 MB together are kept, as mapped files.
+        names: Names of outputs, or of other values of the main graph.
+        folder: Where outputs of more than 64 MB are kept, as mapped files.
         dtype: Float type to store; ``None`` keeps the output's own.
+        top: How many of the largest scores along the last axis are kept of an output;
+            it is then three arrays, ``name/values``, ``name/indices``, ``name/rest``.
         threads: onnxruntime's threads.
         providers: onnxruntime's execution providers.
         progress: Receives progress.
@@ -77,10 +93,19 @@ def answers(
         ModelError: An output does not count samples, is not a float tensor, or holds
             values that are not finite.
     """
-    session = runtime.session(model, threads=threads, providers=providers)
+    session = runtime.session(
+        model, threads=threads, providers=providers, expose=list(names)
+    )
     kept: dict[str, Array] = {}
+    shares: dict[str, bool] = {}
     total = len(samples)
     step = _batch_of(samples)
+    if samples.batch is None:
+        # Large vocabularies and images inside: what comes out bounds the batch too.
+        given = session.run(samples.read([0]), names)
+        step = max(
+            1, min(step, _OUTPUT_BYTES // max(1, sum(map(_nbytes, given.values()))))
+        )
     for start in range(0, total, step):
         stop = min(start + step, total)
         # Repeat the last sample where a fixed batch is not full.
@@ -88,36 +113,84 @@ def answers(
         chosen = chosen if samples.batch else chosen[: stop - start]
         given = session.run(samples.read(chosen), names)
         for name in names:
-            value = given[name]
-            if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-                raise ModelError(f"output {name!r} is not a tensor of floats")
-            if samples.whole:
-                value = value[None]
-            if value.ndim == 0 or len(value) != len(chosen):
-                raise ModelError(
-                    f"output {name!r} is {list(value.shape)} for {len(chosen)} "
-                    "samples; its first axis must count them"
-                )
-            if name not in kept:
-                kept[name] = _room(
-                    folder, len(kept), (total, *value.shape[1:]), dtype or value.dtype
-                )
-            if kept[name].shape[1:] != value.shape[1:]:
-                raise ModelError(f"output {name!r} changes its shape between samples")
-            with np.errstate(over="ignore"):
-                stored = value[: stop - start].astype(kept[name].dtype)
-            if not np.isfinite(stored).all():
-                place = int(
-                    ~np.isfinite(stored).reshape(len(stored), -1).all(1).argmin()
-                )
-                raise ModelError(
-                    f"output {name!r} is not finite in {stored.dtype} for sample "
-                    f"{start + max(0, place)}"
-                )
-            kept[name][start:stop] = stored
+            value = _counted(name, given.pop(name), len(chosen), samples.whole)
+            value = value[: stop - start]
+            pieces = {name: value}
+            if top and name in top:
+                known = shares.setdefault(name, are_shares(value))
+                found = _largest(value, top[name], is_share=known)
+                pieces = {f"{name}/{part}": array for part, array in found.items()}
+            for key, piece in pieces.items():
+                wanted = dtype if dtype and key in (name, f"{name}/values") else None
+                if key not in kept:
+                    kept[key] = _room(
+                        folder,
+                        len(kept),
+                        (total, *piece.shape[1:]),
+                        wanted or piece.dtype,
+                    )
+                _store(name, kept[key], piece, start)
         if progress is not None:
             progress(stop, total, "teacher")
     return kept
+
+
+def _counted(name: str, value: Any, count: int, whole: bool) -> Array:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        raise ModelError(f"output {name!r} is not a tensor of floats")
+    rows: Array = value[None] if whole else value
+    if rows.ndim == 0 or len(rows) != count:
+        raise ModelError(
+            f"output {name!r} is {list(rows.shape)} for {count} samples; its first "
+            "axis must count them"
+        )
+    return rows
+
+
+def _store(name: str, kept: Array, value: Array, start: int) -> None:
+    if kept.shape[1:] != value.shape[1:]:
+        raise ModelError(f"output {name!r} changes its shape between samples")
+    with np.errstate(over="ignore"):
+        stored = value.astype(kept.dtype)
+    if not np.isfinite(stored).all():
+        bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+        raise ModelError(
+            f"output {name!r} is not finite in {stored.dtype} for sample "
+            f"{start + int(bad.argmax())}"
+        )
+    kept[start : start + len(value)] = stored
+
+
+def are_shares(scores: Array, axis: int = -1) -> bool:
+    """Whether scores are probabilities already: shares of 1 along an axis."""
+    total = scores.sum(axis=axis, dtype=np.float64)
+    return bool(scores.min() >= 0 and np.allclose(total, 1, atol=1e-3))
+
+
+def _largest(scores: Array, count: int, *, is_share: bool) -> dict[str, Array]:
+    """Return the largest scores along the last axis, which they are, and the rest."""
+    if scores.ndim < 2 or scores.shape[-1] <= count:
+        raise ModelError(
+            f"of scores {list(scores.shape)} the {count} largest cannot be kept; there "
+            "must be more along the last axis"
+        )
+    logs = np.asarray(scores, np.float32)
+    if is_share:
+        logs = np.log(np.maximum(logs, np.float32(SHARE_FLOOR)))
+    indices = np.sort(np.argpartition(-logs, count, axis=-1)[..., :count], axis=-1)
+    values = np.take_along_axis(logs, indices, -1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    others = logs.astype(np.float64)
+    np.put_along_axis(others, indices, -np.inf, -1)
+    return {
+        "values": np.take_along_axis(values, order, -1),
+        "indices": np.take_along_axis(indices, order, -1).astype(np.int32),
+        "rest": logsumexp(others, axis=-1).astype(np.float32),
+    }
+
+
+def _nbytes(value: Any) -> int:
+    return value.nbytes if isinstance(value, np.ndarray) else 0
 
 
 def _batch_of(samples: Samples) -> int:
@@ -179,6 +252,8 @@ def write(
     samples: Samples,
     *,
     names: Sequence[str] = (),
+    tensors: Sequence[str] = (),
+    top_k: int = 0,
     dtype: type[np.floating[Any]] | None = None,
     threads: int = 0,
     providers: Sequence[str] = ("CPUExecutionProvider",),
@@ -193,13 +268,18 @@ def write(
         model: The teacher.
         samples: All samples of the data, in its order, bound to the teacher's inputs.
         names: Outputs to keep; empty is every output of floats.
+        tensors: Values inside of the main graph to keep as well, names or glob
+            patterns; a pattern stands for values of floats only.
+        top_k: Keep only so many of the largest scores along the last axis of outputs
+            of rank 2 or more that have more of them; 0 keeps all.
         dtype: Float type to store.
         threads: onnxruntime's threads.
         providers: onnxruntime's execution providers.
         progress: Receives progress.
 
     Raises:
-        UsageError: The path is not a ``.npz``, or there is no such output.
+        UsageError: The path is not a ``.npz``, ``top_k`` is negative, or there is no
+            such output or value.
         ModelError: The teacher cannot be run on the samples.
         OutputError: The file cannot be written.
     """
@@ -211,13 +291,18 @@ def write(
             raise UsageError(
                 f"the model has no output {name!r}; it has {', '.join(known)}"
             )
+    if top_k < 0:
+        raise UsageError(f"the number of largest scores is at least 0, not {top_k}")
     wanted = list(names) or _float_outputs(model)
     if not wanted:
         raise UsageError("the model has no output of floats to keep")
+    inside = _inside(model, tensors, wanted)
     about = {
         "onnxshrink": __version__,
-        "model": _digest(model),
+        "model": digest(model),
+        "name": model.source.name if model.source is not None else "",
         "inputs": _inputs(samples),
+        "tensors": inside,
     }
     try:
         with tempfile.TemporaryDirectory(
@@ -227,9 +312,10 @@ def write(
             kept = answers(
                 model,
                 samples,
-                wanted,
+                [*wanted, *inside],
                 folder=folder,
                 dtype=dtype,
+                top=_top(model, samples, wanted, top_k, threads),
                 threads=threads,
                 providers=providers,
                 progress=progress,
@@ -253,9 +339,50 @@ def write(
     return {name: array.shape for name, array in kept.items()}
 
 
-def _float_outputs(model: Model) -> list[str]:
-    from onnxshrink.tensors import numpy_type
+def _top(
+    model: Model, samples: Samples, names: Sequence[str], count: int, threads: int
+) -> dict[str, int]:
+    """Return of which outputs the largest scores are kept: those that have more."""
+    if not count:
+        return {}
+    feed = samples.read(np.arange(samples.batch or 1))
+    given = runtime.session(model, threads=threads).run(feed, names)
+    return {
+        name: count
+        for name, value in given.items()
+        if isinstance(value, np.ndarray)
+        and value.ndim + samples.whole > 1
+        and value.shape[-1] > count
+    }
 
+
+def _inside(model: Model, patterns: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    """Return names of values of the main graph, in its order.
+
+    Raises:
+        UsageError: There is no such value, or it is no tensor of floats.
+    """
+    known = model.infer_shapes() if patterns else {}
+    kinds = {
+        tensor.name: known[tensor.name].data_type if tensor.name in known else 0
+        for node in model.graph.nodes
+        for tensor in node.outputs
+        if tensor.name
+    }
+    floats = [n for n, kind in kinds.items() if kind and numpy_type(kind).kind == "f"]
+    found: list[str] = []
+    for pattern in patterns:
+        exact = [name for name in kinds if name == pattern]
+        matches = exact or fnmatch.filter(floats, pattern)
+        if not matches:
+            raise UsageError(
+                f"the model computes no value {pattern!r}.{nearest(pattern, floats)}"
+            )
+        found += [name for name in matches if name not in outputs]
+    return list(dict.fromkeys(found))
+
+
+def _float_outputs(model: Model) -> list[str]:
     return [
         info.name
         for info in model.outputs
@@ -265,7 +392,7 @@ def _float_outputs(model: Model) -> list[str]:
     ]
 
 
-def _digest(model: Model) -> str:
+def digest(model: Model) -> str:
     """SHA-256 of a model as plain bytes, of its file where that is too large."""
     if model.source is not None and model.source.is_file():
         code = hashlib.sha256()
@@ -277,23 +404,48 @@ def _digest(model: Model) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Largest:
+    """The largest scores of an output, for each sample.
+
+    Attributes:
+        values: [..., k] of floats, descending.
+        indices: [..., k], the classes they are of.
+        rest: [...], the logarithm of the sum of the exponentials of all other scores.
+    """
+
+    values: Column
+    indices: Column
+    rest: Column
+
+
+@dataclass(frozen=True, eq=False)
 class Recorded:
-    """A teacher's outputs in a file.
+    """A teacher's answers in a file.
 
     Attributes:
         path: The file.
         outputs: Outputs by name; a row for each sample of the data, in its order.
+        largest: Outputs of which only the largest scores are there.
+        tensors: Values from inside of the teacher.
     """
 
     path: Path
     outputs: Mapping[str, Column]
+    largest: Mapping[str, Largest]
+    tensors: Mapping[str, Column]
     _checksums: Column | None = None
     _about: Mapping[str, Any] | None = None
 
     @property
+    def names(self) -> list[str]:
+        """Names of the outputs."""
+        return [*self.outputs, *self.largest]
+
+    @property
     def count(self) -> int:
         """Number of samples."""
-        return next(iter(self.outputs.values())).count
+        columns = [*self.outputs.values(), *(o.values for o in self.largest.values())]
+        return columns[0].count
 
     def check(self, samples: Samples) -> str:
         """Refuse samples that are not those the teacher saw.
@@ -328,37 +480,86 @@ class Recorded:
             )
         return ""
 
+    def whose(self, model: Model) -> str:
+        """Say whether the answers are this model's, or ``""`` if it is not known."""
+        about = self._about or {}
+        theirs, name = about.get("model"), about.get("name")
+        if not isinstance(theirs, str):
+            return ""
+        if theirs == digest(model):
+            return "the model that this run started from"
+        called = f"{name}, " if isinstance(name, str) and name else ""
+        return f"another model, {called}SHA-256 {theirs[:12]}"
+
     def rows(self, name: str, samples: Samples) -> Array:
-        """Return an output for samples, float32.
+        """Return an output or a value from inside for samples, float32.
 
         Raises:
-            UsageError: There is no such output, or it holds NaN or infinity.
+            UsageError: There is no such array, or it holds NaN or infinity.
         """
-        if name not in self.outputs:
+        known = {**self.outputs, **self.tensors}
+        if name not in known:
             raise UsageError(
-                f"{self.path} has no output {name!r}; it has {', '.join(self.outputs)}"
+                f"{self.path} has no output {name!r}; it has {', '.join(known)}"
             )
-        found = self.outputs[name].rows(samples.positions).astype(np.float32)
+        return self._floats(name, known[name], samples)
+
+    def top_rows(self, name: str, samples: Samples, classes: int) -> dict[str, Array]:
+        """Return the largest scores of an output for samples.
+
+        Args:
+            name: The output, one of ``largest``.
+            samples: The samples.
+            classes: How many classes there are.
+
+        Returns:
+            ``values`` float32, ``indices`` int64 and ``rest`` float32.
+
+        Raises:
+            UsageError: A class is not among those that there are, or appears twice, or
+                a score is NaN or infinite.
+        """
+        found = self.largest[name]
+        indices = found.indices.rows(samples.positions).astype(np.int64)
+        low, high = int(indices.min(initial=0)), int(indices.max(initial=0))
+        if low < 0 or high >= classes:
+            raise UsageError(
+                f"{self.path}: {name!r} has scores of class {low if low < 0 else high}"
+                f", and there are {classes} classes"
+            )
+        ordered = np.sort(indices, axis=-1)
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise UsageError(f"{self.path}: {name!r} has two scores of one class")
+        return {
+            "values": self._floats(name, found.values, samples),
+            "indices": indices,
+            "rest": self._floats(name, found.rest, samples),
+        }
+
+    def _floats(self, name: str, column: Column, samples: Samples) -> Array:
+        found = column.rows(samples.positions).astype(np.float32)
         if not np.isfinite(found).all():
             raise UsageError(f"{self.path}: {name!r} holds NaN or infinity")
         return found
 
 
 def read(path: Path) -> Recorded:
-    """Open a file of a teacher's outputs; what is large is read later.
+    """Open a file of a teacher's answers; what is large is read later.
 
     Raises:
-        UsageError: It does not hold such outputs.
+        UsageError: It does not hold such answers.
         ModelError: It cannot be read.
     """
     if path.suffix != ".npz":
         raise UsageError(f"a file of logits is a .npz, not {path.name}")
     arrays = open_arrays(path)
-    sums, about = arrays.pop(_CHECKSUMS, None), arrays.pop(_ABOUT, None)
+    sums, text = arrays.pop(_CHECKSUMS, None), arrays.pop(_ABOUT, None)
+    largest = _read_largest(path, arrays)
     arrays = {name: a for name, a in arrays.items() if a.dtype.kind == "f"}
-    if not arrays:
-        raise UsageError(f"{path} holds no array of floats")
     counts = {name: column.count for name, column in arrays.items()}
+    for name, one in largest.items():
+        parts = (one.values, one.indices, one.rest)
+        counts |= {f"{name}/{p}": c.count for p, c in zip(_PARTS, parts, strict=True)}
     if sums is not None:
         if sums.dtype != np.uint32 or sums.shape:
             raise UsageError(f"{path}: {_CHECKSUMS} is uint32, one for each sample")
@@ -366,15 +567,44 @@ def read(path: Path) -> Recorded:
     if len(set(counts.values())) > 1 or not all(counts.values()):
         words = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise UsageError(f"{path}: the numbers of samples differ or are 0: {words}")
-    facts: Mapping[str, Any] | None = None
-    if about is not None:
-        try:
-            if about.dtype.kind != "U" or about.count != 1 or about.shape:
-                raise ValueError("it is not one text")
-            loaded = json.loads(str(about.rows(np.zeros(1, np.int64))[0]))
-            if not isinstance(loaded, dict):
-                raise ValueError("it is not an object")
-            facts = loaded
-        except ValueError as error:
-            raise UsageError(f"{path}: cannot read {_ABOUT}: {error}") from error
-    return Recorded(path, arrays, sums, facts)
+    about = None if text is None else _read_about(path, text)
+    inside = (about or {}).get("tensors")
+    inside = inside if isinstance(inside, list) else []
+    tensors = {name: arrays.pop(name) for name in inside if name in arrays}
+    if not arrays and not largest:
+        raise UsageError(f"{path} holds no array of floats")
+    return Recorded(path, arrays, largest, tensors, sums, about)
+
+
+def _read_largest(path: Path, arrays: dict[str, Column]) -> dict[str, Largest]:
+    """Take outputs of which only the largest scores are there out of the arrays."""
+    found: dict[str, Largest] = {}
+    for key in list(arrays):
+        name, slash, part = key.rpartition("/")
+        keys = [f"{name}/{one}" for one in _PARTS]
+        if not slash or part != "values" or any(key not in arrays for key in keys):
+            continue
+        one = Largest(*(arrays.pop(key) for key in keys))
+        kinds = one.values.dtype.kind, one.indices.dtype.kind, one.rest.dtype.kind
+        shape = one.values.shape
+        fits = one.indices.shape == shape and one.rest.shape == shape[:-1]
+        if not shape or not fits or kinds not in (("f", "i", "f"), ("f", "u", "f")):
+            raise UsageError(
+                f"{path}: the largest scores of {name!r} are floats [..., k], integers "
+                f"[..., k] and floats [...] for a sample, not {one.values}, "
+                f"{one.indices} and {one.rest}"
+            )
+        found[name] = one
+    return found
+
+
+def _read_about(path: Path, text: Column) -> Mapping[str, Any]:
+    try:
+        if text.dtype.kind != "U" or text.count != 1 or text.shape:
+            raise ValueError("it is not one text")
+        loaded = json.loads(str(text.rows(np.zeros(1, np.int64))[0]))
+        if not isinstance(loaded, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot read {_ABOUT}: {error}") from error
+    return loaded

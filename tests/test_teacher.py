@@ -190,6 +190,168 @@ def test_what_cannot_be_written_is_refused(
         written(tmp_path / name, names=names)
 
 
+# --- the largest scores -----------------------------------------------------------
+
+
+SCORES = np.random.default_rng(0).normal(size=(11, 3, 9)).astype(np.float32) * 3
+
+
+def speaking(end: str = "y = Identity(x)") -> Model:
+    return model_of(f"g (float[N,3,9] x) => (float[N,3,9] y) {{ {end} }}")
+
+
+def log_rest(scores: Array, indices: Array) -> Array:
+    others = np.exp(scores.astype(np.float64))
+    np.put_along_axis(others, indices.astype(np.int64), 0, -1)
+    made: Array = np.log(others.sum(-1))
+    return made
+
+
+@pytest.mark.parametrize("end", ["y = Identity(x)", "y = Softmax<axis=2>(x)"])
+def test_the_largest_scores_are_kept_with_the_mass_of_all_others(
+    tmp_path: Path, end: str
+) -> None:
+    model = speaking(end)
+    samples = samples_of(SCORES, model)
+    teacher.write(tmp_path / "t.npz", model, samples, top_k=4)
+    found = teacher.read(tmp_path / "t.npz")
+    assert (found.names, list(found.outputs), found.count) == (["y"], [], 11)
+    assert found.check(samples) == ""
+    rows = found.top_rows("y", samples.take([3, 8]), 9)
+    wanted = SCORES[[3, 8]]
+    order = np.argsort(-wanted, axis=-1)[..., :4]
+    np.testing.assert_array_equal(rows["indices"], order)
+    # The largest scores of a softmax are logarithms of its shares.
+    shift = 0 if "Identity" in end else np.log(np.exp(wanted).sum(-1))
+    best = np.take_along_axis(wanted, order, -1)
+    np.testing.assert_allclose(
+        rows["values"], best - np.expand_dims(shift, -1), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        rows["rest"], log_rest(wanted, order) - shift, rtol=1e-4, atol=1e-5
+    )
+    assert [a.dtype for a in rows.values()] == [np.float32, np.int64, np.float32]
+
+
+def test_largest_scores_may_be_halves_and_come_in_order_where_they_tie(
+    tmp_path: Path,
+) -> None:
+    model = speaking()
+    samples = samples_of(np.zeros((2, 3, 9), np.float32), model)
+    teacher.write(tmp_path / "t.npz", model, samples, top_k=8, dtype=np.float16)
+    with np.load(tmp_path / "t.npz") as file:
+        assert file["y/values"].dtype == np.float16
+        assert (np.diff(file["y/indices"], axis=-1) > 0).all()
+        np.testing.assert_array_equal(file["y/rest"], 0)
+
+
+def test_an_output_without_more_scores_is_kept_whole(tmp_path: Path) -> None:
+    written(tmp_path / "t.npz", top_k=2)
+    assert list(teacher.read(tmp_path / "t.npz").outputs) == ["y"]
+
+
+def test_large_outputs_are_computed_in_small_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(teacher, "_OUTPUT_BYTES", 2 * SCORES[0].nbytes)
+    steps: list[int] = []
+    model = speaking()
+    found = teacher.answers(
+        model,
+        samples_of(SCORES, model),
+        ["y"],
+        top={"y": 2},
+        progress=lambda done, total, what: steps.append(done),
+    )
+    assert steps == [2, 4, 6, 8, 10, 11]
+    np.testing.assert_array_equal(found["y/values"][..., 0], SCORES.max(-1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"y/indices": np.full((2, 3), 9)}, "class 9, and there are 9 classes"),
+        ({"y/indices": np.full((2, 3), -1)}, "class -1"),
+        ({"y/indices": np.ones((2, 3), np.int64)}, "two scores of one class"),
+        ({"y/values": np.full((2, 3), np.inf)}, "NaN or infinity"),
+        ({"y/rest": np.zeros((2, 3))}, r"floats \[\.\.\.\] for a sample"),
+        ({"y/indices": np.zeros((2, 3))}, "integers"),
+        ({"y/rest": np.zeros(3)}, "the numbers of samples differ"),
+    ],
+)
+def test_largest_scores_that_cannot_be_are_refused(
+    tmp_path: Path, change: dict[str, Array], says: str
+) -> None:
+    good = {
+        "y/values": np.zeros((2, 3)),
+        "y/indices": np.arange(6).reshape(2, 3),
+        "y/rest": np.zeros(2),
+    }
+    samples = samples_of(np.zeros((2, 2), np.float32), doubling())
+    np.savez(tmp_path / "t.npz", **good)  # type: ignore[arg-type]
+    teacher.read(tmp_path / "t.npz").top_rows("y", samples, 9)
+    np.savez(tmp_path / "t.npz", **{**good, **change})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=says):
+        teacher.read(tmp_path / "t.npz").top_rows("y", samples, 9)
+
+
+# --- tensors from inside ----------------------------------------------------------
+
+
+def deep() -> Model:
+    return model_of(
+        "g (float[N,2] x) => (float[N,2] y) "
+        "{ a1 = Neg(x)  a2 = Abs(a1)  n = Shape(a2)  y = Mul(a1, a2) }"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [(["a2"], ["a2"]), (["*"], ["a1", "a2"]), (["a*", "a1", "y"], ["a1", "a2"])],
+)
+def test_values_from_inside_are_kept(
+    tmp_path: Path, asked: list[str], kept: list[str]
+) -> None:
+    model = deep()
+    samples = samples_of(X, model)
+    teacher.write(tmp_path / "t.npz", model, samples, tensors=asked)
+    found = teacher.read(tmp_path / "t.npz")
+    assert (list(found.outputs), list(found.tensors)) == (["y"], kept)
+    expected = {"a1": -X, "a2": X, "y": -X * X}
+    for name in ("y", *kept):
+        rows = found.rows(name, samples.take([4, 2]))
+        np.testing.assert_array_equal(rows, expected[name][[4, 2]])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "says"),
+    [
+        (["a3"], UsageError, "computes no value 'a3'"),
+        (["b*"], UsageError, r"computes no value 'b\*'"),
+        (["n"], ModelError, "'n' is not a tensor of floats"),
+    ],
+)
+def test_values_that_are_not_there_are_refused(
+    tmp_path: Path, tensors: list[str], error: type[Exception], says: str
+) -> None:
+    model = deep()
+    with pytest.raises(error, match=says):
+        teacher.write(tmp_path / "t.npz", model, samples_of(X, model), tensors=tensors)
+    assert not (tmp_path / "t.npz").exists()
+
+
+def test_the_file_says_whose_answers_it_holds(tmp_path: Path) -> None:
+    doubling().save(tmp_path / "m.onnx")
+    deep().save(tmp_path / "other.onnx")
+    model, other = (Model.load(tmp_path / n) for n in ("m.onnx", "other.onnx"))
+    teacher.write(tmp_path / "t.npz", model, samples_of(X, model))
+    found = teacher.read(tmp_path / "t.npz")
+    assert found.whose(model) == "the model that this run started from"
+    assert found.whose(other).startswith("another model, m.onnx, SHA-256 ")
+    np.savez(tmp_path / "t.npz", y=X)
+    assert teacher.read(tmp_path / "t.npz").whose(model) == ""
+
+
 def test_the_command_writes_the_file(tmp_path: Path) -> None:
     doubling().save(tmp_path / "m.onnx")
     np.savez(tmp_path / "d.npz", x=X, labels=np.zeros(11, np.int64))
@@ -201,6 +363,10 @@ def test_the_command_writes_the_file(tmp_path: Path) -> None:
     with np.load(tmp_path / "t.npz") as file:
         assert file["y"].dtype == np.float16
         np.testing.assert_array_equal(file["y"], 2 * X)
+    arguments = [*arguments[:-1], "--top-k", "1", "--tensor", "*"]
+    shown = CliRunner().invoke(main, [str(word) for word in arguments])
+    assert shown.exit_code == 0, shown.stderr
+    assert "y/values: 11 x 1" in shown.stdout
 
 
 def test_the_command_needs_data(tmp_path: Path) -> None:
