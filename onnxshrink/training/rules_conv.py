@@ -13,7 +13,7 @@ from onnxshrink.model import Node
 from onnxshrink.training.gradients import GradContext, Tensor, attribute, given, rule
 from onnxshrink.training.rules_linear import matmul, swapped
 
-_MOST_COLUMNS = 8 << 20
+_MOST_COLUMNS = 16 << 20
 """Elements of the buffer of what the windows see."""
 
 Grads = list[Any]
@@ -169,10 +169,25 @@ def columns(ctx: GradContext, x: Tensor, over: Window, out: Sequence[int]) -> Te
                 ctx.ints(over.strides),
             )
         return ctx.reshape(x, (batch, channels, count))
+    return ctx.reshape(_seen(ctx, x, over), (batch, channels * taps, count))
+
+
+def _seen(ctx: GradContext, x: Tensor, over: Window, is_turned: bool = False) -> Tensor:
+    """Return a channel for each tap of each channel: what that tap sees.
+
+    Args:
+        ctx: The context to build with.
+        x: Batch, channels and spatial axes.
+        over: The window.
+        is_turned: Taps are counted from the last one.
+    """
+    channels = ctx.shape(x)[1]
+    taps = math.prod(over.kernel)
     # A grouped convolution with one-hot kernels copies faster than slices do.
     hot = np.zeros((channels, taps, taps), ctx.dtype(x))
-    hot[:, np.arange(taps), np.arange(taps)] = 1
-    seen = ctx.op(
+    order = np.arange(taps)
+    hot[:, order, order[::-1] if is_turned else order] = 1
+    return ctx.op(
         "Conv",
         x,
         ctx.constant(hot.reshape(channels * taps, 1, *over.kernel)),
@@ -182,7 +197,6 @@ def columns(ctx: GradContext, x: Tensor, over: Window, out: Sequence[int]) -> Te
         pads=over.pads,
         kernel_shape=list(over.kernel),
     )
-    return ctx.reshape(seen, (batch, channels * taps, count))
 
 
 def conv_weight(
@@ -202,6 +216,11 @@ def conv_weight(
     if ctx.is_blocked and each == 1 and outputs == group and not is_pointwise(over):
         return _depthwise_weight(ctx, x, g, over, shape)
     wide = inputs * taps
+    split = None
+    if outputs > group:
+        split = _divided(over, outputs, inputs, ctx.shape(x)[-1], out[-1])
+    if split is not None:
+        wide = inputs * math.prod(over.kernel[:-1]) + outputs * over.kernel[-1]
     # In pieces of the batch, so that the columns stay small; onnxruntime is as fast.
     parts = 1
     if not is_pointwise(over):
@@ -214,34 +233,114 @@ def conv_weight(
         gs = ctx.ops("Split", g, sizes, axis=0, outputs=parts)
     sums = []
     for piece, pull in zip(xs, gs, strict=True):
-        seen = columns(ctx, piece, over, out)
-        if group > 1:
-            left = ctx.reshape(pull, (size, group, outputs // group, count))
-            right = ctx.reshape(seen, (size, group, each * taps, count))
-            if outputs == group:
-                left, right = right, ctx.reshape(left, (size, group, count, 1))
-                product = ctx.op("MatMul", left, right)
-            else:
-                product = matmul(ctx, left, right, trans_b=True)
-            sums.append(ctx.total(product, [0]))
+        if split is not None:
+            sums.append(_both_sides(ctx, piece, pull, *split, group))
             continue
-        flat = ctx.reshape(pull, (size, outputs, count))
-        if size > 1 and outputs * wide > 2 * count * (outputs + wide):
-            # One product, where a product for each sample would be larger than what
-            # it is made of.
-            left = ctx.transpose(flat, [1, 0, 2])
-            right = ctx.transpose(seen, [1, 0, 2])
-            product = ctx.op(
-                "Gemm",
-                ctx.reshape(left, (outputs, size * count)),
-                ctx.reshape(right, (wide, size * count)),
-                transB=1,
-            )
-            sums.append(product)
-        else:
-            sums.append(ctx.total(matmul(ctx, flat, seen, trans_b=True), [0]))
+        seen = columns(ctx, piece, over, out)
+        sums.append(_columns_product(ctx, seen, pull, group))
     total = sums[0] if len(sums) == 1 else ctx.op("Sum", *sums)
-    return ctx.reshape(total, shape)
+    if split is None:
+        return ctx.reshape(total, shape)
+    rest = math.prod(over.kernel[:-1])
+    parted = ctx.reshape(total, (group, outputs // group, over.kernel[-1], each, rest))
+    return ctx.reshape(ctx.transpose(parted, [0, 1, 3, 4, 2]), shape)
+
+
+def _columns_product(ctx: GradContext, seen: Tensor, g: Tensor, group: int) -> Tensor:
+    """Return the products of all outputs with all columns, summed over the batch."""
+    size, outputs, *out = ctx.shape(g)
+    count = math.prod(out)
+    wide = ctx.shape(seen)[1]
+    if group > 1:
+        left = ctx.reshape(g, (size, group, outputs // group, count))
+        right = ctx.reshape(seen, (size, group, wide // group, count))
+        if outputs == group:
+            left, right = right, ctx.reshape(left, (size, group, count, 1))
+            product = ctx.op("MatMul", left, right)
+        else:
+            product = matmul(ctx, left, right, trans_b=True)
+        return ctx.total(product, [0])
+    flat = ctx.reshape(g, (size, outputs, count))
+    if size > 1 and outputs * wide > 2 * count * (outputs + wide):
+        # One product, where a product for each sample would be larger than what
+        # it is made of.
+        left = ctx.transpose(flat, [1, 0, 2])
+        right = ctx.transpose(seen, [1, 0, 2])
+        return ctx.op(
+            "Gemm",
+            ctx.reshape(left, (outputs, size * count)),
+            ctx.reshape(right, (wide, size * count)),
+            transB=1,
+        )
+    if wide > outputs:
+        # onnxruntime rearranges the right side: let it be the small one.
+        product = ctx.total(matmul(ctx, seen, flat, trans_b=True), [0])
+        return ctx.transpose(product, [1, 0])
+    return ctx.total(matmul(ctx, flat, seen, trans_b=True), [0])
+
+
+def _divided(
+    over: Window, outputs: int, inputs: int, width: int, out: int
+) -> tuple[Window, Window] | None:
+    """Return windows over input and gradient that together make all products.
+
+    The kernel's gradient at a tap is a product of the input and the output's gradient,
+    one moved against the other. Moving the input along all axes but the last, and the
+    gradient along the last, makes kh + kw copies instead of kh * kw, for as many
+    multiplications.
+
+    Returns:
+        ``None`` where that is not so, or is not less to copy.
+    """
+    *rest, last = over.kernel
+    reach = over.spans[-1] - 1
+    begin, end = reach - over.begin[-1], reach - over.end[-1]
+    taps = math.prod(rest)
+    if over.strides[-1] != 1 or begin < 0 or end < 0 or width > 2 * out:
+        return None
+    if last == 1 or inputs * taps + outputs * last >= inputs * taps * last:
+        return None
+    ones = (1,) * len(rest)
+    zeros = (0,) * len(rest)
+    return (
+        Window(
+            (*rest, 1),
+            over.strides,
+            (*over.dilations[:-1], 1),
+            (*over.begin[:-1], 0),
+            (*over.end[:-1], 0),
+        ),
+        Window(
+            (*ones, last),
+            (*ones, 1),
+            (*ones, over.dilations[-1]),
+            (*zeros, begin),
+            (*zeros, end),
+        ),
+    )
+
+
+def _both_sides(
+    ctx: GradContext, x: Tensor, g: Tensor, rest: Window, last: Window, group: int
+) -> Tensor:
+    """Return the products that ``_divided`` is about, summed over the batch.
+
+    Returns:
+        (group, outputs of a group * last axis, inputs of a group * other axes)
+    """
+    is_moved = not is_pointwise(rest) or set(rest.strides) != {1}
+    seen = _seen(ctx, x, rest) if is_moved else x
+    pull = _seen(ctx, g, last, is_turned=True)
+    size, wide, *positions = ctx.shape(seen)
+    high = ctx.shape(pull)[1]
+    count = math.prod(positions)
+    product = matmul(
+        ctx,
+        ctx.reshape(pull, (size, group, high // group, count)),
+        ctx.reshape(seen, (size, group, wide // group, count)),
+        trans_b=True,
+    )
+    return ctx.total(product, [0])
 
 
 def _depthwise_weight(

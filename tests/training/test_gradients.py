@@ -416,6 +416,17 @@ CONVS = [
     Op("Conv", [(2, 4, 7), (4, 1, 3)], {"group": 4, "dilations": [2]}),
     Op("Conv", [(1, 2, 4, 4, 4), (3, 2, 2, 3, 2), (3,)], {"pads": [1, 0, 0, 0, 1, 0]}),
     Op("Conv", [(1, 2, 5, 4, 4), (2, 1, 3, 2, 2)], {"group": 2, "strides": [2, 1, 2]}),
+    # The kernel's gradient from copies of both sides, at its limits.
+    Op(
+        "Conv",
+        [(2, 3, 6, 8), (4, 3, 3, 3)],
+        {"strides": [2, 1], "pads": [1, 0, 1, 3], "dilations": [1, 2]},
+    ),
+    Op("Conv", [(2, 6, 4, 5), (2, 6, 1, 3)], {"pads": [1, 1, 0, 1]}),
+    Op("Conv", [(2, 6, 5, 5), (2, 6, 1, 3)], {"strides": [2, 1]}),
+    Op("Conv", [(1, 4, 4, 4), (4, 4, 3, 3)], {"pads": [3] * 4}),
+    Op("Conv", [(1, 4, 9), (2, 4, 5)], {"pads": [2, 1]}),
+    Op("Conv", [(1, 4, 3, 4, 4), (4, 2, 2, 2, 2)], {"group": 2, "pads": [1] * 6}),
 ]
 
 TRANSPOSED = [
