@@ -113,7 +113,7 @@ def decoder_of(model: Model, weight: Weight) -> Decoder | str:
         return "several nodes read its codes"
     node = uses[0][0]
     nodes: list[Node] = []
-    places = np.arange(weight.size).reshape(weight.shape)
+    places: Array | None = None
     if uses[0][1] != 0:
         return f"{node.op} reads its codes"
     is_cast = False
@@ -126,6 +126,8 @@ def decoder_of(model: Model, weight: Weight) -> Decoder | str:
                 return "its codes are cast to another type than float32"
             is_cast = True
         elif node.op in MOVES:
+            if places is None:
+                places = np.arange(weight.size, dtype=np.int32).reshape(weight.shape)
             moved = _moved(model, node, places)
             if moved is None:
                 return f"{node.op} {node.name!r} moves its codes by what is computed"
@@ -146,16 +148,11 @@ def _is_output(model: Model, tensor: gs.Tensor) -> bool:
     return any(tensor is output for output in model.graph.outputs)
 
 
-def _places(places: Array, weight: Weight) -> Array | None:
-    same = np.array_equal(places.reshape(-1), np.arange(weight.size))
-    return None if same else places
-
-
 def _dequantized(
-    model: Model, nodes: Sequence[Node], places: Array, weight: Weight
+    model: Model, nodes: Sequence[Node], places: Array | None, weight: Weight
 ) -> Decoder | str:
     node = nodes[-1]
-    shape = places.shape
+    shape = weight.shape if places is None else places.shape
     zero = np.zeros((), np.float32)
     if len(node.inputs) > 2 and (node.inputs[2].name or node.inputs[2].inputs):
         known = model.constant(node.inputs[2])
@@ -168,13 +165,11 @@ def _dequantized(
         axis = 0
     block = int(attribute(node, "block_size", 0))
     wide = _spread(zero, shape, axis, block)
-    return Decoder(
-        tuple(nodes), node.inputs[1], wide, shape, _places(places, weight), axis, block
-    )
+    return Decoder(tuple(nodes), node.inputs[1], wide, shape, places, axis, block)
 
 
 def _multiplied(
-    model: Model, nodes: list[Node], places: Array, weight: Weight
+    model: Model, nodes: list[Node], places: Array | None, weight: Weight
 ) -> Decoder | str:
     """Describe Cast, Sub, Mul; ``nodes`` ends with the first of Sub and Mul."""
     node = nodes[-1]
@@ -194,9 +189,8 @@ def _multiplied(
     rest = [tensor for tensor in node.inputs if tensor is not before]
     if len(rest) != 1:
         return "Mul reads its codes before they are decoded"
-    return Decoder(
-        tuple(nodes), rest[0], zero, places.shape, _places(places, weight), None, 0
-    )
+    shape = weight.shape if places is None else places.shape
+    return Decoder(tuple(nodes), rest[0], zero, shape, places, None, 0)
 
 
 def _moved(model: Model, node: Node, array: Array) -> Array | None:

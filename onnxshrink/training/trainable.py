@@ -311,11 +311,16 @@ def find_trainable(
     """
     reached, blocked = _reach(model, outputs)
     found: list[Trainable] = []
+    of_codes = _scales_of_codes(model)
     for weight in model.weights():
-        if not weight.size or not weight.shape:
+        if not weight.size or not weight.shape or weight.name in of_codes:
             continue
         readers = list(_readers(model, weight))
-        learnt = [node for node, index in readers if index in _indices(node)]
+        learnt = [
+            node
+            for node, index in readers
+            if index in _indices(node) or _INTEGER.get(node.op) == index
+        ]
         if not learnt:
             continue
         names = [weight.name, *(n for node in learnt for n in (node.name, node.op))]
@@ -436,6 +441,18 @@ def _indices(node: Node) -> tuple[int, ...]:
     return _READ.get(node.op, ()) if is_onnx(node.domain) else ()
 
 
+def _scales_of_codes(model: Model) -> set[str]:
+    """Return the weights that a decoder multiplies codes with."""
+    found = set()
+    for weight in model.weights():
+        if weight.data_type in CODES and weight.shape:
+            decoder = decoder_of(model, weight)
+            if isinstance(decoder, Decoder):
+                known = model.constant(decoder.scale)
+                found |= set() if known is None else {known.name}
+    return found
+
+
 def _readers(model: Model, weight: Weight) -> Iterable[tuple[Node, int]]:
     """Yield what reads a weight, behind nodes that only move or decode it."""
     if weight.data_type in CODES or weight.data_type == onnx.TensorProto.INT32:
@@ -473,14 +490,13 @@ def _behind(
 
 def _why_not(weight: Weight, readers: Sequence[tuple[Node, int]]) -> str:
     kind = onnx.TensorProto.DataType.Name(weight.data_type)
-    is_codes = weight.data_type in CODES
-    decoded = [n for n, _ in weight.uses if n.op in (*_DECODE, *MOVES)]
-    if weight.data_type != onnx.TensorProto.FLOAT and not (
-        decoded and (is_codes or weight.data_type == onnx.TensorProto.INT32)
-    ):
-        integer = [n for n, at in weight.uses if _INTEGER.get(n.op) == at]
-        if is_codes and integer:
-            return f"{integer[0].op} multiplies its codes, which has no gradient rule"
+    integer = [node for node, at in readers if _INTEGER.get(node.op) == at]
+    if integer:
+        return f"{integer[0].op} multiplies its codes, which has no gradient rule"
+    is_bias = weight.data_type == onnx.TensorProto.INT32 and all(
+        node.op == "DequantizeLinear" for node, _ in weight.uses
+    )
+    if weight.data_type not in (onnx.TensorProto.FLOAT, *CODES) and not is_bias:
         return f"its values are {kind.lower()}; float32 is trained, or integer codes"
     if weight.is_input:
         return "it is also a graph input, so a caller may override it; run fold first"
