@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fingerprint", "gather", "unavailable"]
 
+After = Callable[[Iterable[str], int], None]
+
 SLICE_BYTES = 128 << 20
 """Bytes of exposed activations of one batch that are held at a time."""
 _BATCH = 32
@@ -37,6 +39,7 @@ def gather(
     *,
     slice_bytes: int = SLICE_BYTES,
     samples: Samples | None = None,
+    after: After | None = None,
 ) -> dict[str, Statistic]:
     """Feed each statistic with what its tensor holds on the calibration samples.
 
@@ -52,6 +55,8 @@ def gather(
         ctx: Samples, session options, cache and progress.
         slice_bytes: Bytes of activations held at a time.
         samples: Samples to use instead of ``ctx.samples.calibration``.
+        after: Called after each batch with the names that were fed and the number of
+            samples they have seen so far.
 
     Returns:
         The statistics under the same names, fed. A tensor that cannot be seen from
@@ -81,9 +86,11 @@ def gather(
     constants = _constants(model, asked)
     for name, weight in constants.items():
         _feed(asked[name], name, weight.read())
+    if after is not None and constants:
+        after(constants, samples.used)
     runs = {name: s for name, s in asked.items() if name not in constants}
     if runs:
-        _run(model, runs, samples, ctx, slice_bytes)
+        _run(model, runs, samples, ctx, slice_bytes, after)
     for name, statistic in asked.items():
         ctx.cache[mark, samples, name, statistic.key] = statistic
         found[name] = statistic
@@ -146,6 +153,7 @@ def _run(
     samples: Samples,
     ctx: Context,
     slice_bytes: int,
+    after: After | None,
 ) -> None:
     size = _batch_size(model, wanted, samples, slice_bytes)
     feed = samples.read(np.arange(size))
@@ -163,7 +171,9 @@ def _run(
                 expose=group,
                 only_exposed=True,
             )
-        for batch in samples.batches(size):
+        for (_, stop), batch in zip(
+            samples.spans(size), samples.batches(size), strict=True
+        ):
             if number == 0:
                 for name, statistic in inputs.items():
                     _feed(statistic, name, batch[name])
@@ -175,6 +185,8 @@ def _run(
                 for name in group:
                     _feed(wanted[name], name, values.pop(name))
             done += 1
+            if after is not None:
+                after([*group, *(inputs if number == 0 else ())], stop)
             ctx.progress(min(done, total), total, "calibration")
 
 

@@ -21,6 +21,7 @@ from onnxshrink.errors import ModelError, UsageError
 
 __all__ = [
     "ChannelNorm",
+    "ChannelRange",
     "ConvGram",
     "ConvNorm",
     "ConvSample",
@@ -33,6 +34,7 @@ __all__ = [
     "Range",
     "Sample",
     "Statistic",
+    "Stored",
 ]
 
 Array = NDArray[Any]
@@ -40,6 +42,8 @@ Float64 = NDArray[np.float64]
 
 _CHUNK = 1 << 21
 """Elements that are converted at a time: 16 MB as float64."""
+_CACHED = 1 << 16
+"""Elements that are counted at a time: they stay in the processor's cache."""
 _FILL = 1e30
 """Values beyond this are fills of a mask, not activations (FLT_MIN, -inf)."""
 
@@ -151,6 +155,50 @@ class Statistic(ABC):
         """Add the gathered fields of ``other``, whose key is the same."""
 
 
+class Stored(Statistic):
+    """A statistic that can be written to a file and read back."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Array]:
+        """Return what was gathered, as arrays by name."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over what ``state`` of another statistic with the same key returned.
+
+        Raises:
+            UsageError: This is no such state; nothing was taken over.
+        """
+
+
+def _stored(
+    state: Mapping[str, Array], name: str, kind: str, *shape: int | None
+) -> Array:
+    """Return an array of a stored state, if it is what it has to be.
+
+    Args:
+        state: The state, which may be anything.
+        name: Name of the array.
+        kind: ``f`` for float64, ``i`` for int64.
+        *shape: Its shape, ``None`` for any size.
+    """
+    array = state.get(name)
+    dtype = {"f": np.float64, "i": np.int64}[kind]
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != dtype
+        or array.ndim != len(shape)
+        or any(
+            want not in (None, have)
+            for want, have in zip(shape, array.shape, strict=True)
+        )
+    ):
+        raise UsageError(f"a stored statistic has no usable {name!r}")
+    if kind == "f" and np.isnan(array).any():
+        raise UsageError(f"a stored statistic has NaN in {name!r}")
+    return array
+
+
 @dataclass(eq=False)
 class Range(Statistic):
     """Smallest and largest finite value, of the tensor or of each channel.
@@ -216,6 +264,70 @@ class Range(Statistic):
         self.nan += other.nan
         self.inf += other.inf
         self.fills += other.fills
+
+
+@dataclass(eq=False)
+class ChannelRange(Stored):
+    """Smallest and largest value of each channel, mask fills left out.
+
+    Attributes:
+        axis: Axis of the channels.
+        low: float64 [channels], ``+inf`` where nothing was seen; ``None`` at first.
+        high: The same with ``-inf``.
+        count: Values seen in each channel.
+    """
+
+    axis: int = 1
+    low: Float64 | None = field(init=False, default=None)
+    high: Float64 | None = field(init=False, default=None)
+    count: int = field(init=False, default=0)
+
+    def update(self, array: Array) -> None:
+        """Widen the ranges by one batch."""
+        values = _around(_numeric(array), self.axis)
+        if not values.size:
+            return
+        low, high = values.min(axis=(0, 2)), values.max(axis=(0, 2))
+        if not (np.all(low >= -_FILL) and np.all(high <= _FILL)):
+            with np.errstate(invalid="ignore"):
+                kept = np.abs(values) <= _FILL
+            low = values.min(axis=(0, 2), where=kept, initial=np.inf)
+            high = values.max(axis=(0, 2), where=kept, initial=-np.inf)
+        self._widen(low.astype(np.float64), high.astype(np.float64))
+        self.count += values.shape[0] * values.shape[2]
+
+    def _widen(self, low: Float64, high: Float64) -> None:
+        if self.low is None or self.high is None:
+            self.low, self.high = low, high
+            return
+        _grown(self.low, low, "a range of channels")
+        self.low = np.minimum(self.low, low)
+        self.high = np.maximum(self.high, high)
+
+    def _merge(self, other: ChannelRange) -> None:
+        if other.low is not None and other.high is not None:
+            self._widen(other.low, other.high)
+        self.count += other.count
+
+    def state(self) -> dict[str, Array]:
+        """Return the ranges as arrays."""
+        none = np.zeros(0)
+        return {
+            "low": none if self.low is None else self.low,
+            "high": none if self.high is None else self.high,
+            "count": np.array([self.count]),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over stored ranges."""
+        low = _stored(state, "low", "f", None)
+        high = _stored(state, "high", "f", len(low))
+        count = int(_stored(state, "count", "i", 1)[0])
+        if count < 0 or (count > 0) != (len(low) > 0):
+            raise UsageError("a stored range counts what it has not seen")
+        if len(low):
+            self.low, self.high = low, high
+        self.count = count
 
 
 @dataclass(eq=False)
@@ -688,7 +800,7 @@ def _gathered(value: Float64 | None, what: str) -> Float64:
 
 
 @dataclass(eq=False)
-class Histogram(Statistic):
+class Histogram(Stored):
     """Counts in bins of equal width, over a range that grows as values come.
 
     The width is a power of two and every edge a multiple of it, the smallest for which
@@ -752,8 +864,8 @@ class Histogram(Statistic):
     def update(self, array: Array) -> None:
         """Count one batch."""
         values = _numeric(array).reshape(-1)
-        for start in range(0, values.size, _CHUNK):
-            self._count(values[start : start + (_CHUNK >> 3)])
+        for start in range(0, values.size, _CACHED):
+            self._count(values[start : start + _CACHED])
 
     def _count(self, values: Array) -> None:
         low, high = float(values.min()), float(values.max())
@@ -765,15 +877,17 @@ class Histogram(Statistic):
                 return
             values, low, high = kept, float(kept.min()), float(kept.max())
         self._cover(low, high)
-        # Scaling by a power of two is exact, so floor gives the true bin.
-        scaled = values.astype(np.float64)
-        scaled *= math.ldexp(1.0, -self._exponent)
+        if abs(self._exponent) > 100 or abs(self._first) >= 1 << 24:
+            values = values.astype(np.float64)
+        # Scaling by a power of two is exact, so floor gives the true bin, and so is the
+        # difference: an integer smaller than the number of bins.
+        scaled = values * values.dtype.type(math.ldexp(1.0, -self._exponent))
         np.floor(scaled, out=scaled)
-        places = scaled.astype(np.int64)
-        places -= self._first
+        scaled -= values.dtype.type(self._first)
+        places = scaled.astype(np.intp)
         self.counts += np.bincount(places, minlength=len(self.counts))
         self.count += values.size
-        self.zeros += values.size - int(np.count_nonzero(values))
+        self.zeros += int(np.count_nonzero(values == 0))
 
     def _cover(self, low: float, high: float) -> None:
         """Make the bins reach over [low, high] and everything seen before."""
@@ -822,6 +936,40 @@ class Histogram(Statistic):
         np.add.at(self.counts, places, other.counts)
         self.count += other.count
         self.zeros += other.zeros
+
+    def state(self) -> dict[str, Array]:
+        """Return the bins as arrays."""
+        whole = [self.count, self.zeros, self.apart, self._exponent, self._first]
+        return {
+            "counts": self.counts,
+            "whole": np.array(whole, np.int64),
+            "ends": np.array([self.low, self.high]),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over stored bins."""
+        counts = _stored(state, "counts", "i", None)
+        whole = [int(number) for number in _stored(state, "whole", "i", 5)]
+        low, high = (float(end) for end in _stored(state, "ends", "f", 2))
+        count, zeros, apart, exponent, first = whole
+        usable = (
+            len(counts) <= self.bins
+            and bool(np.all(counts >= 0))
+            and int(counts.sum()) == count
+            and 0 <= zeros <= count
+            and apart >= 0
+            and (count > 0) == (len(counts) > 0)
+        )
+        if usable and count:
+            usable = -_FILL <= low <= high <= _FILL
+            usable = usable and exponent == self._needed(low, high)
+            usable = usable and first == math.floor(math.ldexp(low, -exponent))
+            last = math.floor(math.ldexp(high, -exponent)) if usable else 0
+            usable = usable and len(counts) == last - first + 1
+        if not usable:
+            raise UsageError("a stored histogram contradicts itself")
+        self.counts, self.count, self.zeros, self.apart = counts, count, zeros, apart
+        self._exponent, self._first, self.low, self.high = exponent, first, low, high
 
 
 @dataclass(eq=False)
