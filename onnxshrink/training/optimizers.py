@@ -136,21 +136,24 @@ class Adam(Optimizer):
         if self.weight_decay and not self.decoupled:
             grad = ctx.op("Add", grad, ctx.op("Mul", weight, self.weight_decay))
 
-        def moved(old: Tensor, new: Tensor, beta: float) -> Tensor:
-            return ctx.op("Add", ctx.op("Mul", old, beta), ctx.op("Mul", new, 1 - beta))
-
         def correction(beta: float) -> Tensor:
             power = ctx.op("Pow", ctx.scalar(beta, step), step)
             rest = ctx.op("Neg", ctx.op("Sub", power, 1.0))
             return ctx.op("Cast", rest, to=ctx.data_type(rate))
 
-        mean = moved(state[0], grad, self.beta1)
-        square = moved(state[1], ctx.op("Mul", grad, grad), self.beta2)
-        # Scalars together, so that fewer passes over the weights are needed:
-        # with s = sqrt(c2), r (m / c1) / (sqrt(v) / s + e) is the same as
-        # (r s / c1) m / (sqrt(v) + e s).
-        root = ctx.op("Sqrt", correction(self.beta2))
-        size = ctx.op("Div", ctx.op("Mul", rate, root), correction(self.beta1))
+        # For fewer passes over the weights, the state is m / (1 - b1) and
+        # v / (1 - b2), and scalars are put together. With those as M and V and
+        # s = sqrt(c2 / (1 - b2)), r (m / c1) / (sqrt(v / c2) + e) is the same as
+        # (r (1 - b1) s / c1) M / (sqrt(V) + e s).
+        mean = ctx.op("Add", ctx.op("Mul", state[0], self.beta1), grad)
+        square = ctx.op(
+            "Add", ctx.op("Mul", state[1], self.beta2), ctx.op("Mul", grad, grad)
+        )
+        root = ctx.op(
+            "Sqrt", ctx.op("Mul", correction(self.beta2), 1 / (1 - self.beta2))
+        )
+        size = ctx.op("Mul", ctx.op("Mul", rate, root), 1 - self.beta1)
+        size = ctx.op("Div", size, correction(self.beta1))
         below = ctx.op("Add", ctx.op("Sqrt", square), ctx.op("Mul", root, self.epsilon))
         change = ctx.op("Div", ctx.op("Mul", mean, size), below)
         if self.weight_decay and self.decoupled:
