@@ -1,0 +1,338 @@
+"""student: a smaller model of the same kind, with the original's weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxshrink.analysis import blocks, channels, layers
+from onnxshrink.analysis.blocks import Block, Run
+from onnxshrink.analysis.channels import Group, Slices
+from onnxshrink.analysis.layers import NORMALISATIONS, Layer, is_float
+from onnxshrink.analysis.shapes import macs_by_value
+from onnxshrink.base import Context, Promise, Site, SitePass, selected
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model, Node, Weight
+
+__all__ = ["Student"]
+
+Array = NDArray[Any]
+Start = Literal["normal", "zero", "one"]
+"""How a fresh weight begins."""
+
+_FRESH = "values of "
+"""What the site of a fresh initialisation is called, before the weight's name."""
+_EPSILON = 1e-5
+"""Added to a variance of BatchNormalization before its root is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(SitePass):
+    """Build a smaller model from the one given: fewer blocks, thinner layers.
+
+    What it answers is wrong at first: let ``distill`` follow, which teaches it what the
+    original answers (Hinton, Vinyals and Dean 2015). A student that begins with weights
+    of its teacher needs far less of that (DistilBERT, Sanh et al. 2019).
+
+    Blocks that repeat are left out: residual blocks, whole transformer layers, and
+    layers in a row that are alike. The first channels to go are those with the smallest
+    norms: of what makes them, times what reads them. Channels go everywhere that the
+    graph ties them together (branches that are added, norms, depthwise kernels, whole
+    attention heads, whole groups); inputs and outputs of the model stay as they are.
+
+    Attributes:
+        keep: Blocks that stay: a share of each run of blocks that are alike, rounded up
+            (0 leaves all out), or from 2 on every k-th.
+        choose: Which stay: ``spread`` evenly from the first on, the ``first``, or the
+            ``last``.
+        width: Share of the channels, features and heads that stay.
+        round_to: Channels stay in multiples of this, if there are more of them.
+        inherit: Whether what stays keeps its weights. If not, it begins anew: weights
+            normal with variance 2 / inputs (He et al. 2015), biases 0, norms 1.
+        only: Act only on these blocks, nodes or weights: names, glob patterns or op
+            types.
+        skip: Leave these alone: names, glob patterns or op types.
+    """
+
+    name: ClassVar[str] = "student"
+    promise: ClassVar[Promise] = Promise.SIGNATURE
+    example: ClassVar[str] = "student:keep=0.5,width=0.75 distill"
+
+    keep: float = 0.5
+    choose: Literal["spread", "first", "last"] = "spread"
+    width: float = 1.0
+    round_to: int = 8
+    inherit: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        is_step = self.keep >= 2 and self.keep == int(self.keep)
+        if not (0 <= self.keep <= 1 or is_step):
+            raise UsageError(
+                "keep is a share from 0 to 1, or 2, 3, ... for every 2nd, 3rd block; "
+                f"not {self.keep}"
+            )
+        if not 0 < self.width <= 1:
+            raise UsageError(f"width is a share above 0 and up to 1, not {self.width}")
+        if not 1 <= self.round_to <= 4096:
+            raise UsageError(f"round_to is from 1 to 4096, not {self.round_to}")
+
+    # --- plan ---------------------------------------------------------------------
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        """List blocks to leave out, channels to remove and weights to begin anew."""
+        costs = _Costs(model, ctx)
+        gone = self._surplus(model, ctx)
+        sites = [costs.of_block(block) for block in gone]
+        rest = model.copy()
+        if gone:
+            named = {block.name for block in gone}
+            blocks.remove(rest, [b for b in _all(blocks.find(rest)) if b.name in named])
+            rest.drop_unused()
+        if self.width < 1:
+            sites += [
+                costs.of_group(group, self._kept(group))
+                for group in self._groups(rest, ctx)
+            ]
+        if not self.inherit:
+            sites += [
+                Site(_FRESH + weight.name, "weight", detail={"start": start})
+                for weight, start, _ in self._fresh(rest, ctx.skipped)
+            ]
+        if self.keep == 1 and self.width == 1 and self.inherit:
+            ctx.skipped(self.name, "keep=1 and width=1 leave everything as it is")
+        _tell_of_bodies(model, ctx)
+        return sites
+
+    def _surplus(self, model: Model, ctx: Context) -> list[Block]:
+        """Return the blocks that go, in graph order."""
+        if self.keep == 1:
+            return []
+        gone: list[Block] = []
+        runs = blocks.find(model)
+        for run in runs:
+            stay = self._stay(len(run.units))
+            for number, block in enumerate(run.units):
+                if number in stay or not selected(block.names, self.only, self.skip):
+                    continue
+                gone.append(block)
+            if len(stay) == len(run.units):
+                run_of = (
+                    f"a run of {len(stay)}, and keep={self.keep:g} keeps {len(stay)}"
+                )
+                ctx.skipped(run.units[0].name, f"the block stays: it begins {run_of}")
+        if not runs:
+            why = "no residual block and no layers in a row that are alike"
+            ctx.skipped(self.name, f"there is {why}")
+        elif not gone:
+            ctx.skipped(self.name, "keep, only and skip leave every block")
+        return gone
+
+    def _stay(self, count: int) -> set[int]:
+        """Return which of ``count`` blocks stay."""
+        if self.keep >= 2 and self.choose == "spread":
+            return set(range(0, count, int(self.keep)))
+        share = 1 / self.keep if self.keep >= 2 else self.keep
+        # A share of 0.7 of 10 is 7, whatever binary fractions make of it.
+        number = min(count, int(np.ceil(count * share - 1e-9)))
+        if self.choose == "first":
+            return set(range(number))
+        if self.choose == "last":
+            return set(range(count - number, count))
+        return {place * count // number for place in range(number)}
+
+    def _groups(self, model: Model, ctx: Context) -> list[Group]:
+        """Return the groups of channels that become fewer."""
+        found = []
+        for group in channels.find(model):
+            if not selected(group.names, self.only, self.skip):
+                continue
+            if group.why:
+                ctx.skipped(group.name, f"its channels stay: {group.why}")
+            elif not any(part.role == "producer" for part in group.where):
+                ctx.skipped(group.name, "its channels are not made by a weight")
+            elif self._kept(group) == group.size:
+                ctx.skipped(group.name, f"all its {group.size} channels stay")
+            else:
+                found.append(group)
+        if not found:
+            ctx.skipped(self.name, "there are no channels that could be fewer")
+        return found
+
+    def _kept(self, group: Group) -> int:
+        """Return how many channels of a group stay."""
+        wanted, step = group.size * self.width, self.round_to
+        if group.width == 1 and group.size > step:
+            return min(group.size, max(step, int(wanted / step + 0.5) * step))
+        return max(1, int(wanted + 0.5))
+
+    def _fresh(
+        self, model: Model, skipped: Callable[[str, str], None] = lambda *_: None
+    ) -> Iterator[tuple[Weight, Start, int]]:
+        """Yield the weights to begin anew, each with how many inputs it sums up."""
+        roles: tuple[layers.Role, ...] = ("weight", "table", "bias")
+        for layer in layers.find(model, only=self.only, skip=self.skip, roles=roles):
+            use = layer.uses[0] if layer.uses else None
+            if use is None or layer.why_not:
+                skipped(layer.name, layer.why_not or "nothing known reads it")
+            elif use.role != "bias":
+                yield layer.weight, "normal", _inputs(layer, use.role)
+            elif use.node.op in NORMALISATIONS and use.index == 1:
+                yield layer.weight, "one", 1
+            else:
+                yield layer.weight, "zero", 1
+        seen: set[int] = set()
+        for node in model.nodes():
+            if node.op != "BatchNormalization":
+                continue
+            starts: tuple[Start, Start] = ("zero", "one")
+            for tensor, start in zip(node.inputs[3:5], starts, strict=False):
+                weight = model.constant(tensor)
+                if weight is None or weight.is_input or weight.is_output:
+                    continue
+                names = [weight.name, node.name, node.op]
+                if not selected(names, self.only, self.skip):
+                    continue
+                if id(weight.constant) not in seen:
+                    seen.add(id(weight.constant))
+                    yield weight, start, 1
+
+    # --- act ----------------------------------------------------------------------
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        """Act at one site."""
+        self.rewrite_all(model, [site], ctx)
+
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        """Leave out blocks, then remove channels, then begin weights anew."""
+        chosen = {site.where: site for site in sites}
+        gone = [b for b in _all(blocks.find(model)) if b.name in chosen]
+        for block in gone:
+            ctx.did(block.name, f"block left out: {len(block.nodes)} nodes")
+        if gone:
+            blocks.remove(model, gone)
+            model.drop_unused()
+            model.forget_shapes()
+        if self.width < 1:
+            self._thin(model, chosen, ctx)
+        if not self.inherit:
+            self._restart(model, chosen, ctx)
+
+    def _thin(self, model: Model, chosen: Mapping[str, Site], ctx: Context) -> None:
+        kept = [
+            (group, _strongest(group, self._kept(group)))
+            for group in channels.find(model)
+            if group.name in chosen and not group.why
+        ]
+        if not kept:
+            return
+        channels.remove_all(model, kept)
+        for group, stay in kept:
+            ctx.did(group.name, f"{group.size} -> {len(stay)} channels")
+        model.drop_unused()
+
+    def _restart(self, model: Model, chosen: Mapping[str, Site], ctx: Context) -> None:
+        for weight, start, inputs in list(self._fresh(model)):
+            site = chosen.get(_FRESH + weight.name)
+            if site is None:
+                continue
+            values = np.full(weight.shape, start == "one", weight.dtype)
+            if start == "normal":
+                seed = [ctx.seed, zlib.crc32(weight.name.encode())]
+                draws = np.random.default_rng(seed).standard_normal(weight.shape)
+                values = (draws * np.sqrt(2 / inputs)).astype(weight.dtype)
+            model.set_weight(weight, values)
+            ctx.did(site.where, start)
+
+
+def _all(runs: Iterable[Run]) -> list[Block]:
+    return [block for run in runs for block in run.units]
+
+
+def _inputs(layer: Layer, role: layers.Role) -> int:
+    """Return how many inputs an output of a layer sums up; a table's row is one."""
+    count = (
+        layer.weight.shape[-1] if role == "table" else layer.layout.matrices_shape[2]
+    )
+    return max(1, count)
+
+
+def _tell_of_bodies(model: Model, ctx: Context) -> None:
+    """Say that weights of branches, bodies and functions are left alone."""
+    for weight in model.weights():
+        if weight.graph is not model.graph and is_float(weight):
+            ctx.skipped(weight.name, "it is inside a branch, a body or a function")
+
+
+def _strongest(group: Group, count: int) -> list[int]:
+    """Return the channels that matter most, in order.
+
+    A channel's importance is the norm of what makes it, as a normalisation behind it
+    scales that, times the norm of what reads it.
+    """
+    score = np.ones(group.size)
+    for roles in (("producer",), ("consumer",), ("filter",), ("scale",)):
+        parts = [part for part in group.where if part.role in roles]
+        if parts:
+            score *= sum(_energy(part) for part in parts)
+    for part in group.where:
+        if part.role == "variance":
+            score /= np.abs(part.weight.read())[part.offsets].mean(1) + _EPSILON
+    order = np.argsort(-score, kind="stable")
+    return sorted(int(channel) for channel in order[:count])
+
+
+def _energy(part: Slices) -> Array:
+    """Return the sum of squares of each channel's slice."""
+    values = part.weight.read().astype(np.float64)
+    others = tuple(axis for axis in range(values.ndim) if axis != part.axis)
+    energy: Array = np.square(values).sum(others)[part.offsets].sum(1)
+    return energy
+
+
+class _Costs:
+    """What blocks and channels take, for the plan."""
+
+    def __init__(self, model: Model, ctx: Context) -> None:
+        samples = ctx.samples.calibration or ctx.samples.training
+        self.model = model
+        self.macs: dict[str, int | None] = {}
+        if samples is not None and samples.used:
+            feed = samples.read(np.arange(samples.batch or 1))
+            self.macs = macs_by_value(model, feed)
+
+    def _macs(self, nodes: Iterable[Node]) -> int:
+        names = [tensor.name for node in nodes for tensor in node.outputs]
+        return sum(self.macs.get(name) or 0 for name in names)
+
+    def of_block(self, block: Block) -> Site:
+        inside = {id(node) for node in block.nodes}
+        weights: dict[int, Weight] = {}
+        for node in block.nodes:
+            for tensor in node.inputs:
+                weight = self.model.constant(tensor) if tensor.name else None
+                if weight is not None:
+                    weights[id(weight.constant)] = weight
+        freed = [
+            weight.nbytes
+            for weight in weights.values()
+            if all(id(node) in inside for node, _ in weight.uses)
+        ]
+        detail = {"from": block.start.name, "nodes": len(block.nodes)}
+        return Site(block.name, block.kind, sum(freed), self._macs(block.nodes), detail)
+
+    def of_group(self, group: Group, kept: int) -> Site:
+        share = 1 - kept / group.size
+        sizes = {id(p.weight.constant): p.weight.nbytes for p in group.where}
+        return Site(
+            group.name,
+            group.nodes[0].op,
+            round(share * sum(sizes.values())),
+            round(share * self._macs(group.nodes)),
+            {"channels": group.size, "kept": kept},
+        )
