@@ -327,10 +327,12 @@ def fit(
     for piece in _pieces(weight, gram):
         search = _Search.of(weight[piece.rows], piece, grid, symmetric)
         ranges = search.start()
-        if method in ("mse", "learned"):
-            search.mse(ranges)
-        elif method == "hqq":
-            search.hqq(ranges)
+        # An error that does not fit float32 is never the smallest.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if method in ("mse", "learned"):
+                search.mse(ranges)
+            elif method == "hqq":
+                search.hqq(ranges)
         scale, zero = search.best
         grid.scale[piece.rows], grid.zero[piece.rows] = scale, zero
     if method == "learned" and gram is not None:
