@@ -30,6 +30,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.samples import Samples
 from onnxshrink.tensors import LazyTensor
+from onnxshrink.training.norms import why_fixed
 
 __all__ = ["Recover"]
 
@@ -457,7 +458,7 @@ class _Finder:
             names = [label, node.name, node.op]
             if not selected(names, self.options.only, self.options.skip):
                 continue
-            why = self._why_no_norm(node)
+            why = why_fixed(self.model, node)
             target = self._target(node, "")
             if why or isinstance(target, str):
                 ctx.skipped(label, why or str(target))
@@ -465,19 +466,6 @@ class _Finder:
             request = cross.Request(node.inputs[0].name, *target, Channels())
             found.append(_Work(label, "norm", node, request))
         return found
-
-    def _why_no_norm(self, node: Node) -> str:
-        if attribute(node, "training_mode", 0) or len(node.outputs) > 1:
-            return "its node is in training mode"
-        if self.model.opset < 9 and not attribute(node, "spatial", 1):
-            return "its node does not normalise channels"
-        for index in range(1, 5):
-            weight = self.model.constant(node.inputs[index])
-            if weight is None or not layers.is_float(weight) or weight.is_input:
-                return "a parameter of its node is not a constant"
-            if index > 2 and (weight.is_output or weight.uses != ((node, index),)):
-                return f"{weight.name} is read by other nodes too"
-        return ""
 
     def _same(self, weight: Weight) -> bool:
         """Whether the reference has a weight of this name with the same values."""
