@@ -558,7 +558,7 @@ def test_tied_values_move_together_and_zeros_stay() -> None:
         np.ones((64, 1, 1), np.float32),
         np.tile(np.array([1, 2, 3, 4], np.float32), 8).reshape(
             4, 8
-        ),  # 8 entries for each
+        ),  # 8 of each
         np.full((16, 16), 2, np.float32),
     ],
 )
