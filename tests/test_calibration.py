@@ -152,6 +152,9 @@ def divergence(values, low, high, levels, width):
         held = reference[part] > 0
         if held.any():
             quantized[part][held] = counts[part].sum() / held.sum()
+    for edge in (0, -1):
+        if reference[edge] > 0 and quantized[edge] == 0:
+            quantized[edge] = 1e-4 * counts.sum()
     p, q = reference / reference.sum(), quantized / max(quantized.sum(), 1)
     if np.any((p > 0) & (q == 0)):
         return np.inf

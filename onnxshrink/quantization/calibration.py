@@ -32,6 +32,8 @@ METHODS: tuple[Method, ...] = (
 )
 BINS = 2048
 """Bins of an observer's histogram: at least 4 for each of 256 codes."""
+SMOOTHING = 1e-4
+"""Share that Q has where values are clipped to and none were, as in onnxruntime."""
 CANDIDATES = 512
 """Ranges that entropy compares at least, if there are so many bins."""
 
@@ -330,9 +332,12 @@ def _divergence(
     inside = np.diff(sums[cuts], axis=1)
     filled = np.diff(support[cuts], axis=1).astype(np.float64)
     outside = inside.copy()
+    held = inside.sum(axis=1)
     for edge, added, bin_ in ((0, below, first), (-1, above, last)):
         outside[:, edge] += added
         filled[:, edge] += (added > 0) & (bin_ == 0)
+        bare = (added > 0) & (inside[:, edge] == 0)
+        inside[:, edge] = np.where(bare, SMOOTHING * held, inside[:, edge])
     held = inside.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.log(inside / np.maximum(filled, 1.0))
