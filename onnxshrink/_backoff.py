@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from onnxshrink.base import Site, SitePass
 
-__all__ = ["Plan", "back_off", "blend", "nothing", "tighten"]
+__all__ = ["Plan", "back_off", "blend", "nothing", "rank", "tighten"]
 
 _PROBES = 128
 """Most sites measured one by one; more are measured in groups of neighbours."""
@@ -21,6 +22,7 @@ _HALVINGS = 6
 _LOWERED = 0.9
 
 Damage = Callable[[Sequence[Site]], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,31 @@ def _with(plan: Plan, strengths: Sequence[float]) -> Plan:
 
 def _ranked(plan: Plan, damage: Damage) -> Plan:
     """Measure each site alone; order the plan, the most damaging first."""
-    count = len(plan.sites)
-    size = -(-count // _PROBES)
+    order, _ = rank(plan.sites, damage)
+    return Plan(plan.sites, plan.strengths, order)
+
+
+def rank(
+    items: Sequence[T], damage: Callable[[Sequence[T]], float], probes: int = _PROBES
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Measure the damage of each item alone.
+
+    Args:
+        items: Sites, layers, or what else there is a choice of.
+        damage: Measures some of them together.
+        probes: Most measurements; of more items, neighbours share one.
+
+    Returns:
+        The indices of the items, the most damaging first, and the damage of each item
+        in the order of the items.
+    """
+    size = max(1, -(-len(items) // probes))
     harm: list[float] = []
-    for start in range(0, count, size):
-        group = plan.sites[start : start + size]
+    for start in range(0, len(items), size):
+        group = items[start : start + size]
         harm.extend([damage(group)] * len(group))
-    order = sorted(range(count), key=lambda index: (-harm[index], index))
-    return Plan(plan.sites, plan.strengths, tuple(order))
+    order = sorted(range(len(items)), key=lambda index: (-harm[index], index))
+    return tuple(order), tuple(harm)
 
 
 def _common_strength(pass_: SitePass, plan: Plan, damage: Damage) -> float:
