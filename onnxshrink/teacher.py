@@ -38,7 +38,16 @@ from onnxshrink.model import Model
 from onnxshrink.samples import Samples
 from onnxshrink.tensors import numpy_type
 
-__all__ = ["Largest", "Recorded", "answers", "are_shares", "digest", "read", "write"]
+__all__ = [
+    "Largest",
+    "Recorded",
+    "answers",
+    "are_shares",
+    "digest",
+    "float_outputs",
+    "read",
+    "write",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -293,7 +302,7 @@ def write(
             )
     if top_k < 0:
         raise UsageError(f"the number of largest scores is at least 0, not {top_k}")
-    wanted = list(names) or _float_outputs(model)
+    wanted = list(names) or float_outputs(model)
     if not wanted:
         raise UsageError("the model has no output of floats to keep")
     inside = _inside(model, tensors, wanted)
@@ -382,7 +391,8 @@ def _inside(model: Model, patterns: Sequence[str], outputs: Sequence[str]) -> li
     return list(dict.fromkeys(found))
 
 
-def _float_outputs(model: Model) -> list[str]:
+def float_outputs(model: Model) -> list[str]:
+    """Return the names of outputs that are tensors of floats."""
     return [
         info.name
         for info in model.outputs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +16,8 @@ from scipy.special import log_softmax
 
 from onnxshrink import runtime, teacher
 from onnxshrink._differences import Seen
+from onnxshrink._version import __version__
+from onnxshrink.analysis.activations import fingerprint
 from onnxshrink.base import Context, Pass, Promise
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
@@ -25,13 +29,26 @@ from onnxshrink.training import (
     Optimizer,
     Sgd,
     TrainingStep,
-    cosine,
+    augment,
     cross_entropy,
-    mse,
-    soft_cross_entropy,
     weighted,
 )
-from onnxshrink.training.loop import RATES, Outcome, Plan, fit
+from onnxshrink.training.answers import (
+    FileTeacher,
+    Lookup,
+    ModelTeacher,
+    values_of,
+)
+from onnxshrink.training.heads import (
+    CosineHead,
+    Head,
+    SoftHead,
+    SquaredHead,
+    TopHead,
+    axis_of,
+)
+from onnxshrink.training.loop import RATES, Checkpoint, Outcome, Plan, fit
+from onnxshrink.training.step import value_bytes
 from onnxshrink.training.trainable import (
     Scales,
     Trainable,
@@ -40,40 +57,24 @@ from onnxshrink.training.trainable import (
     summary,
     write,
 )
+from onnxshrink.training.transfer import AUTO, Link, Pair, blocks, link, pairs
 
 __all__ = ["Distill"]
 
 Array = NDArray[Any]
-Kind = Literal["soft", "mse", "cosine"]
 
-_FLOOR = 1e-7
-"""Least probability whose logarithm is taken."""
 _LABELS = "labels/hard"
 _HARD = 0.5
 """Share of labels in the loss unless alpha says otherwise."""
+_BATCH = 64
+"""Samples in a step unless the option says otherwise or memory is short."""
+_STEP_BYTES = 4 << 30
+"""Bytes up to which a step's values may be estimated before its batch is halved."""
+_CACHED = 2 << 30
+"""Bytes of a teacher's answers up to which they are computed in advance."""
 
-
-@dataclass(frozen=True)
-class _Head:
-    """How one output is taught.
-
-    Attributes:
-        output: Its name.
-        kind: Which loss.
-        classes: Number of class scores [samples, classes], or 0.
-        is_probability: Whether scores are probabilities already.
-        scale: What a squared error is multiplied with: 1 / variance of the teacher.
-    """
-
-    output: str
-    kind: Kind
-    classes: int = 0
-    is_probability: bool = False
-    scale: float = 1.0
-
-    @property
-    def target(self) -> str:
-        return f"{self.output}/teacher"
+_SHORT = "more memory than there is"
+"""What ``runtime`` says where memory is short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,8 @@ class Distill(Pass):
     scores are taught as soft targets (Hinton, Vinyals and Dean 2015): the divergence
     from the teacher's softmax at a temperature T, times T squared. Other outputs of
     float32 are taught by their squared error, in units of the teacher's variance. Where
-    samples have labels, these take part.
+    samples have labels, these take part. With ``match``, tensors inside of the model
+    are taught too (hints: Romero et al. 2015; attention: Zagoruyko and Komodakis 2017).
 
     What the graph says is kept: zeros of a pruned weight stay zero, equal values of a
     weight with few stay equal (Han, Mao and Dally 2016), a weight used twice stays one,
@@ -95,7 +97,10 @@ class Distill(Pass):
 
     It needs ``--data``: training samples for the gradients, validation samples to
     choose the learning rate's best epoch. The weights of the best epoch are kept, which
-    may be those of the start. Ctrl-C ends training and keeps the best so far.
+    may be those of the start. Ctrl-C ends training and keeps the best so far; a run
+    that was killed goes on with ``--resume`` where it was.
+
+    In Python, a subclass may override ``augment``.
 
     Attributes:
         teacher: File of a teacher's answers to the same data, from ``onnxshrink
@@ -105,14 +110,26 @@ class Distill(Pass):
             default 0.5 where labels fit, else 0.
         loss: How outputs are taught: ``auto``, ``soft`` for scores along the last axis,
             ``mse``, or ``cosine`` for directions along the last axis.
+        match: Tensors inside that are to be alike: ``student:teacher`` by name, or one
+            name for both; ``:cosine``, ``:attention`` or ``:mse``, the default, may
+            follow, and ``:weight``. ``auto`` takes ends of blocks that both have.
+            Repeat it for more.
+        match_weight: Weight in the loss of pairs that state none.
         epochs: Times that every training sample is seen.
         lr: Highest learning rate; by default short runs look for one.
-        batch: Samples in a step.
-        optimizer: ``adamw``, ``adam``, or ``sgd`` with momentum 0.9.
+        batch: Samples in a step; by default 64, fewer where these would need more than
+            4 GB. What does not fit into memory is halved.
+        optimizer: ``adamw``, ``adam`` or ``sgd``.
+        momentum: That of ``sgd``.
         weight_decay: How strongly weights are pulled to zero.
         clip: Largest norm of all gradients together; 0 does not clip.
         shift: Most pixels that images [samples, channels, height, width] are moved by,
-            anew in each step; the teacher sees the same image, except from a file.
+            anew in each step; borders are repeated. The teacher sees what the model
+            sees, except from a file.
+        crop: The same with zeros beyond the border.
+        flip: Mirror half of the images, left to right.
+        mixup: Mix pairs of samples, with shares from a Beta distribution of this
+            parameter, and their labels (Zhang et al. 2018); 0 does not.
         scales: Whether scales of quantization are learned: ``auto`` those of weights
             of 16 levels or fewer, ``fixed`` none, ``learned`` those of activations too.
         ties: Whether equal values of a matrix or kernel of at most 256 distinct ones
@@ -131,13 +148,19 @@ class Distill(Pass):
     temperature: float = 4.0
     alpha: float | None = None
     loss: Literal["auto", "soft", "mse", "cosine"] = "auto"
+    match: tuple[str, ...] = ()
+    match_weight: float = 1.0
     epochs: int = 20
     lr: float | None = None
-    batch: int = 64
+    batch: int | None = None
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: float = 0.9
     weight_decay: float = 0.0
     clip: float = 1.0
     shift: int = 0
+    crop: int = 0
+    flip: bool = False
+    mixup: float = 0.0
     scales: Scales = "auto"
     ties: bool = True
     only: tuple[str, ...] = ()
@@ -149,22 +172,60 @@ class Distill(Pass):
             raise UsageError(f"temperature is above 0, not {self.temperature}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha is a share from 0 to 1, not {self.alpha}")
-        if self.teacher is not None and self.alpha == 1:
+        if self.teacher is not None and self.alpha == 1 and not self.match:
             raise UsageError("alpha=1 asks no teacher; leave one of the two out")
+        if not 0 < self.match_weight < float("inf"):
+            raise UsageError(f"match_weight is above 0, not {self.match_weight}")
         if not 0 <= self.clip < float("inf"):
             raise UsageError(f"clip is at least 0, not {self.clip}")
-        if not 0 <= self.shift <= 1024:
-            raise UsageError(f"shift is a number of pixels from 0 on, not {self.shift}")
+        for name, pixels in (("shift", self.shift), ("crop", self.crop)):
+            if not 0 <= pixels <= 1024:
+                raise UsageError(
+                    f"{name} is a number of pixels from 0 on, not {pixels}"
+                )
+        if not 0 <= self.mixup < 100:
+            raise UsageError(f"mixup is from 0 to 100, not {self.mixup}")
         self._optimizer()
-        Plan(epochs=self.epochs, batch=self.batch, rate=self.lr)
+        Plan(epochs=self.epochs, batch=self._size, rate=self.lr)
+
+    @property
+    def _size(self) -> int:
+        return _BATCH if self.batch is None else self.batch
 
     def _optimizer(self) -> Optimizer:
-        kinds: dict[str, Callable[..., Optimizer]] = {
-            "adamw": AdamW,
-            "adam": Adam,
-            "sgd": Sgd,
-        }
+        kinds: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "adam": Adam}
+        if self.optimizer == "sgd":
+            return Sgd(weight_decay=self.weight_decay, momentum=self.momentum)
         return kinds[self.optimizer](weight_decay=self.weight_decay)
+
+    def augment(
+        self, feed: Mapping[str, Array], random: np.random.Generator
+    ) -> dict[str, Array]:
+        """Return changed samples for one step; a subclass may do something else.
+
+        Args:
+            feed: Arrays by input name, the first axis samples; they stay as they are.
+            random: Where random numbers come from.
+
+        Returns:
+            Arrays of the same names, shapes and dtypes.
+
+        Raises:
+            UsageError: An option asks for images, and no input is that.
+        """
+        made = dict(feed)
+        if self.shift:
+            made = augment.shift(made, self.shift, random)
+        if self.crop:
+            made = augment.crop(made, self.crop, random)
+        if self.flip:
+            made = augment.flip(made, random)
+        return made
+
+    @property
+    def _is_augmenting(self) -> bool:
+        own = type(self).augment is not Distill.augment
+        return own or bool(self.shift or self.crop or self.flip or self.mixup)
 
     def apply(self, model: Model, ctx: Context) -> None:
         """Train, and set the weights to the best that were seen.
@@ -205,7 +266,9 @@ class Distill(Pass):
         changed = 0
         if outcome.best_epoch:
             changed = write(model, run.chosen, outcome.weights)
-        before, after = judge.words(outcome.start), judge.words(outcome.best)
+        start = {one.name: one.start for one in run.chosen}
+        before = judge.words(outcome.start, start)
+        after = judge.words(outcome.best, outcome.weights)
         if not changed:
             why = f"no epoch was better than the start, {before}, lr {outcome.rate:g}"
             for words in [why, *notes]:
@@ -235,23 +298,34 @@ class _Run:
         folder: Path,
     ) -> None:
         self.options, self.model, self.ctx = options, model, ctx
-        self.training, self.folder = training, folder
+        self.training = training
         self.notes: list[str] = []
-        self.held = ctx.samples.validation
-        if self.held is None or not self.held.used:
-            self.held = training
+        held = ctx.samples.validation
+        if held is None or not held.used:
+            held = training
             self.notes.append(
                 "there are too few samples to hold some out, so the best epoch is "
                 "chosen on the training samples"
             )
+        self.held = held
+        few = training.batch if training.batch and not training.whole else _BATCH
+        self.few = training.take(slice(0, few))
         self.labels: Array | None = None
-        self.recorded: teacher.Recorded | None = None
-        self.file_names: dict[str, str] = {}
+        self.teacher: FileTeacher | ModelTeacher
+        if options.teacher is None:
+            self.teacher = ModelTeacher(ctx, folder)
+        else:
+            self.teacher = FileTeacher(options.teacher, model, ctx)
+            self.teacher.check(held, training)
         self.heads = self._heads()
-        names = [head.output for head in self.heads]
+        self.links = self._links()
+        self.alpha = self._alpha()
+        self._check_augmentation()
+        labelled = self._labelled
+        taught = self.heads if self.alpha < 1 or labelled is None else [labelled]
         self.chosen: list[Trainable] = find_trainable(
             model,
-            names,
+            [head.output for head in taught],
             options.only,
             options.skip,
             ctx.skipped,
@@ -264,37 +338,19 @@ class _Run:
                 " that only and skip choose" if options.only or options.skip else ""
             )
             raise UsageError(f"the model has no weight to train{picked}{why}")
-        self.alpha = self._alpha()
+        self.notes += self.teacher.notes
 
     # --- what is taught -----------------------------------------------------------
 
-    def _heads(self) -> list[_Head]:
-        options, ctx = self.options, self.ctx
-        names = teacher._float_outputs(self.model)
-        if options.teacher is not None:
-            self.recorded = teacher.read(options.teacher)
-            known = list(self.recorded.outputs)
-            shared = [name for name in names if name in known]
-            self.file_names = {name: name for name in shared}
-            if not shared and len(names) == len(known) == 1:
-                shared = names
-                self.file_names = {names[0]: known[0]}
-            if not shared:
-                raise UsageError(
-                    f"{options.teacher} has {', '.join(known)}, and none of that is an "
-                    f"output of the model, which has {', '.join(names) or 'none'}"
-                )
-            names = shared
-            note = self.recorded.check(self.training)
-            if self.held is not self.training and self.held is not None:
-                self.recorded.check(self.held)
-            if note:
-                self.notes.append(f"{options.teacher} is taken on trust: {note}")
-        few = self.training.take(slice(0, 64 // (self.training.batch or 1) or 1))
-        if self.training.batch and not self.training.whole:
-            few = self.training.take(slice(0, self.training.batch))
-        mine = teacher.answers(self.model, few, names, threads=ctx.threads)
-        given = self._ask(few, names)
+    def _heads(self) -> list[Head]:
+        source = self.teacher
+        names = teacher.float_outputs(self.model)
+        if isinstance(source, FileTeacher):
+            names = list(source.shared)
+        mine = teacher.answers(self.model, self.few, names, threads=self.ctx.threads)
+        if isinstance(source, FileTeacher):
+            source.classes = {n: a.shape[-1] for n, a in mine.items() if a.ndim > 1}
+        given = source.ask(self.few, names)
         heads = []
         for name in names:
             if mine[name].dtype != np.float32:
@@ -302,61 +358,115 @@ class _Run:
                     f"output {name!r} is {mine[name].dtype}; float32 is taught"
                 )
                 continue
-            if mine[name].shape != given[name].shape:
+            is_top = "values" in given[name]
+            shape, theirs = (
+                mine[name].shape,
+                given[name]["rest" if is_top else ""].shape,
+            )
+            if (shape[:-1] if is_top else shape) != theirs:
                 raise UsageError(
-                    f"output {name!r} is {list(mine[name].shape[1:])} for a sample and "
-                    f"the teacher's is {list(given[name].shape[1:])}"
+                    f"output {name!r} is {list(shape[1:])} for a sample and the "
+                    f"teacher's is {list(theirs[1:])}"
+                    + (" and its largest scores" if is_top else "")
                 )
-            heads.append(self._head(name, given[name]))
+            if is_top:
+                heads.append(self._top_head(name, mine[name], given[name]["values"]))
+            else:
+                heads.append(self._head(name, given[name][""]))
         if not heads:
             raise UsageError("the model has no output of float32 that could be taught")
         return heads
 
-    def _ask(self, samples: Samples, names: Sequence[str]) -> dict[str, Array]:
-        """Return the teacher's answers to samples, float32."""
-        if self.recorded is not None:
-            return {
-                name: self.recorded.rows(self.file_names[name], samples)
-                for name in names
-            }
-        return teacher.answers(
-            self.ctx.reference,
-            samples,
-            names,
-            folder=self.folder,
-            dtype=np.float32,
-            threads=self.ctx.threads,
-            providers=self.ctx.providers,
-            progress=self.ctx.progress,
+    def _top_head(self, name: str, mine: Array, values: Array) -> Head:
+        options, classes = self.options, mine.shape[-1]
+        if options.loss not in ("auto", "soft"):
+            raise UsageError(
+                f"loss={options.loss} needs whole outputs, and {options.teacher} has "
+                f"only the largest scores of {name!r}"
+            )
+        if values.shape[-1] >= classes:
+            raise UsageError(
+                f"{options.teacher} has {values.shape[-1]} largest scores of {name!r}, "
+                f"which has {classes} classes"
+            )
+        return TopHead(
+            output=name,
+            classes=classes if mine.ndim == 2 else 0,
+            temperature=options.temperature,
+            is_share=teacher.are_shares(mine),
         )
 
-    def _head(self, name: str, given: Array) -> _Head:
+    def _head(self, name: str, given: Array) -> Head:
         flat = given.reshape(-1, *given.shape[2:]) if self.training.whole else given
         seen = Seen()
         seen.update(name, flat, len(flat))
-        kind: Kind = "mse"
-        if self.options.loss != "auto":
-            kind = self.options.loss
-        elif seen.is_scores:
-            kind = "soft"
+        classes = seen.classes if seen.is_scores else 0
+        kind: str = self.options.loss
+        if kind == "auto":
+            kind = "soft" if seen.is_scores else "mse"
         if kind != "mse" and flat.ndim < 2:
             raise UsageError(
                 f"loss={kind} needs an output of rank 2 or more; {name!r} has "
                 f"{flat.ndim}"
             )
-        # [samples, classes, 1, 1] has its classes on axis 1, else they come last.
-        probability = bool(
-            kind == "soft"
-            and flat.min() >= 0
-            and np.allclose(flat.sum(axis=_axis(flat.shape, kind)), 1, atol=1e-3)
+        if kind == "soft":
+            return SoftHead(
+                output=name,
+                classes=classes,
+                temperature=self.options.temperature,
+                is_share=teacher.are_shares(flat, axis_of(flat.shape)),
+            )
+        if kind == "cosine":
+            return CosineHead(output=name, classes=classes)
+        spread = float(flat.astype(np.float64).var())
+        scale = 1 / spread if spread > 1e-12 else 1.0
+        return SquaredHead(output=name, classes=classes, scale=scale)
+
+    def _links(self) -> list[Link]:
+        options = self.options
+        if not options.match:
+            return []
+        if self.training.whole:
+            raise UsageError("match needs inputs whose first axis counts the samples")
+        mine, theirs = values_of(self.model), self.teacher.values
+        named = [text for text in options.match if text != AUTO]
+        try:
+            found = pairs(named, mine, theirs, options.match_weight)
+        except UsageError as error:
+            if options.teacher is None:
+                raise
+            raise UsageError(
+                f"{error} A file has what onnxshrink teacher --tensor NAME keeps"
+            ) from error
+        chosen: list[str] = []
+        if AUTO in options.match:
+            chosen = blocks(self.model, set(mine) & set(theirs))
+            if not chosen:
+                raise UsageError(
+                    "match=auto finds no ends of blocks that the model and its teacher "
+                    "have by the same names; name pairs with match=student:teacher"
+                )
+            found += [Pair(name, name, weight=options.match_weight) for name in chosen]
+        one = teacher.answers(
+            self.model,
+            self.few,
+            list(dict.fromkeys(pair.student for pair in found)),
+            threads=self.ctx.threads,
         )
-        scale = 1.0
-        if kind == "mse":
-            spread = float(flat.astype(np.float64).var())
-            scale = 1 / spread if spread > 1e-12 else 1.0
-        return _Head(
-            name, kind, seen.classes if seen.is_scores else 0, probability, scale
+        two = self.teacher.ask(
+            self.few, list(dict.fromkeys(pair.teacher for pair in found))
         )
+        links = []
+        for number, pair in enumerate(found):
+            ours = one[pair.student]
+            if ours.dtype != np.float32:
+                raise UsageError(
+                    f"match: {pair.student!r} is {ours.dtype}, not float32"
+                )
+            links.append(link(pair, number, ours, two[pair.teacher][""]))
+        if chosen:
+            self.notes.append(f"match=auto: {', '.join(chosen)}")
+        return links
 
     def _alpha(self) -> float:
         """Return the share of the labels; read them if there is one."""
@@ -387,67 +497,141 @@ class _Run:
         return _HARD if options.alpha is None else options.alpha
 
     @property
-    def _labelled(self) -> _Head | None:
-        found = [h for h in self.heads if h.classes and h.kind == "soft"]
+    def _labelled(self) -> Head | None:
+        soft = (SoftHead, TopHead)
+        found = [h for h in self.heads if h.classes and isinstance(h, soft)]
         return found[0] if found else None
+
+    def _check_augmentation(self) -> None:
+        options = self.options
+        if options.mixup and self.training.whole:
+            raise UsageError("mixup needs inputs whose first axis counts the samples")
+        if options.teacher is None or not options._is_augmenting:
+            return
+        if self.links:
+            raise UsageError(
+                "match compares with tensors that a file holds of the samples as they "
+                "are; leave shift, crop, flip and mixup out, or teacher"
+            )
+        tops = [head.output for head in self.heads if isinstance(head, TopHead)]
+        if options.mixup and tops:
+            raise UsageError(
+                f"mixup mixes whole answers, and {options.teacher} has only the "
+                f"largest scores of {tops[0]!r}"
+            )
 
     # --- training -----------------------------------------------------------------
 
     def train(self) -> tuple[Outcome, _Judge]:
         """Train with batches as large as memory allows."""
-        size = min(self.options.batch, len(self.training))
-        if self.training.batch:
-            size = self.training.batch
-        assert self.held is not None
-        soft = self.alpha < 1
         outputs = [head.output for head in self.heads]
-        moving = self.options.shift > 0 and self.recorded is None and soft
-        own = self.held is self.training
-        wanted: dict[str, Array] = {}
-        if soft and (own or not moving):
-            wanted = self._ask(self.training, outputs)
-        held = wanted if own else self._ask(self.held, outputs)
-        judge = _Judge(self, self.held, held)
-        live = runtime.session(self.ctx.reference, threads=self.ctx.threads)
-        feed = _Feed(self, wanted, live if moving else None)
+        judge = _Judge(self, self.held, self.teacher.lookup(self.held, outputs))
+        feed = _Feed(self, self._lookup())
+        size = self._batch(feed)
         while True:
             try:
-                step = self._step(size, feed)
-                sgd = self.options.optimizer == "sgd"
-                plan = Plan(
-                    epochs=self.options.epochs,
-                    batch=size,
-                    rate=self.options.lr,
-                    rates=tuple(10 * r for r in RATES) if sgd else RATES,
-                    seed=self.ctx.seed,
-                )
-                count = len(self.training) // size * size
-                count = len(self.training) if count else 0
-                return fit(step, feed, count, judge, plan, self.ctx.progress), judge
-            except ModelError as error:
+                return self._fit(size, feed, judge), judge
+            except (ModelError, MemoryError) as error:
                 fixed = self.training.batch is not None or size == 1
-                if fixed or "more memory than there is" not in str(error):
+                short = isinstance(error, MemoryError) or _SHORT in str(error)
+                if fixed or not short:
                     raise
-                size //= 2
-                self.notes.append(f"memory is short: batches of {size} instead")
+            size //= 2
+            self.notes.append(f"memory is short: batches of {size} instead")
+
+    def _lookup(self) -> Lookup:
+        """Return where a step's batch finds the teacher's answers."""
+        names = [head.output for head in self.heads] if self.alpha < 1 else []
+        names += [one.pair.teacher for one in self.links]
+        names = list(dict.fromkeys(names))
+        if not names:
+            return lambda positions, feed: {}
+        source = self.teacher
+        if isinstance(source, ModelTeacher):
+            few = source.ask(self.few, names)
+            size = sum(a.nbytes for rows in few.values() for a in rows.values())
+            is_large = size // len(self.few) * len(self.training) > _CACHED
+            if self.options._is_augmenting or is_large:
+                return source.live(self.training, names)
+        return source.lookup(self.training, names)
+
+    def _batch(self, feed: _Feed) -> int:
+        """Return how many samples a step takes, before any memory was short."""
+        if self.training.batch:
+            return self.training.batch
+        size = min(self.options._size, len(self.training))
+        if self.options.batch is not None:
+            return size
+        one = self.training.read(np.arange(size))
+        shapes = {name: array.shape for name, array in one.items()}
+        # Values of the forward run are kept until the backward run has used them, and
+        # gradients come on top.
+        each = 2 * value_bytes(self.model, shapes) / size
+        while size > 1 and size * each > _STEP_BYTES:
+            size //= 2
+        if size < min(_BATCH, len(self.training)):
+            self.notes.append(f"a step would be large: batches of {size}")
+        return size
+
+    def _fit(self, size: int, feed: _Feed, judge: _Judge) -> Outcome:
+        options, ctx = self.options, self.ctx
+        rates = RATES
+        if options.optimizer == "sgd":
+            rates = tuple(10 * rate for rate in RATES)
+        plan = Plan(
+            epochs=options.epochs,
+            batch=size,
+            rate=options.lr,
+            rates=rates,
+            seed=ctx.seed,
+        )
+        count = len(self.training) // size * size
+        count = len(self.training) if count else 0
+        kept = None
+        if ctx.folder is not None:
+            kept = Checkpoint(path=ctx.folder / "training.npz", key=self._key)
+        step = self._step(size, feed)
+        return fit(step, feed, count, judge, plan, ctx.progress, kept)
+
+    @functools.cached_property
+    def _key(self) -> str:
+        """What a training must share with one that was killed to go on with it."""
+        options, ctx = self.options, self.ctx
+        file = options.teacher.stat() if options.teacher is not None else None
+        facts = [
+            __version__,
+            type(options).__qualname__,
+            options,
+            file and (file.st_size, file.st_mtime_ns),
+            (ctx.seed, ctx.threads, ctx.providers),
+            (self.heads, self.links),
+            [(type(one).__qualname__, one.name) for one in self.chosen],
+        ]
+        code = hashlib.sha256(repr(facts).encode())
+        code.update(fingerprint(ctx.reference).encode())
+        for samples in (self.training, self.held):
+            code.update(teacher.checksums(samples).tobytes())
+        arrays = [array for one in self.chosen for array in (one.start, one.keep)]
+        for array in (*arrays, self.labels):
+            code.update(b"-" if array is None else np.ascontiguousarray(array).data)
+        return code.hexdigest()
 
     def _step(self, size: int, feed: _Feed) -> TrainingStep:
         work = self.model.copy()
         attach(work, self.chosen)
-        random = np.random.default_rng(0)
-        first = feed(np.arange(size), random)
-        targets = {
-            name: (value.dtype, value.shape)
-            for name, value in first.items()
-            if name == _LABELS or name in {head.target for head in self.heads}
-        }
-        shapes = {name: a.shape for name, a in first.items() if name not in targets}
+        learned = [n for one in self.links for n in one.attach(work, self.ctx.seed)]
+        first = feed(np.arange(size), np.random.default_rng(0))
+        inputs = self.training.names
         return TrainingStep(
             work,
-            shapes,
-            [one.name for one in self.chosen],
+            {name: array.shape for name, array in first.items() if name in inputs},
+            [*(one.name for one in self.chosen), *learned],
             self._loss,
-            targets=targets,
+            targets={
+                name: (array.dtype, array.shape)
+                for name, array in first.items()
+                if name not in inputs
+            },
             optimizer=self.options._optimizer(),
             clip=self.options.clip or None,
             threads=self.ctx.threads,
@@ -455,180 +639,116 @@ class _Run:
 
     def _loss(self, ctx: GradContext, values: Mapping[str, Any]) -> Any:
         parts = []
-        logits: dict[str, Any] = {}
+        scores: dict[str, Any] = {}
         for head in self.heads:
-            output = values[head.output]
-            if head.is_probability:
-                floor = ctx.scalar(_FLOOR, output)
-                output = ctx.op("Log", ctx.op("Max", output, floor))
-            logits[head.output] = output
-            if self.alpha == 1:
-                continue
-            wanted = values[head.target]
-            if head.kind == "soft":
-                axis = _axis(ctx.shape(output), head.kind)
-                part = soft_cross_entropy(
-                    ctx, output, wanted, self.options.temperature, axis
-                )
+            scores[head.output] = head.scores_of(ctx, values[head.output])
+            if self.alpha < 1:
+                wanted = {part: values[head.target(part)] for part in head.parts}
+                part = head.loss(ctx, scores[head.output], wanted)
                 parts.append((1 - self.alpha, part))
-            elif head.kind == "cosine":
-                parts.append((1 - self.alpha, cosine(ctx, output, wanted)))
-            else:
-                parts.append(((1 - self.alpha) * head.scale, mse(ctx, output, wanted)))
-        head_ = self._labelled
-        if self.alpha > 0 and head_ is not None:
-            scores = logits[head_.output]
-            shape = ctx.shape(scores)
+        labelled = self._labelled
+        if self.alpha > 0 and labelled is not None:
+            logits = scores[labelled.output]
+            shape = ctx.shape(logits)
             if len(shape) > 2:
-                scores = ctx.reshape(scores, shape[:2])
-            parts.append((self.alpha, cross_entropy(ctx, scores, values[_LABELS])))
+                logits = ctx.reshape(logits, shape[:2])
+            parts.append((self.alpha, cross_entropy(ctx, logits, values[_LABELS])))
+        parts += [(one.pair.weight, one.loss(ctx, values)) for one in self.links]
         return weighted(ctx, *parts)
-
-    def as_target(self, head: _Head, rows: Array) -> Array:
-        """Return the teacher's answers as the loss takes them: logits, not shares."""
-        if not head.is_probability:
-            return rows
-        return np.log(np.maximum(rows, np.float32(_FLOOR))).astype(np.float32)
 
 
 class _Feed:
     """What a training step is fed with."""
 
-    def __init__(
-        self, run: _Run, wanted: Mapping[str, Array], live: runtime.Session | None
-    ) -> None:
-        self._run, self._wanted, self._live = run, wanted, live
+    def __init__(self, run: _Run, lookup: Lookup) -> None:
+        self._run, self._lookup = run, lookup
 
     def __call__(
         self, positions: Array, random: np.random.Generator
     ) -> dict[str, Array]:
         run = self._run
-        given = dict(run.training.read(positions))
-        if run.options.shift:
-            given = _shifted(given, run.options.shift, random)
+        options = run.options
+        given = options.augment(run.training.read(positions), random)
+        mixing: tuple[Array, Array] | None = None
+        if options.mixup:
+            given, partner, share = augment.mixup(given, options.mixup, random)
+            mixing = partner, share
         made = dict(given)
-        if run.alpha < 1:
-            names = [head.output for head in run.heads]
-            live = self._live
-            rows = (
-                live.run(given, names)
-                if live is not None
-                else {name: self._wanted[name][positions] for name in names}
-            )
-            for head in run.heads:
-                found = np.asarray(rows[head.output], np.float32)
-                if run.training.whole and live is None:
-                    found = found[0]
-                made[head.target] = run.as_target(head, found)
-        if run.labels is not None:
-            made[_LABELS] = run.labels[positions]
+        answers = self._lookup(positions, given)
+        if run.training.whole:
+            answers = {
+                name: {part: array[0] for part, array in rows.items()}
+                for name, rows in answers.items()
+            }
+        for head in run.heads if run.alpha < 1 else ():
+            rows = head.prepared(answers[head.output])
+            if mixing and options.teacher is not None:
+                rows = head.mixed(rows, *mixing)
+            made.update((head.target(part), array) for part, array in rows.items())
+        for one in run.links:
+            made[one.target] = answers[one.pair.teacher][""]
+        if run.labels is not None and run._labelled is not None:
+            made[_LABELS] = labels = run.labels[positions]
+            if mixing:
+                sure = np.eye(run._labelled.classes, dtype=np.float32)[labels]
+                made[_LABELS] = augment.mixed(sure, *mixing)
         return made
 
 
 class _Judge:
     """The loss of weights on samples that are held out."""
 
-    def __init__(
-        self, run: _Run, samples: Samples, wanted: Mapping[str, Array]
-    ) -> None:
-        self._run, self._samples, self._wanted = run, samples, wanted
+    def __init__(self, run: _Run, samples: Samples, lookup: Lookup) -> None:
+        self._run, self._samples, self._lookup = run, samples, lookup
         labels = samples.labels if run.labels is not None else None
         self._labels = None if labels is None else labels.reshape(-1).astype(np.int64)
         self._seen: dict[float, str] = {}
 
-    def words(self, value: float) -> str:
-        """Return a judgement in words."""
+    def words(self, value: float, weights: Mapping[str, Array]) -> str:
+        """Return a judgement of weights in words."""
+        if value not in self._seen and np.isfinite(value):
+            self(weights)  # by the part of the training before it was killed
         return self._seen.get(value, f"held-out loss {value:.4f}")
 
     def __call__(self, weights: Mapping[str, Array]) -> float:
         """Return the loss; NaN if the model gives NaN."""
-        run = self._run
+        run, samples = self._run, self._samples
         model = run.model.copy()
         write(model, run.chosen, weights)
+        session = runtime.session(
+            model, threads=run.ctx.threads, providers=run.ctx.providers
+        )
         names = [head.output for head in run.heads]
-        try:
-            given = teacher.answers(
-                model,
-                self._samples,
-                names,
-                folder=None,
-                threads=run.ctx.threads,
-                providers=run.ctx.providers,
-            )
-        except ModelError as error:
-            if "not finite" in str(error):
-                return float("nan")
-            raise
-        total, words = 0.0, ""
-        for head in run.heads:
-            out = run.as_target(head, given[head.output]).astype(np.float64)
-            want = run.as_target(head, self._wanted[head.output]).astype(np.float64)
-            if self._samples.whole:
-                out, want = (a.reshape(-1, *a.shape[2:]) for a in (out, want))
-            total += (1 - run.alpha) * self._distance(head, out, want)
-            if head.classes and not words:
-                one, two = (a.reshape(len(a), -1).argmax(1) for a in (out, want))
-                words = f", agreement {(one == two).mean():.2%}"
         label = run._labelled
-        if self._labels is not None and label is not None:
-            out = run.as_target(label, given[label.output]).astype(np.float64)
-            out = out.reshape(len(out), -1)
-            rows = np.arange(len(out))
-            total -= run.alpha * float(
-                log_softmax(out, axis=1)[rows, self._labels].mean()
-            )
-            words += f", top1 {(out.argmax(1) == self._labels).mean():.2%}"
-        self._seen[total] = f"held-out loss {total:.4g}{words}"
-        return total
-
-    def _distance(self, head: _Head, out: Array, want: Array) -> float:
-        if head.kind == "mse":
-            return float(np.square(out - want).mean()) * head.scale
-        if head.kind == "cosine":
-            along = (out * want).sum(-1)
-            size = np.linalg.norm(out, axis=-1) * np.linalg.norm(want, axis=-1)
-            return float(1 - (along / np.maximum(size, 1e-12)).mean())
-        heat = self._run.options.temperature
-        axis = _axis(out.shape, head.kind)
-        mine, theirs = (log_softmax(a / heat, axis=axis) for a in (out, want))
-        apart = (np.exp(theirs) * (theirs - mine)).sum(axis=axis)
-        return float(apart.mean()) * heat**2
-
-
-def _axis(shape: Sequence[int], kind: Kind) -> int:
-    """Return the class axis: 1 of [samples, classes, 1, ...], else the last."""
-    trailing = len(shape) > 2 and all(size == 1 for size in shape[2:])
-    return 1 if kind == "soft" and trailing else len(shape) - 1
-
-
-def _shifted(
-    feed: Mapping[str, Array], most: int, random: np.random.Generator
-) -> dict[str, Array]:
-    """Move every image by some pixels; its border is repeated.
-
-    Raises:
-        UsageError: No input is images.
-    """
-    images = [k for k, v in feed.items() if v.ndim == 4 and v.dtype.kind == "f"]
-    if not images:
-        raise UsageError(
-            "shift moves images, float [samples, channels, height, width], and no "
-            "input is that"
-        )
-    made = dict(feed)
-    for name in images:
-        batch = feed[name]
-        count, _, height, width = batch.shape
-        down = random.integers(-most, most + 1, (count, 1))
-        right = random.integers(-most, most + 1, (count, 1))
-        rows, columns = down + np.arange(height), right + np.arange(width)
-        rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
-        made[name] = np.ascontiguousarray(
-            batch[
-                np.arange(count)[:, None, None],
-                :,
-                rows[:, :, None],
-                columns[:, None, :],
-            ].transpose(0, 3, 1, 2)
-        )
-    return made
+        total, agreed, right, count = 0.0, 0, 0, 0
+        for start, stop in samples.spans(_BATCH):
+            positions = np.arange(start, stop)
+            feed = samples.read(positions)
+            outputs = session.run(feed, names)
+            answers = self._lookup(positions, feed)
+            size = stop - start
+            count += size
+            for number, head in enumerate(run.heads):
+                if not np.isfinite(outputs[head.output]).all():
+                    return float("nan")
+                out = head.scores(outputs[head.output]).astype(np.float64)
+                rows = head.prepared(answers[head.output])
+                if samples.whole:
+                    rows = {part: array[0] for part, array in rows.items()}
+                total += (1 - run.alpha) * head.distance(out, rows) * size
+                guess = out.reshape(len(out), -1)
+                if number == 0 and head.classes:
+                    agreed += int((guess.argmax(axis=1) == head.best(rows)).sum())
+                if self._labels is not None and head is label:
+                    wanted = self._labels[positions]
+                    logs = log_softmax(guess, axis=1)[np.arange(size), wanted]
+                    total -= run.alpha * float(logs.sum())
+                    right += int((guess.argmax(axis=1) == wanted).sum())
+        loss = total / count
+        words = f"held-out loss {loss:.4g}"
+        if run.heads[0].classes:
+            words += f", agreement {agreed / count:.2%}"
+        if self._labels is not None:
+            words += f", top1 {right / count:.2%}"
+        self._seen[loss] = words
+        return loss

@@ -13,12 +13,13 @@ import onnx_graphsurgeon as gs
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Variable
+from onnxshrink.tensors import numpy_type
 from onnxshrink.training.gradients import GradContext, Tensor, gradients
 from onnxshrink.training.layout import block_convolutions, block_size
 from onnxshrink.training.optimizers import Adam, Optimizer, clip_by_norm
 from onnxshrink.training.preparation import prepare
 
-__all__ = ["Loss", "TrainingStep"]
+__all__ = ["Loss", "TrainingStep", "value_bytes"]
 
 Array = np.ndarray[Any, Any]
 Layout = Literal["auto", "plain"]
@@ -178,6 +179,23 @@ class TrainingStep:
         """Write the current weights into a model, by name."""
         for name, array in self.weights.items():
             model.set_weight(name, array)
+
+
+def value_bytes(model: Model, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return the bytes of all values that a run of a model computes.
+
+    Args:
+        model: The model.
+        shapes: The full shape of each of its inputs, the batch included.
+    """
+    graph = prepare(model, shapes)
+    total = 0
+    for name, info in graph.infer_shapes().items():
+        known = info.shape is not None and all(isinstance(n, int) for n in info.shape)
+        if known and info.data_type and name not in graph.graph.initializers:
+            count = math.prod(int(n or 0) for n in info.shape or ())
+            total += count * numpy_type(info.data_type).itemsize
+    return total
 
 
 def _make_input(model: Model, name: str) -> Array:
