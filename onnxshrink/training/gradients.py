@@ -47,7 +47,9 @@ _FILES = (
     "rules_shape",
     "rules_index",
     "rules_quant",
+    "rules_recurrent",
 )
+_REFUSED = "no gradient for"
 _FLOATS = {
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.DOUBLE,
@@ -242,7 +244,7 @@ class GradContext:
 
     def refused(self, node: Node, why: str) -> ModelError:
         """Return the error of a rule that cannot take a node."""
-        return ModelError(f"no gradient for {describe(node)}: {why}")
+        return ModelError(f"{_REFUSED} {describe(node)}: {why}")
 
     def note(self, tensor: Tensor, like: Tensor) -> Tensor:
         """Record that a new value has the shape and type of another."""
@@ -546,11 +548,11 @@ def gradients(
     """
     _load_rules()
     ctx = ctx if ctx is not None else GradContext(model)
-    values = _values(model)
+    values = values_of(model)
     wanted = {name: _find(values, name) for name in wrt}
     starts = {name: _find(values, name) for name in upstream}
     order = sorted_nodes(model)
-    moving = _depends_on(ctx, order, list(wanted.values()))
+    moving = depends_on(ctx, order, list(wanted.values()))
     grads: dict[int, list[Tensor]] = {}
     for name, tensor in starts.items():
         start = upstream[name]
@@ -618,27 +620,26 @@ def _apply(
         return ()
     function = _RULES.get(key)
     if function is None:
-        above = _above(node, wanted)
-        names = ", ".join(repr(name) for name in above[:5])
-        more = f" and {len(above) - 5} more" if len(above) > 5 else ""
         raise ModelError(
             f"{describe(node)} has no gradient rule, and it lies between the loss and "
-            f"{names}{more}; freeze these, or register a rule for {node.op}"
+            f"{_above(node, wanted)}; freeze these, or register a rule for {node.op}"
         )
     ctx._wanted = needs
     ctx._label = f"{node.name or node.op}_grad"
     try:
         return function(ctx, node, grads)
     except ModelError as error:
-        if "no gradient for" in str(error):
-            raise
-        raise ModelError(f"no gradient for {describe(node)}: {error}") from error
+        why = str(error)
+        if not why.startswith(_REFUSED):
+            why = f"{_REFUSED} {describe(node)}: {why}"
+        raise ModelError(f"{why}; or freeze {_above(node, wanted)}") from error
     finally:
         ctx._wanted = ()
         ctx._label = "grad"
 
 
-def _values(model: Model) -> dict[str, Tensor]:
+def values_of(model: Model) -> dict[str, Tensor]:
+    """Return the values of the main graph by name."""
     found: dict[str, Tensor] = {}
     for constant in model.graph.initializers.values():
         found[constant.name] = constant
@@ -696,7 +697,7 @@ def _inside(graph: gs.Graph) -> list[gs.Node]:
     return found
 
 
-def _depends_on(
+def depends_on(
     ctx: GradContext, order: Sequence[Node], wanted: Sequence[Tensor]
 ) -> set[int]:
     """Return the ids of the real-valued tensors that depend on the wanted ones."""
@@ -717,8 +718,8 @@ def _depends_on(
     return moving
 
 
-def _above(node: Node, wanted: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the wanted tensors that a node depends on."""
+def _above(node: Node, wanted: Mapping[str, Tensor]) -> str:
+    """Name the wanted tensors that a node depends on."""
     seen: set[int] = set()
     stack: list[gs.Node] = [node]
     tensors: set[int] = set()
@@ -733,4 +734,6 @@ def _above(node: Node, wanted: Mapping[str, Tensor]) -> list[str]:
         for tensor in reads:
             tensors.add(id(tensor))
             stack.extend(tensor.inputs)
-    return [name for name, tensor in wanted.items() if id(tensor) in tensors]
+    above = [name for name, tensor in wanted.items() if id(tensor) in tensors]
+    more = f" and {len(above) - 5} more" if len(above) > 5 else ""
+    return ", ".join(repr(name) for name in above[:5]) + more

@@ -13,6 +13,8 @@ from onnxshrink._topology import is_onnx, subgraphs_of
 from onnxshrink.analysis.inlining import inline_functions
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node
+from onnxshrink.training.gradients import sorted_nodes
+from onnxshrink.training.rules_recurrent import unroll
 
 __all__ = ["OPSET", "prepare"]
 
@@ -40,7 +42,8 @@ def prepare(
 
     Functions are inlined, the opset is raised to 18 where it is lower, and what
     computes shapes (Shape, Gather, Concat, ...) becomes constants, as do other small
-    values that depend on no input.
+    values that depend on no input. LSTM, GRU and RNN nodes that depend on a value of
+    ``keep`` are unrolled.
 
     Args:
         model: The model; it is not changed.
@@ -87,6 +90,9 @@ def prepare(
             tensor.shape = None
     while _fold(twin, frozenset(keep)):
         pass
+    if unroll(twin, keep):
+        while _fold(twin, frozenset(keep)):
+            pass
     twin.drop_unused()
     return twin
 
@@ -117,7 +123,7 @@ def _fold(model: Model, keep: frozenset[str]) -> int:
             return None
         return weight.read()
 
-    for node in _in_order(model):
+    for node in sorted_nodes(model):
         if not is_onnx(node.domain) or len(node.outputs) != 1:
             continue
         if node.op in _RANDOM or node.op == "Constant" or any(subgraphs_of(node)):
@@ -154,12 +160,6 @@ def _fold(model: Model, keep: frozenset[str]) -> int:
         model.remove(node, model.graph)
         count += 1
     return count
-
-
-def _in_order(model: Model) -> list[Node]:
-    from onnxshrink.training.gradients import sorted_nodes
-
-    return sorted_nodes(model)
 
 
 def _evaluate(
