@@ -1,0 +1,541 @@
+"""Weights as codes with activations left in float, in the form each reader is fast in.
+
+``rewrite`` puts the codes of a layer into the graph:
+
+======== =========================================================================
+form     what the readers see
+======== =========================================================================
+rows     Gather takes rows of codes, and only these rows are decoded
+folded   Cast, Mul (and Reshape): constant, so onnxruntime decodes once at load, and
+         computes in float as before: same speed, same kernels, same fusions
+packed   DequantizeLinear in front of MatMul, which onnxruntime 1.31 fuses into
+         MatMulNBits (checked for 2, 4 and 8 bits, with and without zero points,
+         per channel and in blocks along the inputs): memory stays low-bit, few rows
+         are fast, and activations are rounded to int8 inside (accuracy level 4,
+         relative error about 0.006)
+======== =========================================================================
+
+Codes of fewer than eight bits are int8 values, of which the storage layer writes a
+few distinct ones with a few bits each and any opset reads; only ``packed`` needs the
+types INT4 (opset 21) and INT2 (opset 25).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxshrink.analysis.layers import Layer, Layout, Use
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model, Node, attribute
+from onnxshrink.quantization.rounding import (
+    Fit,
+    Grid,
+    descend,
+    fit,
+    gptq,
+    nearest,
+)
+from onnxshrink.quantization.schemes import MIN_OPSET, limits
+from onnxshrink.tensors import numpy_type
+
+__all__ = [
+    "LEVELS",
+    "Form",
+    "Levels",
+    "block_of",
+    "chosen_form",
+    "half_scales",
+    "home",
+    "quantized",
+    "rewrite",
+    "why_not",
+    "why_not_packed",
+    "within_reach",
+]
+
+Array = NDArray[Any]
+Form = Literal["auto", "folded", "packed"]
+
+PACKED_FROM = 1 << 22
+"""Entries of a matrix from which MatMulNBits beats a float MatMul of many rows too."""
+MIN_BLOCK = 16
+"""Shortest block of MatMulNBits."""
+MAX_BLOCK = 256
+_FEW_CODES = 16
+"""Codes of a four-bit type."""
+_DESCENDED = 4
+"""Numbers of codes up to which coordinate descent after GPTQ is worth its time: of 16
+it took as long as all else for a hundredth of the error."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The codes a kind of weight uses.
+
+    Attributes:
+        low: Smallest code.
+        high: Largest code.
+        step: Distance between two.
+        symmetric: Whether the zero point is 0.
+    """
+
+    low: int
+    high: int
+    step: int = 1
+    symmetric: bool = True
+
+
+LEVELS = {
+    "int8": Levels(-127, 127),
+    "uint8": Levels(0, 255, symmetric=False),
+    "int4": Levels(-8, 7),
+    "uint4": Levels(0, 15, symmetric=False),
+    "int2": Levels(-2, 1),
+    "uint2": Levels(0, 3, symmetric=False),
+    "ternary": Levels(-1, 1),
+    "binary": Levels(-1, 1, step=2),
+}
+"""What the names of weight types stand for."""
+
+
+# --- choosing codes -------------------------------------------------------------------
+
+
+def block_of(inputs: int, wanted: int) -> int:
+    """Return the length of blocks that cut a row into equal ones.
+
+    Args:
+        inputs: Length of a row.
+        wanted: Length asked for; 0: no blocks.
+
+    Returns:
+        ``wanted`` if it divides the row, else the divisor nearest to it, of 16 to 256
+        and at most twice as long; 0, the whole row, if there is none.
+    """
+    if wanted <= 0 or wanted >= inputs:
+        return 0
+    top = min(2 * wanted, MAX_BLOCK, inputs - 1)
+    divisors = [n for n in range(MIN_BLOCK, top + 1) if inputs % n == 0]
+    return min(divisors, key=lambda n: (abs(math.log(n / wanted)), n), default=0)
+
+
+def half_scales(grid: Grid) -> Grid:
+    """Return the grid with scales that float16 holds exactly, which halves them.
+
+    A scale that float16 holds with less than its full precision leaves all as it was.
+    """
+    half = grid.scale.astype(np.float16)
+    normal = half >= np.finfo(np.float16).tiny
+    if not (normal & np.isfinite(half)).all():
+        return grid
+    return replace(grid, scale=half.astype(np.float32))
+
+
+def quantized(
+    weight: Array,
+    levels: Levels,
+    *,
+    block: int = 0,
+    method: Fit = "mse",
+    gram: NDArray[np.float64] | None = None,
+) -> tuple[Grid, NDArray[np.int32]]:
+    """Choose a grid with scales that are cheap to keep, and the codes of a matrix.
+
+    With ``gram`` the codes are GPTQ's, for four codes or fewer improved by coordinate
+    descent; without they are the nearest.
+
+    Args:
+        weight: Float [rows, inputs].
+        levels: The codes.
+        block: Columns that share a scale; 0: a row.
+        method: How ``rounding.fit`` chooses scales.
+        gram: [inputs, inputs] or [stacks, inputs, inputs] of the layer's inputs.
+    """
+    grid = fit(
+        weight,
+        levels.low,
+        levels.high,
+        symmetric=levels.symmetric,
+        block=block,
+        step=levels.step,
+        method=method,
+        gram=gram,
+    )
+    if grid.scale.shape[1] > 1 or levels.high - levels.low < _FEW_CODES:
+        grid = half_scales(grid)
+    if gram is None:
+        return grid, nearest(weight, grid)
+    codes = gptq(weight, gram, grid)
+    if levels.high - levels.low < _DESCENDED:
+        codes = descend(weight, gram, grid, codes)
+    return grid, codes
+
+
+# --- what form ------------------------------------------------------------------------
+
+
+def why_not(layer: Layer) -> str:
+    """Return why the codes of a layer cannot stand in for its weight, or nothing."""
+    if layer.why_not and not _tied(layer):
+        return layer.why_not
+    if layer.weight.data_type != onnx.TensorProto.FLOAT:
+        kind = onnx.TensorProto.DataType.Name(layer.weight.data_type).lower()
+        return f"its values are {kind}, and codes decode to float32"
+    if any(_rows(use.layout) != _rows(layer.layout) for use in layer.uses):
+        return "its readers have its rows along different axes"
+    return ""
+
+
+def _tied(layer: Layer) -> bool:
+    """Whether nothing but layers and lookups read the weight, rows for rows."""
+    weight = layer.weight
+    if (
+        weight.is_input
+        or weight.is_output
+        or weight.data_type != onnx.TensorProto.FLOAT
+    ):
+        return False
+    known = {(id(use.node), use.index) for use in layer.uses}
+    roles = {use.role for use in layer.uses}
+    return roles <= {"weight", "table"} and known == {
+        (id(node), index) for node, index in weight.uses
+    }
+
+
+def _rows(layout: Layout) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """What two readings of a weight have in common if their codes are the same."""
+    return layout.matrices_shape[2], layout.split, layout.order
+
+
+def why_not_packed(layer: Layer, levels: Levels, block: int = 0) -> str:
+    """Return why no MatMulNBits can run on the codes of a layer, or nothing."""
+    if layer.layout.matrices_shape[0] != 1 or len(layer.layout.shape) != 2:
+        return "it is not a matrix"
+    for use in layer.uses:
+        if use.role != "weight" or use.node.op not in {"Gemm", "MatMul"}:
+            return f"{use.node.op} has no kernel for packed codes"
+        if use.index != 1:
+            return "the kernel wants codes on the right"
+        if use.node.op == "Gemm" and _plain_gemm(use.node) != "":
+            return _plain_gemm(use.node)
+    if block and (block < MIN_BLOCK or block & (block - 1)):
+        return f"blocks of {block} are not a power of two from {MIN_BLOCK} on"
+    if not _fits(levels):
+        return f"codes from {levels.low} to {levels.high} fit no packed type"
+    return ""
+
+
+def _plain_gemm(node: Node) -> str:
+    if attribute(node, "transA", 0):
+        return "Gemm transposes its activations"
+    if attribute(node, "alpha", 1.0) != 1.0 or (
+        len(node.inputs) > 2 and attribute(node, "beta", 1.0) != 1.0
+    ):
+        return "Gemm scales its product"
+    return ""
+
+
+def _fits(levels: Levels) -> int:
+    """Return the smallest type DequantizeLinear takes for these codes, or 0."""
+    types = onnx.TensorProto
+    signed = levels.low < 0
+    for data_type in (
+        (types.INT2, types.INT4, types.INT8)
+        if signed
+        else (types.UINT2, types.UINT4, types.UINT8)
+    ):
+        low, high = limits(data_type)
+        if low <= levels.low and levels.high <= high:
+            return int(data_type)
+    return 0
+
+
+def chosen_form(
+    model: Model, layer: Layer, levels: Levels, block: int = 0, form: Form = "auto"
+) -> Literal["folded", "packed"]:
+    """Return the form a layer's weight gets.
+
+    ``auto`` packs codes of at most four bits of large matrices: there, reading weights
+    is what takes time. Below ``PACKED_FROM`` entries, and for eight bits, MatMulNBits
+    is up to 1.9 times slower than a float MatMul of 16 rows or more (K, N of 384 and
+    1536, AVX2).
+
+    Raises:
+        UsageError: ``packed`` is asked for, but not to be had.
+    """
+    if form == "folded":
+        return "folded"
+    reason = why_not_packed(layer, levels, block)
+    if not reason and not all(within_reach(model, layer, use) for use in layer.uses):
+        reason = "it is handed to a function"
+    needed = 0 if reason else MIN_OPSET[_fits(levels)]
+    needed = max(needed, 21 if block else 13)
+    if not reason and model.opset < needed:
+        reason = f"the type of its codes needs opset {needed}, not {model.opset}"
+    if form == "packed":
+        if reason:
+            raise UsageError(f"{layer.name} cannot stay packed: {reason}")
+        return "packed"
+    few = levels.high - levels.low < _FEW_CODES
+    return "packed" if not reason and few and _large(layer) else "folded"
+
+
+def _large(layer: Layer) -> bool:
+    return layer.weight.size >= PACKED_FROM
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def rewrite(
+    model: Model, layer: Layer, grid: Grid, codes: Array, *, form: Form = "auto"
+) -> str:
+    """Put codes in the place of a weight.
+
+    Args:
+        model: The model; ``drop_unused`` then removes what nothing reads any more.
+        layer: The layer; of a table, found with the role ``table``.
+        grid: Scales and zero points of the rows of ``layer.layout.matrices``, one
+            below the other; blocks cut rows into equal parts.
+        codes: Int [groups * outputs, inputs].
+        form: Where MatMul reads the weight; see the module.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        UsageError: ``why_not`` gives a reason, the grid does not fit the layer, or
+            ``packed`` is not to be had.
+    """
+    reason = why_not(layer)
+    if reason:
+        raise UsageError(f"{layer.name} cannot be coded: {reason}")
+    groups, outputs, inputs = layer.layout.matrices_shape
+    if codes.shape != (groups * outputs, inputs):
+        raise UsageError(
+            f"codes of {layer.name} have shape {list(codes.shape)}, its rows "
+            f"{[groups * outputs, inputs]}"
+        )
+    if grid.scale.shape[1] > 1 and inputs % grid.block:
+        raise UsageError(
+            f"blocks of {grid.block} do not cut {inputs} inputs of {layer.name} into "
+            f"equal parts; {block_of(inputs, grid.block) or 'none'} would"
+        )
+    tables = [
+        use
+        for use in layer.uses
+        if _looks_up_rows(use) and within_reach(model, layer, use)
+    ]
+    others = [use for use in layer.uses if use not in tables]
+    block = grid.block if grid.scale.shape[1] > 1 else 0
+    chosen = chosen_form(model, layer, _levels(grid), block, form) if others else ""
+    if chosen == "packed":
+        _pack(model, layer, grid, codes)
+        return f"{_described(grid)}, kept as codes for MatMulNBits"
+    written = _Decoded(model, layer, grid, codes)
+    done = []
+    for use in tables:
+        written.rows(use)
+    if tables:
+        done.append("rows decoded after they are gathered")
+    if others:
+        written.folded()
+        done.append("decoded at load")
+    return f"{_described(grid)}, {' and '.join(done)}"
+
+
+def _levels(grid: Grid) -> Levels:
+    return Levels(grid.low, grid.high, grid.step, not grid.zero.any())
+
+
+def _described(grid: Grid) -> str:
+    values = (grid.high - grid.low) // grid.step + 1
+    shared = f"blocks of {grid.block}" if grid.scale.shape[1] > 1 else "rows"
+    return f"{values} levels for {shared}"
+
+
+def _looks_up_rows(use: Use) -> bool:
+    return (
+        use.role == "table"
+        and len(use.layout.shape) == 2
+        and int(attribute(use.node, "axis", 0)) % 2 == 0
+    )
+
+
+class _Decoded:
+    """The codes of one weight, and the ways in which nodes read them.
+
+    With one scale for a row they have the shape of the weight, and scales broadcast
+    against it; otherwise the inputs are two axes, blocks and places in a block, and
+    decoded values are reshaped.
+    """
+
+    def __init__(self, model: Model, layer: Layer, grid: Grid, codes: Array) -> None:
+        self.model, self.layer = model, layer
+        self.graph = layer.weight.graph
+        self.name = layer.weight.value.name or "weight"
+        layout, blocks = layer.layout, grid.scale.shape[1]
+        dtype = np.int8 if grid.low < 0 else np.uint8
+        scales = _scale_shape(layout) if blocks == 1 else None
+        self.is_shaped = scales is not None
+
+        def add(what: str, rows: Array, shape: tuple[int, ...] | None) -> gs.Tensor:
+            placed = _placed(layout, rows, blocks)
+            array = placed if shape is None else placed.reshape(shape)
+            return model.add_weight(f"{self.name}_{what}", array, self.graph)
+
+        self.codes = add("codes", codes.astype(dtype), scales and layout.shape)
+        self.scale = add("scale", grid.scale, scales)
+        self.zero: gs.Tensor | None = None
+        if grid.zero.any():
+            self.zero = add("zero", grid.zero.astype(dtype), scales)
+
+    def folded(self) -> None:
+        """Let all readers have a constant expression that is the decoded weight."""
+        value = self._decoded(self.codes, self.scale, self.zero, self.graph)
+        if not self.is_shaped:
+            shape = np.array(self.layer.layout.shape, np.int64)
+            value = self._reshaped(value, self._constant(shape), self.graph)
+        self.model.replace_uses(self.layer.weight.value, value)
+
+    def rows(self, use: Use) -> None:
+        """Let a lookup gather codes, scales and zero points, and decode these."""
+        node, graph = use.node, home(self.model, use.node)
+        indices = node.inputs[1]
+
+        def gathered(tensor: gs.Tensor) -> gs.Tensor:
+            return self._node("Gather", [tensor, indices], graph, axis=0)
+
+        zero = None if self.zero is None else gathered(self.zero)
+        value = self._decoded(gathered(self.codes), gathered(self.scale), zero, graph)
+        if not self.is_shaped:
+            value = self._reshaped(value, self._row_shape(indices, graph), graph)
+        self.model.replace_uses(node.outputs[0], value)
+        self.model.remove(node, graph)
+
+    def _row_shape(self, indices: gs.Tensor, graph: gs.Graph) -> gs.Tensor:
+        """Shape of the rows looked up: that of the indices and the width of a row."""
+        width = self.layer.layout.shape[1]
+        if indices.shape is not None:
+            return self._constant(np.array([0] * len(indices.shape) + [width]))
+        outer = self._node("Shape", [indices], graph)
+        return self._node(
+            "Concat", [outer, self._constant(np.array([width]))], graph, axis=0
+        )
+
+    def _decoded(
+        self,
+        codes: gs.Tensor,
+        scale: gs.Tensor,
+        zero: gs.Tensor | None,
+        graph: gs.Graph,
+    ) -> gs.Tensor:
+        value = self._node("Cast", [codes], graph, to=onnx.TensorProto.FLOAT)
+        if zero is not None:
+            middle = self._node("Cast", [zero], graph, to=onnx.TensorProto.FLOAT)
+            value = self._node("Sub", [value, middle], graph)
+        return self._node("Mul", [value, scale], graph)
+
+    def _reshaped(
+        self, value: gs.Tensor, shape: gs.Tensor, graph: gs.Graph
+    ) -> gs.Tensor:
+        return self._node("Reshape", [value, shape], graph)
+
+    def _constant(self, values: NDArray[np.int64]) -> gs.Tensor:
+        return self.model.add_weight(f"{self.name}_shape", values, self.graph)
+
+    def _node(
+        self, op: str, inputs: Sequence[gs.Tensor], graph: gs.Graph, **attrs: Any
+    ) -> gs.Tensor:
+        name = f"{self.name}_{op}"
+        node = self.model.add_node(op, inputs, attrs=attrs, name=name, graph=graph)
+        return node.outputs[0]
+
+
+def _placed(layout: Layout, rows: Array, blocks: int) -> Array:
+    """Give [rows, blocks * n] the order of the weight's axes, blocks apart from n."""
+    groups, outputs, _ = layout.matrices_shape
+    stacked = rows.reshape(groups, outputs, blocks, -1)
+    axes: list[int] = []
+    for axis in np.argsort(layout.order):
+        axes += [2, 3] if axis == 2 else [int(axis)]
+    placed = stacked.transpose(axes)
+    if groups == 1:
+        placed = placed.squeeze(axes.index(0))
+    return np.ascontiguousarray(placed)
+
+
+def _scale_shape(layout: Layout) -> tuple[int, ...] | None:
+    """Return the shape in which a scale for each row broadcasts against the weight."""
+    shape, at = layout.shape, layout.order[2]
+    before, behind = math.prod(layout.split[:at]), math.prod(layout.split[at + 1 :])
+    for start in range(len(shape) + 1):
+        for stop in range(start, len(shape) + 1):
+            if math.prod(shape[:start]) == before and math.prod(shape[stop:]) == behind:
+                return shape[:start] + (1,) * (stop - start) + shape[stop:]
+    return None
+
+
+def _pack(model: Model, layer: Layer, grid: Grid, codes: Array) -> None:
+    """Put DequantizeLinear in front of every MatMul; a Gemm becomes MatMul and Add."""
+    graph, name = layer.weight.graph, layer.weight.value.name or "weight"
+    blocks = grid.scale.shape[1]
+    dtype = numpy_type(_fits(_levels(grid)))
+
+    def add(what: str, rows: Array) -> gs.Tensor:
+        array = np.ascontiguousarray(rows.T)
+        if what != "codes" and blocks == 1:
+            array = array[0]
+        return model.add_weight(f"{name}_{what}", array, graph)
+
+    inputs = [add("codes", codes.astype(dtype)), add("scale", grid.scale)]
+    if grid.zero.any():
+        inputs.append(add("zero", grid.zero.astype(dtype)))
+    attrs = {"axis": 0, "block_size": grid.block} if blocks > 1 else {"axis": 1}
+    decoder = model.add_node(
+        "DequantizeLinear", inputs, attrs=attrs, name=f"{name}_decode", graph=graph
+    )
+    for use in layer.uses:
+        _read(model, use.node, decoder.outputs[0])
+
+
+def _read(model: Model, node: Node, weight: gs.Tensor) -> None:
+    """Let a MatMul or a plain Gemm multiply with a [inputs, outputs] weight."""
+    if node.op == "MatMul":
+        node.inputs[1] = weight
+        return
+    graph = home(model, node)
+    product = model.add_node(
+        "MatMul", [node.inputs[0], weight], name=f"{node.name}_product", graph=graph
+    )
+    value = product.outputs[0]
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        total = model.add_node(
+            "Add", [value, node.inputs[2]], name=f"{node.name}_sum", graph=graph
+        )
+        value = total.outputs[0]
+    model.replace_uses(node.outputs[0], value)
+    model.remove(node, graph)
+
+
+def within_reach(model: Model, layer: Layer, use: Use) -> bool:
+    """Whether nodes beside a reader can read what stands beside the weight.
+
+    A function sees nothing from outside but its inputs.
+    """
+    return not model.graph.functions or home(model, use.node) is layer.weight.graph
+
+
+def home(model: Model, node: Node) -> gs.Graph:
+    """Return the graph a node stands in."""
+    return next(
+        graph for graph in model.graphs() if any(other is node for other in graph.nodes)
+    )
