@@ -122,10 +122,9 @@ class Student(SitePass):
                     continue
                 gone.append(block)
             if len(stay) == len(run.units):
-                run_of = (
-                    f"a run of {len(stay)}, and keep={self.keep:g} keeps {len(stay)}"
-                )
-                ctx.skipped(run.units[0].name, f"the block stays: it begins {run_of}")
+                count = len(stay)
+                why = f"of a run of {count}, keep={self.keep:g} keeps {count}"
+                ctx.skipped(run.units[0].name, f"the block stays: {why}")
         if not runs:
             why = "no residual block and no layers in a row that are alike"
             ctx.skipped(self.name, f"there is {why}")
