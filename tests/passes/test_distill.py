@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from onnxshrink.passes.distill import Distill
 from onnxshrink.passes.prune import Prune
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.testing import example_models
+from onnxshrink.training import augment
 
 Array = np.ndarray[Any, Any]
 
@@ -428,6 +432,290 @@ def test_shift_without_images_is_refused() -> None:
         run(damaged(model), context(model), shift=1)
 
 
+IMAGES = draw(11, 64, 1, 4, 4)
+
+
+def seeing(width: int = 3, end: str = "y = MatMul(p, w2)") -> Model:
+    """Return a model of one convolution whose channels are its features."""
+    return model_of(
+        "g (float[N,1,4,4] x) => (float[N,5] y) "
+        "{ c = Conv<kernel_shape=[3,3]>(x, w1)  r = Relu(c)  g = GlobalAveragePool(r)  "
+        f"p = Flatten(g)  {end} }}",
+        w1=draw(0, width, 1, 3, 3),
+        w2=draw(1, width, 5),
+    )
+
+
+def run_of(student: Model, ctx: Context, **options: Any) -> distill._Run:
+    training = ctx.samples.training
+    assert training is not None
+    return distill._Run(Distill(**options), student, ctx, training, Path())
+
+
+def fed(run: distill._Run, count: int = 8) -> tuple[distill._Feed, dict[str, Array]]:
+    feed = distill._Feed(run, run._lookup())
+    return feed, feed(np.arange(count), np.random.default_rng(0))
+
+
+def test_with_mixup_the_teacher_sees_what_the_model_sees() -> None:
+    model = seeing()
+    ctx = context(model, IMAGES, labels=np.arange(64) % 5)
+    _, given = fed(run_of(model, ctx, mixup=1.0))
+    assert (given["x"] != IMAGES[:8]).mean() > 0.5
+    answer = runtime.session(model, threads=1).run({"x": given["x"]})["y"]
+    np.testing.assert_allclose(given["y/teacher"], answer, rtol=1e-5)
+    shares = given["labels/hard"]
+    assert (shares.dtype, shares.shape) == (np.float32, (8, 5))
+    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
+    # Where nothing else is known, a mixed image has its own label and its partner's.
+    assert ((shares > 0).sum(1) <= 2).all()
+
+
+def test_with_mixup_answers_of_a_file_are_mixed_as_distributions(
+    tmp_path: Path,
+) -> None:
+    model = seeing()
+    told = runtime.session(model, threads=1).run({"x": IMAGES})["y"]
+    np.savez(tmp_path / "t.npz", y=told)
+    ctx = context(model, IMAGES, labels=np.arange(64) % 5)
+    made = run_of(model, ctx, mixup=1.0, teacher=tmp_path / "t.npz", temperature=3.0)
+    _, given = fed(made)
+    shares = np.exp(told[:8] / 3) / np.exp(told[:8] / 3).sum(1, keepdims=True)
+    _, partner, share = augment.mixup({"x": IMAGES[:8]}, 1.0, np.random.default_rng(0))
+    wanted = share[:, None] * shares + (1 - share[:, None]) * shares[partner]
+    mine = np.exp(given["y/teacher"] / 3)
+    np.testing.assert_allclose(mine / mine.sum(1, keepdims=True), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"mixup": 0.3}, {"flip": True}, {"crop": 1}])
+def test_it_learns_from_changed_images(change: dict[str, Any]) -> None:
+    model = seeing()
+    student = damaged(model)
+    before = gap(model, student, IMAGES)
+    ctx = context(model, IMAGES, labels=np.arange(64) % 5)
+    run(student, ctx, loss="mse", alpha=0.0, epochs=12, **change)
+    assert gap(model, student, IMAGES) < 0.8 * before
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inverted(Distill):
+    """Distill on negatives."""
+
+    def augment(
+        self, feed: Mapping[str, Array], random: np.random.Generator
+    ) -> dict[str, Array]:
+        """Return negatives."""
+        return {name: -array for name, array in feed.items()}
+
+
+def test_a_subclass_may_augment_as_it_likes() -> None:
+    model = seeing()
+    ctx = context(model, IMAGES)
+    training = ctx.samples.training
+    assert training is not None
+    made = distill._Run(Inverted(), model, ctx, training, Path())
+    _, given = fed(made)
+    np.testing.assert_array_equal(given["x"], -IMAGES[:8])
+    answer = runtime.session(model, threads=1).run({"x": -IMAGES[:8]})["y"]
+    np.testing.assert_allclose(given["y/teacher"], answer, rtol=1e-5)
+
+
+# --- tensors inside ---------------------------------------------------------------
+
+
+def inner(model: Model, name: str, x: Array) -> Array:
+    session = runtime.session(model, threads=1, expose=[name])
+    found: Array = session.run({"x": x})[name].astype(np.float64)
+    return found
+
+
+@pytest.mark.parametrize("text", ["c", "p", "p:cosine", "c:attention", "p:p:mse:3"])
+def test_the_loss_of_a_pair_is_its_formula(text: str) -> None:
+    model, student = seeing(7), seeing(3)
+    made = run_of(student, context(model, IMAGES), match=(text,), alpha=0.0)
+    feed, given = fed(made, 48)
+    step = made._step(48, feed)
+    weights = dict(step.weights)
+    plain = run_of(student, context(model, IMAGES), alpha=0.0)
+    plain_feed, plain_given = fed(plain, 48)
+    found = step(given, 0.0) - plain._step(48, plain_feed)(plain_given, 0.0)
+    name = text[0]
+    one, two = (inner(m, name, IMAGES[:48]) for m in (student, model))
+    spare = [weights[n] for n in weights if n.startswith("match/")]
+    if spare:
+        matrix, shift = spare
+        matrix = matrix.reshape(7, 3).T if name == "c" else matrix
+        assert (matrix.shape, shift.shape) == ((3, 7), (7,))
+        one = np.moveaxis(np.moveaxis(one, 1, -1) @ matrix + shift, -1, 1)
+    if "attention" in text:
+        assert not spare
+        maps = [np.square(a).sum(1).reshape(48, -1) for a in (one, two)]
+        maps = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in maps]
+        expected = float(np.square(maps[0] - maps[1]).sum(1).mean())
+    elif "cosine" in text:
+        size = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+        expected = 1 - float(((one * two).sum(1) / size).mean())
+    else:
+        expected = float(np.square(one - two).mean() / two.var())
+    assert found == pytest.approx(expected * (3 if "3" in text else 1), rel=2e-4)
+
+
+@pytest.mark.parametrize("width", [3, 7])
+def test_a_projection_is_learned_and_thrown_away(width: int) -> None:
+    model, student = seeing(width), damaged(seeing(3))
+    names = [weight.name for weight in student.weights()]
+    made = run_of(student, context(model, IMAGES), match=("c",), match_weight=10.0)
+    feed, given = fed(made, 48)
+    step = made._step(48, feed)
+    first = step(given, 0.01)
+    before = dict(step.weights)
+    for _ in range(30):
+        last = step(given, 0.01)
+    assert last < 0.7 * first
+    moved = {n for n in before if not np.array_equal(before[n], step.weights[n])}
+    assert len([n for n in moved if n.startswith("match/")]) == (2 if width > 3 else 0)
+    run(student, context(model, IMAGES), match=("c",), epochs=3)
+    assert [weight.name for weight in student.weights()] == names
+    assert [info.name for info in student.outputs] == ["y"]
+
+
+def test_tensors_inside_come_closer() -> None:
+    model = classifier()
+    student = damaged(model)
+    found = []
+    for match in ((), ("r:r:mse:20",)):
+        one = student.copy()
+        run(one, context(model), match=match, epochs=16)
+        off = inner(one, "r", X) - inner(model, "r", X)
+        found.append(float(np.abs(off).mean()))
+    assert found[1] < 0.9 * found[0]
+
+
+def test_auto_takes_values_of_the_same_name() -> None:
+    model = classifier()
+    said = run(damaged(model), context(model), match=("auto",), epochs=1)
+    assert "match=auto: r" in said
+    other = model_of(
+        "g (float[N,6] x) => (float[N,4] y) { h = MatMul(x, w1)  y = Neg(h) }",
+        w1=draw(2, 6, 4),
+    )
+    with pytest.raises(UsageError, match="match=auto finds no ends of blocks"):
+        run(other, context(model), match=("auto",))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_with_tensors_teaches_as_the_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:  # the model is asked in every step instead of once
+        monkeypatch.setattr(distill, "_CACHED", 0)
+    model = classifier()
+    everything = Samples.from_arrays({"x": X}).bind(model.inputs)
+    teacher.write(tmp_path / "t.npz", model, everything, tensors=["h", "r"])
+    made = []
+    for options in ({}, {"teacher": tmp_path / "t.npz"}):
+        student = damaged(model)
+        said = run(student, context(model), epochs=2, match=("h", "r"), **options)
+        made.append(values(student))
+    assert "holds answers of the model that this run started from" in said
+    for name in made[0]:
+        np.testing.assert_allclose(made[0][name], made[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"match": ("hh",)}, "the model has no value 'hh'"),
+        ({"match": ("h:w1",)}, "the teacher has no value 'w1'"),
+        ({"match": ("h:y",), "match_weight": 0.0}, "match_weight is above 0"),
+        ({"match": ("h:attention",)}, "channels and positions"),
+    ],
+)
+def test_pairs_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
+    model = classifier()
+    with pytest.raises(UsageError, match=says):
+        run(damaged(model), context(model), **options)
+
+
+def test_a_file_without_the_tensor_says_how_to_keep_it(tmp_path: Path) -> None:
+    model = classifier()
+    everything = Samples.from_arrays({"x": X}).bind(model.inputs)
+    teacher.write(tmp_path / "t.npz", model, everything)
+    options = {"teacher": tmp_path / "t.npz", "match": ("h",)}
+    with pytest.raises(UsageError, match="onnxshrink teacher --tensor NAME"):
+        run(damaged(model), context(model), **options)
+    teacher.write(tmp_path / "t.npz", model, everything, tensors=["h"])
+    with pytest.raises(UsageError, match="leave shift, crop, flip and mixup out"):
+        run(damaged(model), context(model), mixup=0.5, **options)
+
+
+# --- the largest scores -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "end", ["y = Gemm(r, w2, b2)", "l = Gemm(r, w2, b2) y = Softmax(l)"]
+)
+def test_the_largest_scores_teach(tmp_path: Path, end: str) -> None:
+    model = classifier(end)
+    everything = Samples.from_arrays({"x": X}).bind(model.inputs)
+    teacher.write(tmp_path / "t.npz", model, everything, top_k=2)
+    student = damaged(model)
+    before = gap(model, student)
+    ctx = context(model)
+    said = run(student, ctx, teacher=tmp_path / "t.npz", epochs=16)
+    assert gap(model, student) < 0.7 * before
+    assert ", agreement " in said
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_of_largest_scores_too_what_is_minimised_is_judged(
+    tmp_path: Path, top: int
+) -> None:
+    text = "g (float[N,3,6] x) => (float[N,3,5] y) { y = MatMul(x, w) }"
+    model = model_of(text, w=draw(0, 6, 5))
+    x = draw(1, 40, 3, 6)
+    everything = Samples.from_arrays({"x": x}).bind(model.inputs)
+    teacher.write(tmp_path / "t.npz", model, everything, top_k=top)
+    ctx = context(model, x)
+    ctx.samples = dataclasses.replace(ctx.samples, validation=ctx.samples.training)
+    student = damaged(model, ("w",))
+    made = run_of(student, ctx, teacher=tmp_path / "t.npz", temperature=2.0)
+    feed, given = fed(made, 30)
+    step = made._step(30, feed)
+    judge = distill._Judge(made, made.training, made._lookup())
+    assert judge(step.weights) == pytest.approx(step(given, 0.0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        ({}, {"loss": "mse"}, "loss=mse needs whole outputs"),
+        ({}, {"mixup": 0.5}, "mixup mixes whole answers"),
+        ({"y/indices": np.full((160, 2), [4, 5])}, {}, "of class 5, and there are 4"),
+        (
+            {"y/rest": np.zeros((160, 3)), "y/values": np.zeros((160, 3, 2))},
+            {},
+            r"is \[4\] for a sample and the teacher's is \[3\] and its largest",
+        ),
+    ],
+)
+def test_largest_scores_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, Array], options: dict[str, Any], says: str
+) -> None:
+    arrays = {
+        "y/values": np.zeros((160, 2)),
+        "y/indices": np.full((160, 2), [0, 1]),
+        "y/rest": np.zeros(160),
+        **change,
+    }
+    if arrays["y/values"].ndim == 3:
+        arrays["y/indices"] = np.full((160, 3, 2), [0, 1])
+    np.savez(tmp_path / "t.npz", **arrays)  # type: ignore[arg-type]
+    model = classifier()
+    with pytest.raises(UsageError, match=says):
+        run(damaged(model), context(model), teacher=tmp_path / "t.npz", **options)
+
+
 # --- what is refused, and what is said --------------------------------------------
 
 
@@ -441,6 +729,10 @@ def test_shift_without_images_is_refused() -> None:
         ({"lr": -1.0}, "a learning rate is above 0"),
         ({"clip": -1.0}, "clip is at least 0"),
         ({"shift": -1}, "shift is a number of pixels"),
+        ({"crop": -1}, "crop is a number of pixels"),
+        ({"mixup": -0.1}, "mixup is from 0"),
+        ({"mixup": float("nan")}, "mixup is from 0"),
+        ({"optimizer": "sgd", "momentum": 1.0}, "momentum is at least 0"),
         ({"weight_decay": 1.0}, "weight_decay"),
         ({"teacher": Path("t.npz"), "alpha": 1.0}, "asks no teacher"),
     ],
@@ -547,6 +839,108 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(
     said = run(damaged(model), context(model), epochs=1)
     assert sizes == [16, 8, 4]
     assert "memory is short: batches of 4 instead" in said
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "size"),
+    [(None, 1 << 32, 64), (None, 1 << 14, 32), (50, 1, 50), (200, 1 << 32, 120)],
+)
+def test_a_batch_is_as_large_as_an_estimate_allows(
+    monkeypatch: pytest.MonkeyPatch, batch: int | None, limit: int, size: int
+) -> None:
+    monkeypatch.setattr(distill, "_STEP_BYTES", limit)
+    model = classifier()
+    made = run_of(damaged(model), context(model), batch=batch)
+    feed = distill._Feed(made, made._lookup())
+    # Of 64 samples 12 + 12 + 4 computed values and 6 given ones, twice: 17 kB.
+    assert made._batch(feed) == size
+    small = "a step would be large: batches of 32"
+    assert made.notes == ([small] if size == 32 else [])
+
+
+def test_memory_that_numpy_lacks_halves_the_batch_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = distill._Feed.__call__
+
+    def feed(self: distill._Feed, positions: Array, random: Any) -> Any:
+        if len(positions) > 8:
+            raise MemoryError
+        return real(self, positions, random)
+
+    monkeypatch.setattr(distill._Feed, "__call__", feed)
+    model = classifier()
+    said = run(damaged(model), context(model), epochs=1, batch=32)
+    assert "memory is short: batches of 8 instead" in said
+
+
+def test_momentum_is_that_of_sgd() -> None:
+    model = classifier()
+    made = []
+    for momentum in (0.0, 0.9):
+        student = damaged(model)
+        run(student, context(model), optimizer="sgd", momentum=momentum, epochs=2)
+        made.append(student.to_bytes())
+    assert made[0] != made[1]
+
+
+KILLED = """
+import functools, os, signal, sys
+import numpy as np
+from onnxshrink.manager import shrink
+from onnxshrink.passes import distill
+from onnxshrink.training.loop import Checkpoint
+
+distill.Checkpoint = functools.partial(Checkpoint, seconds=0.0)
+model, data, output, stop = sys.argv[1:]
+seen = []
+
+def progress(done, total, what):
+    if what.startswith("epoch ") or what.startswith("learning rate"):
+        seen.append(what.split(",")[0])
+    if what.startswith(stop):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+shrink(
+    model,
+    "prune:sparsity=0.5,importance=magnitude,distill:epochs=9,match=r,momentum=0.8",
+    data=data, output=output, on_breach="keep", threads=1, seed=3, progress=progress,
+    measure_latency=False, measure_memory=False, resume=stop == "resume",
+)
+print(seen[0], *dict.fromkeys(seen), sep="|")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["epoch 1,", "epoch 6,"])
+def test_a_killed_training_is_taken_up_again_and_ends_with_the_same_bytes(
+    tmp_path: Path, stop: str
+) -> None:
+    classifier().save(tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=draw(9, 300, 6))
+
+    def start(output: str, stop: str) -> subprocess.CompletedProcess[str]:
+        words = [tmp_path / "m.onnx", tmp_path / "d.npz", tmp_path / output, stop]
+        return subprocess.run(
+            [sys.executable, "-c", KILLED, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    whole = start("whole.onnx", "never")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.startswith("learning rate")
+    killed = start("killed.onnx", stop)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed.onnx").exists()
+    resumed = start("killed.onnx", "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    # Step by step: only the one that was killed is done again.
+    first = resumed.stdout.split("|")[0]
+    assert first == stop.rstrip(",")
+    one, two = (tmp_path / name for name in ("whole.onnx", "killed.onnx"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_in_a_pipeline_it_makes_good_what_pruning_did() -> None:
