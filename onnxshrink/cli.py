@@ -25,8 +25,10 @@ from onnxshrink.errors import OnnxshrinkError, OutputError, UsageError, nearest
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from onnxshrink.base import Context
     from onnxshrink.model import Model
     from onnxshrink.pipeline import Pipeline
+    from onnxshrink.quantization.sensitivity import Sensitivity
     from onnxshrink.report import Step
     from onnxshrink.samples import Splits
     from onnxshrink.terminal import Bar
@@ -944,6 +946,8 @@ _INSPECT_EXAMPLES = """\
 onnxshrink inspect model.onnx
 onnxshrink inspect model.onnx --top 50
 onnxshrink inspect model.onnx --json | jq .weights[0]
+onnxshrink inspect model.onnx --sensitivity --bits 4 --data photos.npz
+onnxshrink inspect model.onnx --sensitivity --by half:mode=compute --data photos.npz
 """
 
 
@@ -957,34 +961,114 @@ onnxshrink inspect model.onnx --json | jq .weights[0]
     metavar="N",
     help="Rows of each table; 0 shows all.",
 )
+@_option(
+    "--sensitivity",
+    is_flag=True,
+    section="Sensitivity",
+    help="Make one layer after the other coarse, and rank them by what that does to "
+    "the outputs.",
+)
+@_option(
+    "--bits",
+    type=click.IntRange(2, 8),
+    metavar="N",
+    section="Sensitivity",
+    help="Round weights to so many bits, with a scale for each output.  [default: 8]",
+)
+@_option(
+    "--by",
+    metavar="STEP",
+    section="Sensitivity",
+    help="Do what a pass does instead: quantize:weights=int4, half:mode=compute.",
+)
+@_option(
+    "--samples",
+    "count",
+    type=click.IntRange(1),
+    metavar="N",
+    section="Sensitivity",
+    help="Samples in each measurement.  [default: 32]",
+)
+@_data
 @_shapes
+@_runtime
 @_json
 @_verbose
 def inspect_(
     model: Path,
     top: int,
+    sensitivity: bool,
+    bits: int | None,
+    by: str | None,
+    count: int | None,
+    data: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    providers: tuple[str, ...],
+    threads: int,
+    seed: int,
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Show where the bytes and multiply-accumulates of a model are.
 
     For every weight: type, zeros, distinct values, and what its smallest exact
-    encoding would take.
+    encoding would take. With --sensitivity also: which layers bear to be made coarse.
     """
     from onnxshrink.analysis.inventory import inventory
+    from onnxshrink.base import Context
     from onnxshrink.model import Model
     from onnxshrink.report import dump
 
+    asked = {"--bits": bits, "--by": by, "--samples": count, "--data": data}
+    for name, value in asked.items():
+        if value is not None and not sensitivity:
+            raise UsageError(f"{name} is for --sensitivity; add that")
+    if bits is not None and by is not None:
+        raise UsageError("--bits rounds weights and --by runs a pass; take one of them")
     screen = _Screen.open(quiet=False, verbose=verbose)
+    effects = None
     with screen.bar(f"loading {model.name}") as bar:
         loaded = Model.load(model)
         _check_shapes(loaded, shapes)
+        if sensitivity:
+            # Only a pass needs samples of its own to calibrate with.
+            shared, held = (None, data) if by is None else (data, None)
+            given = () if data is not None else shapes
+            context = Context(
+                samples=_splits(loaded, shared, held, None, given, seed),
+                reference=loaded,
+                seed=seed,
+                threads=threads,
+                providers=providers or ("CPUExecutionProvider",),
+                progress=bar,
+            )
+            effects = _effects(loaded, context, bits, by, count)
         found = inventory(loaded, shapes=dict(shapes), progress=bar)
     if as_json:
-        screen.text(dump(found.to_json()))
-    else:
-        found.render(screen.out, top=top)
+        extra = {} if effects is None else {"sensitivity": effects.to_json()}
+        screen.text(dump(found.to_json() | extra))
+        return
+    found.render(screen.out, top=top)
+    if effects is not None:
+        effects.render(screen.out, top=top)
+
+
+def _effects(
+    model: Model, ctx: Context, bits: int | None, by: str | None, count: int | None
+) -> Sensitivity:
+    """Measure sensitivity on the samples held out from what calibrates a pass."""
+    from onnxshrink.base import SitePass
+    from onnxshrink.pipeline import Pipeline
+    from onnxshrink.quantization.sensitivity import SAMPLES, of_pass, of_weights
+
+    held = ctx.samples.evaluation
+    samples = None if held is None else held.take(slice(0, count or SAMPLES))
+    if by is None:
+        return of_weights(model, ctx, bits=bits or 8, samples=samples)
+    passes = Pipeline.parse(by).passes
+    if len(passes) != 1 or not isinstance(passes[0], SitePass):
+        raise UsageError(f"--by takes one pass that acts at sites, not {by!r}")
+    return of_pass(passes[0], model, ctx, samples=samples)
 
 
 # --- onnxshrink compare -----------------------------------------------------------
