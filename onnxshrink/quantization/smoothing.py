@@ -1,0 +1,481 @@
+"""Scales that move difficulty from one side of a product to the other.
+
+``X W = (X / s) (s W)`` for any positive scale of each input channel. Both methods here
+choose ``s`` from calibration data, multiply it into the weights, and divide the
+activations by it in what produces them (a normalisation, a bias, a linear layer), or in
+a Mul where that has other readers too. The model computes the same as before, up to
+float rounding: it only becomes easier to quantize.
+
+- ``smooth`` (Xiao et al. 2023, "SmoothQuant", eq. 4) narrows activations whose outlier
+  channels use up the range of a tensor, for activations of 8 bits.
+- ``awq`` (Lin et al. 2024, "AWQ", section 3.2) widens the weights that large
+  activations multiply, for weights of few bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxshrink.analysis.layers import Layer, find, is_float
+from onnxshrink.analysis.statistics import ChannelRange, Multi, Sample
+from onnxshrink.base import Context
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.quantization.dynamic import safe_scale
+from onnxshrink.quantization.rounding import Fit, decode, fit, nearest
+from onnxshrink.quantization.weightonly import Levels, block_of
+
+__all__ = ["Group", "apply", "awq", "groups", "smooth"]
+
+Float64 = NDArray[np.float64]
+
+ROWS = 512
+"""Rows of activations on which a choice of scales is tried."""
+OUTPUTS = 256
+"""Outputs of a layer on which AWQ tries its scales."""
+ALPHAS = tuple(step / 10 for step in range(1, 11))
+CEILINGS = 12
+"""Heights at which outlier channels are cut, tried beside eq. 4."""
+MUL_PAYS = 0.75
+"""Share of the error that must be left at most for a Mul at run time to be added."""
+_NORMS = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+)
+_TINY = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Layers that multiply the same activations, whose channels share their scales.
+
+    Attributes:
+        tensor: The activations, channels last.
+        layers: The weights, each read by MatMul or Gemm only.
+    """
+
+    tensor: gs.Tensor
+    layers: tuple[Layer, ...]
+
+    @property
+    def readers(self) -> tuple[Node, ...]:
+        """Nodes that multiply the activations."""
+        return tuple(use.node for layer in self.layers for use in layer.uses)
+
+    def weights(self) -> list[Float64]:
+        """Return the weights, float64 [outputs, inputs]."""
+        return [
+            layer.layout.matrices(layer.weight.read())[0].astype(np.float64)
+            for layer in self.layers
+        ]
+
+
+def groups(
+    model: Model, *, only: Sequence[str] = (), skip: Sequence[str] = ()
+) -> list[Group]:
+    """List the activations of the main graph that scales can be taken out of.
+
+    Args:
+        model: The model.
+        only: As for ``layers.find``.
+        skip: As for ``layers.find``.
+    """
+    found: dict[int, tuple[gs.Tensor, list[Layer]]] = {}
+    here = {id(node) for node in model.graph.nodes}
+    for layer in find(model, only=only, skip=skip):
+        tensors = {id(use.node.inputs[0]): use.node.inputs[0] for use in layer.uses}
+        if layer.why_not or len(tensors) != 1 or not all(_multiplies(layer)):
+            continue
+        if any(id(use.node) not in here for use in layer.uses):
+            continue
+        tensor = next(iter(tensors.values()))
+        if model.constant(tensor) is None:
+            found.setdefault(id(tensor), (tensor, []))[1].append(layer)
+    return [Group(tensor, tuple(layers)) for tensor, layers in found.values()]
+
+
+def _multiplies(layer: Layer) -> Iterator[bool]:
+    for use in layer.uses:
+        yield (
+            use.node.op in {"Gemm", "MatMul"}
+            and use.index == 1
+            and len(use.layout.shape) == 2
+            and not attribute(use.node, "transA", 0)
+            and use.layout == layer.layout
+        )
+
+
+# --- SmoothQuant ----------------------------------------------------------------------
+
+
+def smooth(
+    model: Model,
+    ctx: Context,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    pairs: bool = True,
+) -> int:
+    """Take outlier channels out of activations that are about to become 8 bits.
+
+    Scales are those of eq. 4, ``max|X_j|^alpha / max|W_j|^(1 - alpha)``, or
+    ``max(1, max|X_j| / ceiling)``, which only touches outliers; of both the one with
+    the smallest error of outputs computed with uint8 activations (one range) and int8
+    weights (one scale for each output), on rows of the calibration data.
+
+    Args:
+        model: The model, changed in place.
+        ctx: Calibration samples; receives what was done and what was not.
+        only: Names or glob patterns of weights or nodes, or op types.
+        skip: The same; wins over ``only``.
+        pairs: As for ``dynamic.safe_scale``.
+
+    Returns:
+        How many groups of layers were changed.
+    """
+    wanted = groups(model, only=only, skip=skip)
+    changed = 0
+    for index, (group, seen) in enumerate(_watched(model, wanted, ctx)):
+        rows, channels = _parts(seen)
+        scales, share = _smoothest(group, rows, channels, pairs)
+        changed += _settle(model, group, scales, share, ctx, "smoothed")
+        ctx.progress(index + 1, len(wanted), "smoothing")
+    return changed
+
+
+def _smoothest(
+    group: Group, rows: Float64, channels: ChannelRange, pairs: bool
+) -> tuple[Float64, float]:
+    """Return the best scales and the share of the error that is left with them."""
+    assert channels.low is not None
+    assert channels.high is not None
+    low, high = np.minimum(channels.low, 0.0), np.maximum(channels.high, 0.0)
+    weights = group.weights()
+    wanted = [rows @ weight.T for weight in weights]
+
+    def error(scales: Float64) -> float:
+        codes = _coded(rows / scales, (low / scales).min(), (high / scales).max())
+        total = 0.0
+        for weight, outputs in zip(weights, wanted, strict=True):
+            scaled = weight * scales
+            step = safe_scale(scaled, pairs=pairs)[:, None].astype(np.float64)
+            change = codes @ (np.rint(scaled / step) * step).T - outputs
+            total += float(np.square(change).sum() / (np.square(outputs).sum() + 1e-30))
+        return total
+
+    size = np.maximum(np.maximum(high, -low), _TINY)
+    largest = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
+    return _best(_smoothing(size, np.maximum(largest, _TINY)), len(size), error)
+
+
+def _smoothing(size: Float64, largest: Float64) -> Iterator[Float64]:
+    """Yield scales to try, of the sizes of activations and weights of channels."""
+    for alpha in ALPHAS:
+        scales = size**alpha / largest ** (1.0 - alpha)
+        yield scales / np.exp(np.log(scales).mean())
+    for ceiling in np.geomspace(np.median(size), size.max(), CEILINGS, endpoint=False):
+        yield np.maximum(1.0, size / ceiling)
+
+
+def _best(
+    candidates: Iterable[Float64], channels: int, error: Any
+) -> tuple[Float64, float]:
+    scales = np.ones(channels)
+    before = least = error(scales)
+    for candidate in candidates:
+        # Float32 is what is written.
+        candidate = candidate.astype(np.float32).astype(np.float64)
+        found = error(candidate)
+        if found < least:
+            scales, least = candidate, found
+    return scales, least / before if before > 0 else 1.0
+
+
+def _coded(values: Float64, low: float, high: float) -> Float64:
+    """Return what is left of values as uint8 codes of a range."""
+    step = max((high - low) / 255.0, 1e-30)
+    zero = np.rint(-low / step)
+    codes = np.clip(np.rint(values / step) + zero, 0, 255)
+    return np.asarray((codes - zero) * step)
+
+
+# --- AWQ ------------------------------------------------------------------------------
+
+
+def awq(
+    model: Model,
+    ctx: Context,
+    levels: Levels,
+    *,
+    block: int = 0,
+    method: Fit = "minmax",
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> int:
+    """Widen the weights that large activations multiply, before they get few codes.
+
+    Scales are ``mean|X_j|^alpha``, normalised as in the authors' code by the root of
+    the largest times the smallest, with the ``alpha`` of 0, 0.05, ... 1 that moves the
+    outputs least on rows of the calibration data. The search for clipped ranges that
+    the paper adds is ``rounding.fit``'s.
+
+    Args:
+        model: The model, changed in place.
+        ctx: Calibration samples; receives what was done and what was not.
+        levels: Codes the weights will get.
+        block: Inputs that will share a scale; 0: all of a row.
+        method: How ``rounding.fit`` will choose scales.
+        only: Names or glob patterns of weights or nodes, or op types.
+        skip: The same; wins over ``only``.
+
+    Returns:
+        How many groups of layers were changed.
+    """
+    wanted = groups(model, only=only, skip=skip)
+    changed = 0
+    for index, (group, seen) in enumerate(_watched(model, wanted, ctx)):
+        rows, _ = _parts(seen)
+        weights = [_some(weight) for weight in group.weights()]
+
+        def error(
+            scales: Float64, rows: Float64 = rows, weights: list[Float64] = weights
+        ) -> float:
+            return sum(
+                _moved(rows, weight, scales, levels, block, method)
+                for weight in weights
+            )
+
+        size = np.maximum(np.abs(rows).mean(axis=0), _TINY)
+        tried = (size ** (step / 20) for step in range(1, 21))
+        candidates = (s / np.sqrt(s.max() * s.min()) for s in tried)
+        scales, share = _best(candidates, len(size), error)
+        changed += _settle(model, group, scales, share, ctx, "scaled by activations")
+        ctx.progress(index + 1, len(wanted), "activation-aware scales")
+    return changed
+
+
+def _some(weight: Float64) -> Float64:
+    """Return rows of a matrix, evenly chosen where it has many."""
+    step = -(-len(weight) // OUTPUTS)
+    return weight[::step]
+
+
+def _moved(
+    rows: Float64,
+    weight: Float64,
+    scales: Float64,
+    levels: Levels,
+    block: int,
+    method: Fit,
+) -> float:
+    """Return the share of the outputs' energy that quantization takes."""
+    scaled = (weight * scales).astype(np.float32)
+    grid = fit(
+        scaled,
+        levels.low,
+        levels.high,
+        symmetric=levels.symmetric,
+        block=block_of(scaled.shape[1], block),
+        step=levels.step,
+        method=method,
+    )
+    change = decode(nearest(scaled, grid), grid) / scales - weight
+    energy = np.square(rows @ weight.T).sum() + 1e-30
+    return float(np.square(rows @ change.T).sum() / energy)
+
+
+# --- looking --------------------------------------------------------------------------
+
+
+def _watched(
+    model: Model, wanted: Sequence[Group], ctx: Context
+) -> list[tuple[Group, Multi]]:
+    """Return the groups whose activations can be seen, with what was seen."""
+    statistics: Mapping[str, Any] = {
+        group.tensor.name: Multi(
+            rows=Sample(ROWS, -1, ctx.seed), channels=ChannelRange(-1)
+        )
+        for group in wanted
+    }
+    seen = ctx.statistics(model, statistics) if statistics else {}
+    found = []
+    for group in wanted:
+        statistic = seen.get(group.tensor.name)
+        if isinstance(statistic, Multi) and _is_fed(group, statistic):
+            found.append((group, statistic))
+        else:
+            ctx.skipped(group.tensor.name, "its values cannot be seen")
+    return found
+
+
+def _is_fed(group: Group, statistic: Multi) -> bool:
+    channels = statistic["channels"]
+    if not isinstance(channels, ChannelRange) or channels.low is None:
+        return False
+    assert channels.high is not None
+    usual = np.isfinite(channels.low).all() and np.isfinite(channels.high).all()
+    return bool(usual) and len(channels.low) == group.layers[0].layout.matrices_shape[2]
+
+
+def _parts(statistic: Multi) -> tuple[Float64, ChannelRange]:
+    rows, channels = statistic["rows"], statistic["channels"]
+    assert isinstance(rows, Sample)
+    assert isinstance(channels, ChannelRange)
+    return rows.values.astype(np.float64), channels
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def _settle(
+    model: Model,
+    group: Group,
+    scales: Float64,
+    share: float,
+    ctx: Context,
+    what: str,
+) -> int:
+    """Apply scales where they pay; say so."""
+    name = group.tensor.name
+    free = _chain(model, group) is not None
+    limit = 1.0 if free else MUL_PAYS
+    if share >= limit or (scales == 1.0).all():
+        ctx.skipped(name, f"{what}, {share:.0%} of the error would be left")
+        return 0
+    where = apply(model, group, scales)
+    ctx.did(name, f"{what} in {where}: {share:.0%} of the error is left")
+    return 1
+
+
+def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
+    """Divide activations by a scale for each channel, and multiply the weights by it.
+
+    Args:
+        model: The model, changed in place.
+        group: The layers.
+        scales: Positive, [inputs].
+
+    Returns:
+        Where the activations are divided now.
+
+    Raises:
+        UsageError: The scales do not fit, or are not positive and finite.
+    """
+    factors = np.asarray(scales, np.float64)
+    inputs = group.layers[0].layout.matrices_shape[2]
+    if factors.shape != (inputs,) or not (
+        np.isfinite(factors).all() and (factors > 0).all()
+    ):
+        raise UsageError(
+            f"{group.tensor.name} needs {inputs} positive scales, not "
+            f"{list(factors.shape)}"
+        )
+    chain = _chain(model, group)
+    for layer in group.layers:
+        matrices = layer.layout.matrices(layer.weight.read()) * factors
+        model.set_weight(
+            layer.weight, layer.layout.array(matrices).astype(layer.weight.dtype)
+        )
+    if chain is not None:
+        for divided in chain:
+            divided.divide(model, factors)
+        return ", ".join(
+            dict.fromkeys(part.node.name or part.node.op for part in chain)
+        )
+    dtype = group.layers[0].weight.dtype
+    factor = model.add_weight(
+        f"{group.tensor.name}_smoothing", (1.0 / factors).astype(dtype)
+    )
+    node = model.add_node(
+        "Mul", [group.tensor, factor], name=f"{group.tensor.name}_smooth"
+    )
+    for reader in group.readers:
+        reader.inputs[0] = node.outputs[0]
+    return "a Mul"
+
+
+@dataclass(frozen=True, eq=False)
+class _Divided:
+    """A parameter that makes one channel of its node's output, for each entry.
+
+    Attributes:
+        node: The node, its only reader.
+        weight: The parameter, [..., channels] or, transposed, [channels, ...].
+        transposed: Whether channels come first.
+    """
+
+    node: Node
+    weight: Weight
+    transposed: bool = False
+
+    def divide(self, model: Model, factors: Float64) -> None:
+        """Divide each channel."""
+        values = self.weight.read()
+        by = factors[:, None] if self.transposed else factors
+        model.set_weight(self.weight, (values / by).astype(values.dtype))
+
+
+def _chain(model: Model, group: Group) -> list[_Divided] | None:
+    """Return the parameters to divide so that only this group sees the change."""
+    readers = {id(node) for node in group.readers}
+    return _above(model, group.tensor, readers, len(group.weights()[0][0]))
+
+
+def _above(
+    model: Model, tensor: gs.Tensor, readers: set[int], channels: int
+) -> list[_Divided] | None:
+    if any(id(node) not in readers for node in tensor.outputs) or not tensor.inputs:
+        return None
+    if any(tensor is output for output in model.graph.outputs):
+        return None
+    node = tensor.inputs[0]
+    if node.domain not in (None, "", "ai.onnx") or tensor is not node.outputs[0]:
+        return None
+
+    def parameter(index: int, *, transposed: bool = False) -> _Divided | None:
+        weight = model.constant(node.inputs[index])
+        if weight is None or weight.is_input or weight.is_output:
+            return None
+        if not is_float(weight) or weight.uses != ((node, index),):
+            return None
+        axis = 0 if transposed else -1
+        if not weight.shape or weight.shape[axis] != channels:
+            return None
+        return _Divided(node, weight, transposed)
+
+    def further(index: int) -> list[_Divided] | None:
+        return _above(model, node.inputs[index], {id(node)}, channels)
+
+    if node.op in _NORMS:
+        wanted = [i for i in (1, 2) if i < len(node.inputs) and node.inputs[i].name]
+        parts = [parameter(index) for index in wanted]
+        single = all(p is not None and p.weight.size == channels for p in parts)
+        return _all(parts) if single else None
+    if node.op == "Relu":
+        return further(0)
+    if node.op == "MatMul":
+        part = parameter(1)
+        return [part] if part is not None and len(part.weight.shape) > 1 else None
+    if node.op == "Gemm":
+        parts = [parameter(1, transposed=bool(attribute(node, "transB", 0)))]
+        if len(node.inputs) > 2 and node.inputs[2].name:
+            parts.append(parameter(2))
+        return _all(parts)
+    if node.op in {"Add", "Mul"}:
+        for index in (0, 1):
+            part = parameter(index)
+            if part is None:
+                continue
+            rest = [] if node.op == "Mul" else further(1 - index)
+            return None if rest is None else [part, *rest]
+    return None
+
+
+def _all(parts: Sequence[_Divided | None]) -> list[_Divided] | None:
+    found = [part for part in parts if part is not None]
+    return found if found and len(found) == len(parts) else None
