@@ -274,6 +274,18 @@ def test_histograms_count_every_value_of_a_large_array():
     assert found.counts.sum() == len(values)
 
 
+def test_large_samples_are_counted_in_part_but_their_range_is_exact():
+    values = np.random.default_rng(0).laplace(size=(2, 300, 1000)).astype(np.float32)
+    values[:, 7, 7] = [31, -29]
+    found = fed(values)
+    assert 2 * 40_000 < found.histogram.count <= 2 * 65_536
+    assert bounds(found, "minmax") == (-29, 31)
+    assert found.histogram.counts.sum() == found.histogram.count
+    low, high = bounds(found, "percentile", percentile=99)
+    assert low == pytest.approx(np.percentile(values, 0.5), rel=0.03)
+    assert high == pytest.approx(np.percentile(values, 99.5), rel=0.03)
+
+
 @given(
     hnp.arrays(np.float32, (5, 4), elements=st.floats(-1e4, 1e4, width=32)),
     st.integers(0, 5),

@@ -889,6 +889,12 @@ class Histogram(Stored):
         self.count += values.size
         self.zeros += int(np.count_nonzero(values == 0))
 
+    def reach(self, low: float, high: float) -> None:
+        """Make ``low``, ``high`` and the bins reach over values not counted."""
+        if not -_FILL <= low <= high <= _FILL:
+            raise UsageError(f"a histogram cannot reach from {low} to {high}")
+        self._cover(low, high)
+
     def _cover(self, low: float, high: float) -> None:
         """Make the bins reach over [low, high] and everything seen before."""
         low, high = min(low, self.low), max(high, self.high)

@@ -7,6 +7,7 @@ it afterwards. ``analysis.calibration_cache`` keeps what was gathered on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +33,8 @@ METHODS: tuple[Method, ...] = (
 )
 BINS = 2048
 """Bins of an observer's histogram: at least 4 for each of 256 codes."""
+POSITIONS = 1 << 16
+"""Values of a sample that are counted: after 100 samples, millions."""
 SMOOTHING = 1e-4
 """Share that Q has where values are clipped to and none were, as in onnxruntime."""
 CANDIDATES = 512
@@ -49,13 +52,16 @@ class Observer(Stored):
 
     Attributes:
         bins: Bins of the histogram, a power of two.
-        histogram: All values; its ``low`` and ``high`` are the exact range.
+        positions: Values of one sample that are counted at most, evenly spread; its
+            smallest and largest value are those of all.
+        histogram: Counts; its ``low`` and ``high`` are the exact range of all values.
         lows: Sum of the smallest values of each sample (entry of axis 0).
         highs: Sum of the largest.
         samples: Samples seen that have a usable value.
     """
 
     bins: int = BINS
+    positions: int = POSITIONS
     histogram: Histogram = field(init=False)
     lows: float = field(init=False, default=0.0)
     highs: float = field(init=False, default=0.0)
@@ -73,12 +79,18 @@ class Observer(Stored):
     def update(self, array: Array) -> None:
         """Take in one batch; a value with fewer than two axes is one sample."""
         rows = array if array.ndim > 1 else array.reshape(1, -1)
-        self.histogram.update(rows)
+        rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
         each = ChannelRange(axis=0)
         each.update(rows)
         if each.low is None or each.high is None:
             return
         seen = each.low <= each.high
+        if not seen.any():
+            return
+        self.histogram.update(rows[:, :: _stride(rows.shape[1], self.positions)])
+        if not self.histogram.count:
+            self.histogram.update(rows)
+        self.histogram.reach(float(each.low.min()), float(each.high.max()))
         self.lows += float(each.low[seen].sum())
         self.highs += float(each.high[seen].sum())
         self.samples += int(seen.sum())
@@ -123,6 +135,17 @@ class Observer(Stored):
             raise UsageError("a stored observer contradicts itself")
         self.histogram, self.lows, self.highs = histogram, low, high
         self.samples = count
+
+
+def _stride(size: int, most: int) -> int:
+    """Return every how many values one is taken: no divisor of the size.
+
+    So every row, column and channel is met.
+    """
+    step = -(-size // most)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return max(step, 1)
 
 
 def observer() -> Observer:
