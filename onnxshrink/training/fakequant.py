@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,15 @@ from onnxshrink._topology import is_onnx
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.quantization.schemes import MIN_OPSET
 
-__all__ = ["CODES", "Decoder", "decoder_of", "fake_quantized", "is_pruned"]
+__all__ = [
+    "CODES",
+    "Decoder",
+    "decoder_of",
+    "fake_quantized",
+    "float_products",
+    "is_pruned",
+    "levels_of",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -32,6 +40,8 @@ MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that only move codes about."""
 _FEW = 16
 """Codes are of few bits if there are no more levels than this."""
+_TOLD = 4
+"""Entries for each level from which gaps between codes are not by chance."""
 _HALF = 0.499
 """How far beyond the outermost code a value may lie, in steps, and is rounded to it.
 Just below a half, which would round to the next even code."""
@@ -39,12 +49,15 @@ Just below a half, which would round to the next even code."""
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """The nodes that make real values of a weight's codes, and their parameters.
+    """How real values are made of a weight's codes.
 
     Attributes:
-        nodes: All of them, the last one gives the values.
+        nodes: The nodes that do it.
+        ends: What they give: tensors that hold the values, each with the indices of the
+            rows that are looked up, or ``None`` for all.
         scale: What they read the scale from.
         zero: Zero point in a shape that broadcasts over the values, float32.
+        parameters: Names of the constants that hold scale and zero point.
         shape: Shape of the values.
         places: For each value the position of its code in the flat weight; ``None`` if
             they are in the same order.
@@ -54,17 +67,14 @@ class Decoder:
     """
 
     nodes: tuple[Node, ...]
+    ends: tuple[tuple[gs.Tensor, gs.Tensor | None], ...]
     scale: gs.Tensor
     zero: Array
+    parameters: tuple[str, ...]
     shape: tuple[int, ...]
-    places: Array | None
-    axis: int | None
-    block: int
-
-    @property
-    def values(self) -> gs.Tensor:
-        """The tensor that holds the real values."""
-        return self.nodes[-1].outputs[0]
+    places: Array | None = None
+    axis: int | None = None
+    block: int = 0
 
     def spread(self, scale: Array) -> Array:
         """Return a scale or zero point in a shape that broadcasts over the values."""
@@ -78,16 +88,41 @@ class Decoder:
         return np.asarray(made, np.float32)
 
     def encode(
-        self, values: Array, scale: Array, low: int, high: int, shape: Sequence[int]
+        self, values: Array, scale: Array, levels: range, shape: Sequence[int]
     ) -> Array:
         """Return the codes, int32 of the weight's shape, nearest to real values."""
-        codes = np.rint(values / self.spread(scale) + self.zero)
-        flat = np.clip(codes, low, high).astype(np.int32).reshape(-1)
+        step = levels.step
+        steps = values / (self.spread(scale) * np.float32(step))
+        places = np.rint(steps + (self.zero - levels[0]) / np.float32(step))
+        flat = np.clip(places, 0, len(levels) - 1).astype(np.int32).reshape(-1)
+        flat = flat * step + levels[0]
         if self.places is not None:
             back = np.empty_like(flat)
             back[self.places.reshape(-1)] = flat
             flat = back
         return flat.reshape(shape)
+
+    def replace(self, model: Model, values: gs.Tensor) -> None:
+        """Let whoever reads the decoded values read others; remove what decoded."""
+        for end, indices in self.ends:
+            made = values
+            if indices is not None:
+                made = model.add_node("Gather", [values, indices]).outputs[0]
+            model.replace_uses(end, made)
+        for node in self.nodes:
+            model.remove(node)
+
+
+def levels_of(codes: Array) -> range:
+    """Return the codes that a weight may have: those it has, and between them.
+
+    Codes of few bits stay such, and those of a binary weight are -1 and 1 without 0.
+    """
+    values = np.unique(codes.astype(np.int32))
+    step = int(np.gcd.reduce(values - values[0])) or 1
+    if codes.size < _TOLD * (int(values[-1] - values[0]) // step + 1):
+        step = 1
+    return range(int(values[0]), int(values[-1]) + 1, step)
 
 
 def _spread(array: Array, shape: Sequence[int], axis: int | None, block: int) -> Array:
@@ -106,91 +141,185 @@ def decoder_of(model: Model, weight: Weight) -> Decoder | str:
 
     That is DequantizeLinear, with one scale, one for each channel or for each block, or
     Cast to float, perhaps Sub of a zero point, and Mul with a scale; Reshape, Transpose
-    and their like may stand before and between. The scale may be computed.
+    and their like may stand before and between. Gather of rows may stand before Cast,
+    and of the same rows of the scale. Several such readers decode alike. The scale may
+    be computed.
     """
-    uses = weight.uses
-    if len(uses) != 1:
-        return "several nodes read its codes"
-    node = uses[0][0]
-    nodes: list[Node] = []
-    places: Array | None = None
-    if uses[0][1] != 0:
-        return f"{node.op} reads its codes"
-    is_cast = False
-    while True:
-        if not is_onnx(node.domain):
+    found: list[Decoder] = []
+    for node, index in weight.uses:
+        one = _Walk(model, weight).decoder(node, index)
+        if isinstance(one, str):
+            return one
+        found.append(one)
+    if not found:
+        return "nothing reads its codes"
+    first = found[0]
+    if not all(_alike(first, other) for other in found[1:]):
+        return "several nodes read its codes, each in its way"
+    return replace(
+        first,
+        nodes=tuple(node for one in found for node in one.nodes),
+        ends=tuple(end for one in found for end in one.ends),
+    )
+
+
+def _alike(one: Decoder, two: Decoder) -> bool:
+    places = [p if p is None else p.tobytes() for p in (one.places, two.places)]
+    return (
+        one.scale is two.scale
+        and one.shape == two.shape
+        and np.array_equal(one.zero, two.zero)
+        and places[0] == places[1]
+        and (one.axis, one.block) == (two.axis, two.block)
+    )
+
+
+class _Walk:
+    """From codes along their readers to the node that gives real values."""
+
+    def __init__(self, model: Model, weight: Weight) -> None:
+        self.model, self.weight = model, weight
+        self.nodes: list[Node] = []
+        self.places: Array | None = None
+        self.rows: gs.Tensor | None = None
+        self.parameters: list[str] = []
+
+    def decoder(self, node: Node, index: int) -> Decoder | str:
+        """Describe what starts with a reader of the codes."""
+        if index != 0:
             return f"{node.op} reads its codes"
-        nodes.append(node)
-        if node.op == "Cast" and not is_cast:
-            if node.attrs.get("to") not in (onnx.TensorProto.FLOAT, np.float32):
-                return "its codes are cast to another type than float32"
-            is_cast = True
-        elif node.op in MOVES:
-            if places is None:
-                places = np.arange(weight.size, dtype=np.int32).reshape(weight.shape)
-            moved = _moved(model, node, places)
-            if moved is None:
-                return f"{node.op} {node.name!r} moves its codes by what is computed"
-            places = moved
-        elif node.op == "DequantizeLinear" and not is_cast:
-            return _dequantized(model, nodes, places, weight)
-        elif node.op in ("Mul", "Sub") and is_cast:
-            return _multiplied(model, nodes, places, weight)
-        else:
-            return f"{node.op} reads its codes before they are decoded"
-        readers = list(dict.fromkeys(node.outputs[0].outputs))
-        if len(readers) != 1 or _is_output(model, node.outputs[0]):
-            return "several nodes read its codes"
-        node = readers[0]
+        is_cast = False
+        while True:
+            if not is_onnx(node.domain):
+                return f"{node.op} reads its codes"
+            self.nodes.append(node)
+            if node.op == "Cast" and not is_cast:
+                if node.attrs.get("to") not in (onnx.TensorProto.FLOAT, np.float32):
+                    return "its codes are cast to another type than float32"
+                is_cast = True
+            elif node.op in MOVES and self.rows is None:
+                if not self._move(node):
+                    return (
+                        f"{node.op} {node.name!r} moves its codes by what is computed"
+                    )
+            elif node.op == "Gather" and self._looks_up(node) and not is_cast:
+                self.rows = node.inputs[1]
+            elif node.op == "DequantizeLinear" and not is_cast and self.rows is None:
+                return self._dequantized(node)
+            elif node.op in ("Mul", "Sub") and is_cast:
+                return self._multiplied(node)
+            else:
+                return f"{node.op} reads its codes before they are decoded"
+            reader = self._only_reader(node.outputs[0])
+            if reader is None:
+                return "several nodes read its codes, each in its way"
+            node = reader
 
+    def _looks_up(self, node: Node) -> bool:
+        first = self.rows is None and self.places is None
+        return first and int(attribute(node, "axis", 0)) % len(self.weight.shape) == 0
 
-def _is_output(model: Model, tensor: gs.Tensor) -> bool:
-    return any(tensor is output for output in model.graph.outputs)
+    def _move(self, node: Node) -> bool:
+        places = self.places
+        if places is None:
+            count = np.arange(self.weight.size, dtype=np.int32)
+            places = count.reshape(self.weight.shape)
+        moved = _moved(self.model, node, places)
+        if moved is not None:
+            self.places = moved
+        return moved is not None
 
+    def _only_reader(self, tensor: gs.Tensor) -> Node | None:
+        readers = list(dict.fromkeys(tensor.outputs))
+        is_output = any(tensor is output for output in self.model.graph.outputs)
+        return readers[0] if len(readers) == 1 and not is_output else None
 
-def _dequantized(
-    model: Model, nodes: Sequence[Node], places: Array | None, weight: Weight
-) -> Decoder | str:
-    node = nodes[-1]
-    shape = weight.shape if places is None else places.shape
-    zero = np.zeros((), np.float32)
-    if len(node.inputs) > 2 and (node.inputs[2].name or node.inputs[2].inputs):
-        known = model.constant(node.inputs[2])
-        if known is None:
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.weight.shape if self.places is None else self.places.shape
+
+    def _known(self, tensor: gs.Tensor) -> Array | None:
+        """Return a constant, or one behind Cast and the Gather of the same rows."""
+        for _ in range(3):
+            known = self.model.constant(tensor)
+            if known is not None:
+                self.parameters.append(known.name)
+                return known.read().astype(np.float32)
+            maker = tensor.inputs[0] if tensor.inputs else None
+            if maker is None or maker.op not in ("Cast", "Gather"):
+                return None
+            if maker.op == "Gather" and maker.inputs[1] is not self.rows:
+                return None
+            tensor = maker.inputs[0]
+        return None
+
+    def _made(
+        self,
+        values: gs.Tensor,
+        scale: gs.Tensor,
+        zero: Array,
+        axis: int | None = None,
+        block: int = 0,
+    ) -> Decoder:
+        known = self.model.constant(scale)
+        if known is not None:
+            self.parameters.append(known.name)
+        return Decoder(
+            tuple(self.nodes),
+            ((values, self.rows),),
+            scale,
+            zero,
+            tuple(self.parameters),
+            self._shape,
+            self.places,
+            axis,
+            block,
+        )
+
+    def _dequantized(self, node: Node) -> Decoder | str:
+        shape = self._shape
+        zero: Array | None = np.zeros((), np.float32)
+        if len(node.inputs) > 2 and (node.inputs[2].name or node.inputs[2].inputs):
+            zero = self._known(node.inputs[2])
+        if zero is None:
             return "its zero point is computed from data"
-        zero = known.read().astype(np.float32)
-    axis = int(attribute(node, "axis", 1))
-    axis += len(shape) if axis < 0 else 0
-    if not 0 <= axis < max(len(shape), 1):
-        axis = 0
-    block = int(attribute(node, "block_size", 0))
-    wide = _spread(zero, shape, axis, block)
-    return Decoder(tuple(nodes), node.inputs[1], wide, shape, places, axis, block)
+        axis = int(attribute(node, "axis", 1))
+        axis += len(shape) if axis < 0 else 0
+        if not 0 <= axis < max(len(shape), 1):
+            axis = 0
+        block = int(attribute(node, "block_size", 0))
+        wide = _spread(zero, shape, axis, block)
+        return self._made(node.outputs[0], node.inputs[1], wide, axis, block)
 
-
-def _multiplied(
-    model: Model, nodes: list[Node], places: Array | None, weight: Weight
-) -> Decoder | str:
-    """Describe Cast, Sub, Mul; ``nodes`` ends with the first of Sub and Mul."""
-    node = nodes[-1]
-    zero = np.zeros((), np.float32)
-    before = nodes[-2].outputs[0]
-    if node.op == "Sub":
-        known = model.constant(node.inputs[1])
-        if node.inputs[0] is not before or known is None:
-            return "its zero point is computed from data"
-        zero = known.read().astype(np.float32)
-        before = node.outputs[0]
-        readers = list(dict.fromkeys(before.outputs))
-        if len(readers) != 1 or readers[0].op != "Mul" or _is_output(model, before):
-            return "several nodes read its codes"
-        node = readers[0]
-        nodes.append(node)
-    rest = [tensor for tensor in node.inputs if tensor is not before]
-    if len(rest) != 1:
-        return "Mul reads its codes before they are decoded"
-    shape = weight.shape if places is None else places.shape
-    return Decoder(tuple(nodes), rest[0], zero, shape, places, None, 0)
+    def _multiplied(self, node: Node) -> Decoder | str:
+        """Describe Cast, Sub, Mul; ``node`` is the first of Sub and Mul."""
+        zero: Array = np.zeros((), np.float32)
+        before = self.nodes[-2].outputs[0]
+        if node.op == "Sub":
+            known = self._known(node.inputs[1])
+            if node.inputs[0] is not before or known is None:
+                return "its zero point is computed from data"
+            zero = known
+            before = node.outputs[0]
+            reader = self._only_reader(before)
+            if reader is None or reader.op != "Mul":
+                return "several nodes read its codes, each in its way"
+            node = reader
+            self.nodes.append(node)
+        rest = [tensor for tensor in node.inputs if tensor is not before]
+        if len(rest) != 1:
+            return "Mul reads its codes before they are decoded"
+        scale = rest[0]
+        maker = scale.inputs[0] if scale.inputs else None
+        if self.rows is not None and maker is not None and maker.op == "Gather":
+            if maker.inputs[1] is not self.rows:
+                return "its scale is computed from data"
+            scale = maker.inputs[0]
+        elif self.rows is not None:
+            one = self.model.constant(scale)
+            if one is None or one.size > 1:
+                return "its scale is computed from data"
+        return self._made(node.outputs[0], scale, zero)
 
 
 def _moved(model: Model, node: Node, array: Array) -> Array | None:
@@ -245,33 +374,37 @@ def is_pruned(codes: Array, zero: Array) -> bool:
 
 
 def fake_quantized(
-    model: Model, value: gs.Tensor, decoder: Decoder, low: int, high: int
+    model: Model, value: gs.Tensor, decoder: Decoder, levels: range
 ) -> gs.Tensor:
-    """Append nodes that round values to what codes from ``low`` to ``high`` can say.
+    """Append nodes that round values to what codes can say.
 
     Args:
         model: The training copy; its opset is 21 or later if there are more than 256
             levels.
         value: float32 of ``decoder.shape``.
         decoder: Scale and zero point.
-        low: Smallest code.
-        high: Largest code.
+        levels: The codes.
     """
 
-    def add(op: str, *inputs: Any, **attrs: Any) -> gs.Tensor:
+    def add(op: str, *inputs: Any) -> gs.Tensor:
         read = [
             model.add_weight(f"{op}_constant", given)
             if isinstance(given, np.ndarray)
             else given
             for given in inputs
         ]
-        return model.add_node(op, read, attrs=attrs).outputs[0]
+        return model.add_node(op, read).outputs[0]
 
     scale = _spread_in_graph(add, decoder, model)
-    has_zero = bool(decoder.zero.any())
+    zero, low, high = decoder.zero, levels[0], levels[-1]
+    if levels.step > 1:
+        step = np.float32(levels.step)
+        scale = add("Mul", scale, np.asarray(step))
+        zero, low, high = (zero - np.float32(low)) / step, 0, len(levels) - 1
+    zero = np.asarray(zero, np.float32)
     code = add("Div", value, scale)
-    if has_zero:
-        code = add("Add", code, decoder.zero)
+    if zero.any():
+        code = add("Add", code, zero)
     ends = [np.asarray(low - _HALF, np.float32), np.asarray(high + _HALF, np.float32)]
     code = add("Clip", code, *ends)
     dtype: Any = np.int16
@@ -282,9 +415,66 @@ def fake_quantized(
     one, none = np.ones((), np.float32), np.zeros((), dtype)
     code = add("QuantizeLinear", code, one, none)
     code = add("DequantizeLinear", code, one, none)
-    if has_zero:
-        code = add("Sub", code, decoder.zero)
+    if zero.any():
+        code = add("Sub", code, zero)
     return add("Mul", code, scale)
+
+
+def float_products(model: Model) -> None:
+    """Let products of integers be products of the real numbers they stand for.
+
+    DynamicQuantizeLinear, MatMulInteger, Cast and Mul with the product of both scales
+    become QuantizeLinear and DequantizeLinear, which pass gradients, DequantizeLinear
+    of the weight, and MatMul. The range of the activations counts as a constant.
+
+    Args:
+        model: A copy to look at or to train, edited in place.
+    """
+    for node in list(model.graph.nodes):
+        if node.op == "MatMulInteger" and is_onnx(node.domain):
+            _float_product(model, node)
+
+
+def _float_product(model: Model, node: Node) -> None:
+    maker = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+    weight = model.constant(node.inputs[1])
+    if maker is None or weight is None or maker.op != "DynamicQuantizeLinear":
+        return
+    step, zero = maker.outputs[1:3]
+    if len(node.inputs) != 3 or node.inputs[2] is not zero or len(weight.shape) < 2:
+        return
+    cast, product = _reader(node.outputs[0], "Cast"), None
+    product = None if cast is None else _reader(cast.outputs[0], "Mul")
+    if cast is None or product is None:
+        return
+    rest = [t for t in product.inputs if t is not cast.outputs[0]]
+    both = rest[0].inputs[0] if len(rest) == 1 and rest[0].inputs else None
+    if both is None or both.op != "Mul" or step not in both.inputs:
+        return
+    scales = [tensor for tensor in both.inputs if tensor is not step]
+    scale = model.constant(scales[0]) if len(scales) == 1 else None
+    if scale is None or scale.size not in (1, weight.shape[-1]):
+        return
+    codes = model.add_node("QuantizeLinear", [maker.inputs[0], step, zero]).outputs[0]
+    left = model.add_node("DequantizeLinear", [codes, step, zero]).outputs[0]
+    attrs = {"axis": len(weight.shape) - 1}
+    flat = scale.read().reshape(-1)
+    if scale.shape != flat.shape[: len(scale.shape)] or len(scale.shape) > 1:
+        return
+    right = model.add_node(
+        "DequantizeLinear", [node.inputs[1], scales[0]], attrs=attrs
+    ).outputs[0]
+    made = model.add_node("MatMul", [left, right]).outputs[0]
+    model.replace_uses(product.outputs[0], made)
+    for old in (product, cast, node):
+        model.remove(old)
+    if not both.outputs[0].outputs:
+        model.remove(both)
+
+
+def _reader(tensor: gs.Tensor, op: str) -> Node | None:
+    readers = list(dict.fromkeys(tensor.outputs))
+    return readers[0] if len(readers) == 1 and readers[0].op == op else None
 
 
 def _spread_in_graph(add: Any, decoder: Decoder, model: Model) -> gs.Tensor:

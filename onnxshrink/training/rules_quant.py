@@ -16,7 +16,14 @@ import numpy as np
 import onnx
 
 from onnxshrink.model import Node
-from onnxshrink.training.gradients import GradContext, Tensor, attribute, given, rule
+from onnxshrink.training.gradients import (
+    GradContext,
+    Tensor,
+    attribute,
+    given,
+    rule,
+    zero_gradient,
+)
 
 Grads = list[Any]
 
@@ -31,6 +38,9 @@ _RANGES: dict[int, tuple[int, int]] = {
     _T.UINT2: (0, 3),
     _T.INT2: (-2, 1),
 }
+
+# A range found at run time counts as a constant.
+zero_gradient("DynamicQuantizeLinear")
 
 
 def lsq_factor(size: int, largest: int) -> float:

@@ -21,7 +21,9 @@ from onnxshrink.training.fakequant import (
     Decoder,
     decoder_of,
     fake_quantized,
+    float_products,
     is_pruned,
+    levels_of,
 )
 from onnxshrink.training.gradients import _ZERO, is_covered
 from onnxshrink.training.rules_quant import lsq_factor
@@ -74,6 +76,7 @@ _REPEATS = 16
 _LOW_BITS = 16
 """Levels up to which ``scales=auto`` learns the scale of a weight."""
 _TINY = float(np.finfo(np.float32).tiny)
+_LEAST_HALF = np.finfo(np.float16).tiny
 
 Scales = Literal["auto", "fixed", "learned"]
 
@@ -148,67 +151,57 @@ class Tied(Trainable):
         model.set_weight(self.name, trained[self.index])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Codes(Trainable):
     """A weight stored as integer codes: a float master is trained, codes are written.
 
     Attributes:
-        scale: Name of its scale.
-        least: Least code it may have: the least it has, so that codes of few bits stay
-            such.
-        largest: Largest code it may have.
+        decoder: How the codes are read.
+        scale: Name of the scale.
+        levels: The codes it may have.
     """
 
-    scale: str = ""
-    least: int = 0
-    largest: int = 0
+    decoder: Decoder
+    scale: str
+    levels: range
 
     def attach(self, model: Model) -> gs.Tensor:
         """Round the master in the graph, in place of what decodes the codes."""
         decoder = _decoder(model, self.name)
         model.set_weight(self.name, self.start)
-        made = fake_quantized(
-            model,
-            model.weight(self.name).value,
-            decoder,
-            self.least,
-            self.largest,
-        )
-        model.replace_uses(decoder.values, made)
-        for node in decoder.nodes:
-            model.remove(node)
+        value = model.weight(self.name).value
+        decoder.replace(model, fake_quantized(model, value, decoder, self.levels))
         return super().attach(model)
 
     def write(self, model: Model, trained: Array) -> None:
         """Write codes, at the scale that the model has now."""
         weight = model.weight(self.name)
-        decoder = _decoder(model, self.name)
         scale = model.weight(self.scale).read()
-        codes = decoder.encode(trained, scale, self.least, self.largest, weight.shape)
+        codes = self.decoder.encode(trained, scale, self.levels, weight.shape)
         model.set_weight(weight, codes.astype(weight.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Bias(Trainable):
     """A bias of int32 codes, whose scale is that of the inputs times the weight's.
 
     Rounding it changes nothing that counts, so the float master takes its place.
 
     Attributes:
-        scale: Name of its scale.
+        decoder: How the codes are read.
+        scale: Name of the scale.
         factors: Names of the scales that multiply to it; empty if it has its own.
     """
 
-    scale: str = ""
+    decoder: Decoder
+    scale: str
     factors: tuple[str, ...] = ()
 
     def attach(self, model: Model) -> gs.Tensor:
         """Let the layer read the master."""
         decoder = _decoder(model, self.name)
         model.set_weight(self.name, self.start)
-        model.replace_uses(decoder.values, model.weight(self.name).value)
-        for node in decoder.nodes:
-            model.remove(node)
+        decoder.replace(model, model.weight(self.name).value)
         return super().attach(model)
 
     def write(self, model: Model, trained: Array) -> None:
@@ -218,8 +211,7 @@ class Bias(Trainable):
         if self.factors:
             scale = _product(model, self.factors, scale.shape)
             model.set_weight(own, scale)
-        decoder = _decoder(model, self.name)
-        wide = decoder.spread(scale).astype(np.float64)
+        wide = self.decoder.spread(scale).astype(np.float64)
         limits = np.iinfo(np.int32)
         codes = np.clip(np.rint(trained / wide), limits.min, limits.max)
         model.set_weight(weight, codes.astype(np.int32))
@@ -261,7 +253,14 @@ class Scale(Trainable):
         for name in self.names:
             scale = model.weight(name).read()
             made = np.maximum(scale * factor, np.float32(_TINY))
+            if _fits_half(scale):  # then it is stored as such
+                made = np.maximum(made.astype(np.float16), _LEAST_HALF)
             model.set_weight(name, made.astype(scale.dtype))
+
+
+def _fits_half(scale: Array) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
 
 
 def _decoder(model: Model, name: str) -> Decoder:
@@ -309,9 +308,11 @@ def find_trainable(
     Returns:
         Each to be a parameter of the training step; scales first.
     """
+    model = model.copy()
+    float_products(model)
     reached, blocked = _reach(model, outputs)
     found: list[Trainable] = []
-    of_codes = _scales_of_codes(model)
+    of_codes = _parameters_of_codes(model)
     for weight in model.weights():
         if not weight.size or not weight.shape or weight.name in of_codes:
             continue
@@ -353,8 +354,9 @@ def attach(model: Model, chosen: Sequence[Trainable]) -> None:
     gradient is zero where it is zero. A quantized one is quantized in the graph, which
     passes gradients straight through.
     """
-    if any(isinstance(one, Codes) and one.largest - one.least > 255 for one in chosen):
+    if any(isinstance(one, Codes) and len(one.levels) > 256 for one in chosen):
         model.require_opset(21)
+    float_products(model)
     for one in chosen:
         one.attach(model)
 
@@ -441,15 +443,14 @@ def _indices(node: Node) -> tuple[int, ...]:
     return _READ.get(node.op, ()) if is_onnx(node.domain) else ()
 
 
-def _scales_of_codes(model: Model) -> set[str]:
-    """Return the weights that a decoder multiplies codes with."""
-    found = set()
+def _parameters_of_codes(model: Model) -> set[str]:
+    """Return the weights that are scales and zero points of others."""
+    found: set[str] = set()
     for weight in model.weights():
         if weight.data_type in CODES and weight.shape:
             decoder = decoder_of(model, weight)
             if isinstance(decoder, Decoder):
-                known = model.constant(decoder.scale)
-                found |= set() if known is None else {known.name}
+                found.update(decoder.parameters)
     return found
 
 
@@ -460,7 +461,8 @@ def _readers(model: Model, weight: Weight) -> Iterable[tuple[Node, int]]:
         if isinstance(decoder, str):
             yield from _behind(weight.uses, _DECODE)
         else:
-            yield from _behind(_reads(decoder.values))
+            for tensor, _ in decoder.ends:
+                yield from _behind(_reads(tensor))
     else:
         yield from _behind(weight.uses)
 
@@ -581,7 +583,9 @@ def _made_of_codes(model: Model, weight: Weight) -> Trainable | str:
         return why
     if weight.data_type == onnx.TensorProto.INT32:
         factors = _factors(model, decoder, scale)
-        return Bias(weight.name, values, None, scale.name, factors)
+        return Bias(
+            weight.name, values, decoder=decoder, scale=scale.name, factors=factors
+        )
     zeros = values == 0
     if zeros.all():
         return "all of it is zero, and zeros stay"
@@ -590,9 +594,9 @@ def _made_of_codes(model: Model, weight: Weight) -> Trainable | str:
         weight.name,
         values,
         _mask(zeros) if is_held else None,
-        scale.name,
-        int(codes.min()),
-        int(codes.max()),
+        decoder=decoder,
+        scale=scale.name,
+        levels=levels_of(codes),
     )
 
 
@@ -611,7 +615,7 @@ def _zero_codes(decoder: Decoder, codes: Array) -> Array:
 
 def _factors(model: Model, decoder: Decoder, scale: Weight) -> tuple[str, ...]:
     """Return the scales of a layer's inputs and weight if a bias's is their product."""
-    readers = list(dict.fromkeys(decoder.values.outputs))
+    readers = [node for end, _ in decoder.ends for node in dict.fromkeys(end.outputs)]
     if len(readers) != 1 or readers[0].op not in ("Conv", "ConvTranspose", "Gemm"):
         return ()
     names = []
@@ -650,20 +654,30 @@ def _scales(
             weights.setdefault(one.scale, []).append(one)
     locked = _locked(model, found)
     for name, users in weights.items():
-        few = max(one.largest - one.least for one in users) < _LOW_BITS
+        few = max(len(one.levels) for one in users) <= _LOW_BITS
         scale = model.weight(name)
         if (scales == "auto" and not few) or name in locked:
             continue
-        if len(scale.uses) != len(users) or scale.is_input or scale.is_output:
+        if not _only_decodes(scale, users) or scale.is_input or scale.is_output:
             continue
         count = max(1, sum(one.start.size for one in users) // scale.size)
-        zero = float(_decoder(model, users[0].name).zero.max())
-        yield _scale(model, (name,), count, max(1.0, users[0].largest - zero))
+        zero = float(users[0].decoder.zero.max())
+        yield _scale(model, (name,), count, max(1.0, users[0].levels[-1] - zero))
     if scales != "learned":
         return
     for names, count, largest, labels in _activations(model, reached):
         if not set(names) & locked and selected([*names, *labels], only, skip):
             yield _scale(model, names, count, largest)
+
+
+def _only_decodes(scale: Weight, users: Sequence[Codes]) -> bool:
+    """Whether nothing but the decoders of some weights reads a scale."""
+    nodes = [node for one in users for node in one.decoder.nodes]
+    for node, _ in scale.uses:
+        readers = list(node.outputs[0].outputs) if node.op == "Gather" else [node]
+        if not all(any(reader is known for known in nodes) for reader in readers):
+            return False
+    return True
 
 
 def _scale(model: Model, names: tuple[str, ...], count: int, largest: float) -> Scale:

@@ -294,7 +294,89 @@ def test_a_gradient_stops_where_a_master_is_clipped() -> None:
     np.testing.assert_allclose(answer["y"], [[-2, 1, 2]])
 
 
+def test_codes_that_are_looked_up_and_multiplied_are_one_weight() -> None:
+    parts = coded(draw(1, 12, 8), "uint8", 0)
+    model = model_of(
+        """g (int64[N] x) => (float[N,12] y) {
+          c = Gather(q, x)  f = Cast<to = 1>(c)
+          zg = Gather(z, x)  zf = Cast<to = 1>(zg)  m = Sub(f, zf)
+          sg = Gather(s, x)  rows = Mul(m, sg)
+          f2 = Cast<to = 1>(q)  zf2 = Cast<to = 1>(z)  m2 = Sub(f2, zf2)
+          all = Mul(m2, s)  w = Transpose(all)
+          y = MatMul(rows, w)
+        }""",
+        q=parts["q"],
+        s=parts["s"].reshape(12, 1),
+        z=parts["z"].reshape(12, 1),
+    )
+    chosen = found(model, scales="learned")
+    assert [type(one) for one in chosen] == [Scale, Codes]
+    x = np.arange(12)
+    same_start(model, chosen, x)
+    step = step_of(model, chosen, x, 12)
+    target = np.eye(12, dtype=np.float32)
+    losses = [step({"x": x, "t": target}, 0.02) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    after = model.copy()
+    write(after, chosen, step.weights)
+    got = np.square(outputs_of(after, x=x) - target).mean()
+    assert got == pytest.approx(step({"x": x, "t": target}, 0), rel=1e-3)
+
+
+def test_codes_behind_activations_of_dynamic_range_are_trained() -> None:
+    parts = coded(draw(1, 8, 6), "int8", 1)
+    model = model_of(
+        """g (float[N,8] x) => (float[N,6] y) {
+          xq, xs, xz = DynamicQuantizeLinear(x)
+          i = MatMulInteger(xq, q, xz)
+          f = Cast<to = 1>(i)
+          t = Mul(xs, s)
+          m = Mul(f, t)
+          y = Add(m, b)
+        }""",
+        opset=17,
+        q=parts["q"] // 2,  # sums of larger ones saturate without VNNI
+        s=parts["s"],
+        b=np.zeros(6, np.float32),
+    )
+    chosen = found(model, scales="learned")
+    assert [type(one) for one in chosen] == [Scale, Codes, Trainable]
+    same_start(model, chosen, draw(2, 4, 8))
+    after, losses = trained(model, chosen, 6)
+    assert losses[-1] < 0.8 * losses[0]
+    assert [n.op for n in after.graph.nodes] == [n.op for n in model.graph.nodes]
+
+
+def test_a_binary_weight_stays_binary() -> None:
+    weight = draw(1, 8, 6)
+    model = model_of(
+        LINEAR.format(decode="c = Cast<to = 1>(q)  w = Mul(c, s)"),
+        q=np.where(weight > 0, 1, -1).astype(np.int8),
+        s=np.abs(weight).mean(0, keepdims=True),
+    )
+    chosen = found(model)
+    same_start(model, chosen, draw(2, 4, 8))
+    after, losses = trained(model, chosen, 6)
+    codes = after.weight("q").read()
+    assert set(np.unique(codes)) == {-1, 1}
+    assert (codes != model.weight("q").read()).any()
+    assert losses[-1] < 0.9 * losses[0]
+
+
 # --- scales ---------------------------------------------------------------------------
+
+
+def test_scales_that_a_half_can_hold_stay_such() -> None:
+    parts = coded(draw(1, 8, 6), "int4", 1)
+    half = parts["s"].astype(np.float16).astype(np.float32)
+    decode = "w = DequantizeLinear<axis = 1>(q, s)"
+    model = model_of(LINEAR.format(decode=decode), q=parts["q"], s=half)
+    chosen = found(model)
+    after = model.copy()
+    write(after, chosen, {"q": chosen[1].start, chosen[0].name: draw(3, 6)})
+    scale = after.weight("s").read()
+    assert (scale != half).all()
+    np.testing.assert_array_equal(scale.astype(np.float16).astype(np.float32), scale)
 
 
 @pytest.mark.parametrize(("axis", "block"), [(None, 0), (1, 0), (0, 4), (0, 3)])
@@ -556,9 +638,7 @@ def test_tied_values_move_together_and_zeros_stay() -> None:
     [
         np.ones((64,), np.float32),  # a scale that starts at one
         np.ones((64, 1, 1), np.float32),
-        np.tile(np.array([1, 2, 3, 4], np.float32), 8).reshape(
-            4, 8
-        ),  # 8 of each
+        np.tile(np.array([1, 2, 3, 4], np.float32), 8).reshape(4, 8),  # 8 of each
         np.full((16, 16), 2, np.float32),
     ],
 )
@@ -589,8 +669,9 @@ def test_a_table_of_values_in_the_graph_is_trained_as_it_is() -> None:
     ("decode", "why"),
     [
         ("c = Abs(t)  w = DequantizeLinear(q, c)", "computed from data"),
-        ("w = DequantizeLinear(q, s)  v = DequantizeLinear(q, s)", "several nodes"),
+        ("w = DequantizeLinear(q, s)  v = DequantizeLinear(q, s2)", "several nodes"),
         ("r = Gather(q, i)  w = DequantizeLinear(r, s)", "before they are decoded"),
+        ("w = MatMulInteger(k, q, e)", "MatMulInteger"),
         ("h = Cast<to = 10>(q)  w = Cast<to = 1>(h)", "another type"),
         ("w = DequantizeLinear(q, n)", "not above zero"),
         ("w = DequantizeLinear(q, half)  ", "float16"),
@@ -598,7 +679,9 @@ def test_a_table_of_values_in_the_graph_is_trained_as_it_is() -> None:
 )
 def test_codes_that_cannot_be_trained_say_why(decode: str, why: str) -> None:
     last = "y = MatMul(x, v)" if "v =" in decode else "y = MatMul(x, w)"
-    if "half" in decode:
+    if "Integer" in decode:
+        last = "v = Cast<to = 1>(w)  y = Mul(v, s)"
+    elif "half" in decode:
         last = "h = Cast<to = 10>(x)  m = MatMul(h, w)  y = Cast<to = 1>(m)"
     model = model_of(
         f"g (float[N,8] x, float t) => (float[N,6] y, float z) "
@@ -606,25 +689,13 @@ def test_codes_that_cannot_be_trained_say_why(decode: str, why: str) -> None:
         q=np.arange(48, dtype=np.int8).reshape(8, 6),
         s=np.asarray(0.5, np.float32),
         n=np.asarray(-0.5, np.float32),
+        s2=np.asarray(0.25, np.float32),
         half=np.asarray(0.5, np.float16),
+        k=np.ones((1, 8), np.uint8),
+        e=np.zeros((), np.uint8),
         i=np.arange(8),
     )
     assert why in whys(model)["q"]
-
-
-def test_codes_multiplied_as_integers_say_so() -> None:
-    model = model_of(
-        """g (float[N,8] x) => (float[N,6] y) {
-          xq, xs, xz = DynamicQuantizeLinear(x)
-          i = MatMulInteger(xq, q, xz)
-          f = Cast<to = 1>(i)
-          t = Mul(xs, s)
-          y = Mul(f, t)
-        }""",
-        q=np.arange(48, dtype=np.int8).reshape(8, 6),
-        s=np.asarray(0.5, np.float32),
-    )
-    assert "MatMulInteger" in whys(model)["q"]
 
 
 def test_the_same_training_gives_the_same_bytes() -> None:
