@@ -48,6 +48,13 @@ from onnxshrink.training.heads import (
     axis_of,
 )
 from onnxshrink.training.loop import RATES, Checkpoint, Outcome, Plan, fit
+from onnxshrink.training.norms import (
+    Norms,
+    estimate,
+    find_norms,
+    fold_norms,
+    use_batch_statistics,
+)
 from onnxshrink.training.step import value_bytes
 from onnxshrink.training.trainable import (
     Scales,
@@ -89,11 +96,11 @@ class Distill(Pass):
     are taught too (hints: Romero et al. 2015; attention: Zagoruyko and Komodakis 2017).
 
     What the graph says is kept: zeros of a pruned weight stay zero, equal values of a
-    weight with few stay equal (Han, Mao and Dally 2016), a weight used twice stays one,
-    statistics of BatchNormalization stay. Weights stored as codes of 2 to 16 bits are
-    trained through the rounding and written as codes again (quantization-aware
-    training), within the range of the codes they have. Scales of quantization can be
-    learned (LSQ: Esser et al. 2020); an int32 bias follows those it is made of.
+    weight with few stay equal (Han, Mao and Dally 2016), a weight used twice stays one.
+    Weights stored as codes of 2 to 16 bits are trained through the rounding and written
+    as codes again (quantization-aware training), within the range of the codes they
+    have. Scales of quantization can be learned (LSQ: Esser et al. 2020); an int32 bias
+    follows those it is made of.
 
     It needs ``--data``: training samples for the gradients, validation samples to
     choose the learning rate's best epoch. The weights of the best epoch are kept, which
@@ -132,6 +139,10 @@ class Distill(Pass):
             parameter, and their labels (Zhang et al. 2018); 0 does not.
         scales: Whether scales of quantization are learned: ``auto`` those of weights
             of 16 levels or fewer, ``fixed`` none, ``learned`` those of activations too.
+        norms: What happens to each BatchNormalization: ``freeze`` keeps mean and
+            variance, ``fold`` moves it into the layer in front of it, ``estimate``
+            trains with the statistics of each batch, and then takes those of 2,048
+            training samples (Wu and Johnson 2021).
         ties: Whether equal values of a matrix or kernel of at most 256 distinct ones
             stay equal.
         only: Train only these weights: names of weights or nodes, glob patterns or op
@@ -162,6 +173,7 @@ class Distill(Pass):
     flip: bool = False
     mixup: float = 0.0
     scales: Scales = "auto"
+    norms: Norms = "freeze"
     ties: bool = True
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -242,6 +254,10 @@ class Distill(Pass):
                 f"{self.name} needs samples to train on, and there are {has} ones; "
                 "give more with --data"
             )
+        if self.norms == "fold":
+            count = fold_norms(model, ctx.skipped)
+            if count:
+                ctx.did("norms", f"folded {count} into the layers in front of them")
         with tempfile.TemporaryDirectory(prefix="onnxshrink-") as folder:
             run = _Run(self, model, ctx, training, Path(folder))
             outcome, judge = run.train()
@@ -265,7 +281,7 @@ class Distill(Pass):
             )
         changed = 0
         if outcome.best_epoch:
-            changed = write(model, run.chosen, outcome.weights)
+            changed = run.write(model, outcome.weights)
         start = {one.name: one.start for one in run.chosen}
         before = judge.words(outcome.start, start)
         after = judge.words(outcome.best, outcome.weights)
@@ -332,6 +348,9 @@ class _Run:
             scales=options.scales,
             ties=options.ties,
         )
+        self.norms: list[str] = []
+        if options.norms == "estimate":
+            self.norms = find_norms(model, options.only, options.skip, ctx.skipped)
         if not self.chosen:
             why = f": {ctx.left[0][0]}: {ctx.left[0][1]}" if ctx.left else ""
             picked = (
@@ -616,9 +635,17 @@ class _Run:
             code.update(b"-" if array is None else np.ascontiguousarray(array).data)
         return code.hexdigest()
 
+    def write(self, model: Model, weights: Mapping[str, Array]) -> int:
+        """Write what was trained; return how many weights it changed."""
+        changed = write(model, self.chosen, weights)
+        if changed:  # the start is judged as it is
+            estimate(model, self.norms, self.training, self.ctx)
+        return changed
+
     def _step(self, size: int, feed: _Feed) -> TrainingStep:
         work = self.model.copy()
         attach(work, self.chosen)
+        use_batch_statistics(work, self.norms)
         learned = [n for one in self.links for n in one.attach(work, self.ctx.seed)]
         first = feed(np.arange(size), np.random.default_rng(0))
         inputs = self.training.names
@@ -714,7 +741,7 @@ class _Judge:
         """Return the loss; NaN if the model gives NaN."""
         run, samples = self._run, self._samples
         model = run.model.copy()
-        write(model, run.chosen, weights)
+        run.write(model, weights)
         session = runtime.session(
             model, threads=run.ctx.threads, providers=run.ctx.providers
         )

@@ -956,3 +956,45 @@ def test_in_a_pipeline_it_makes_good_what_pruning_did() -> None:
     assert distilled.accepted
     assert distilled.after.metric["agreement"] > pruned.after.metric["agreement"]
     assert distilled.after.nonzeros <= pruned.after.nonzeros
+
+
+# --- norms ------------------------------------------------------------------------
+
+
+def normalized() -> Model:
+    return model_of(
+        "g (float[N,6] x) => (float[N,4] y) "
+        "{ h = Gemm(x, w1, b1)  n = BatchNormalization(h, s, t, mean, var)  "
+        "r = Relu(n)  y = Gemm(r, w2, b2) }",
+        w1=draw(2, 6, 12),
+        b1=draw(3, 12),
+        s=np.abs(draw(6, 12)) + np.float32(0.5),
+        t=draw(7, 12),
+        mean=draw(8, 12),
+        var=np.full(12, 4, np.float32),
+        w2=draw(4, 12, 4),
+        b2=draw(5, 4),
+    )
+
+
+@pytest.mark.parametrize("norms", ["freeze", "fold", "estimate"])
+def test_norms_are_kept_folded_or_estimated(norms: str) -> None:
+    model = normalized()
+    read = runtime.session(model, threads=1, expose=["h"]).run({"x": X})["h"]
+    model.set_weight("mean", read.mean(0))
+    model.set_weight("var", read.var(0))
+    student = damaged(model)
+    before = gap(model, student)
+    said = run(student, context(model), norms=norms)
+    assert gap(model, student) < 0.7 * before
+    kinds = {node.op for node in student.nodes()}
+    assert ("BatchNormalization" in kinds) == (norms != "fold")
+    if norms == "fold":
+        assert "folded 1" in said
+        return
+    mean = values(student)["mean"]
+    seen = runtime.session(student, threads=1, expose=["h"]).run({"x": X[:120]})["h"]
+    same = np.allclose(mean, seen.mean(0), atol=1e-3)
+    assert same == (norms == "estimate")
+    if norms == "freeze":
+        np.testing.assert_array_equal(mean, values(model)["mean"])
