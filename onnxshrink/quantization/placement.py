@@ -45,6 +45,7 @@ __all__ = [
     "bias_codes",
     "channel_axis",
     "clipped_range",
+    "smallest_scale",
     "write",
 ]
 
@@ -549,15 +550,16 @@ def bias_codes(
     return np.clip(codes, room.min, room.max).astype(np.int32), scale
 
 
-def smallest_scale(bias: Array | None, activation: float) -> Array | float:
+def smallest_scale(bias: Array, activation: float) -> NDArray[np.float64]:
     """Return how small a weight's scales may be for its bias to fit int32.
 
     Args:
-        bias: float32 [outputs], if there is one.
+        bias: float32 [outputs].
         activation: Scale of the activations.
+
+    Returns:
+        float64 [outputs].
     """
-    if bias is None:
-        return 0.0
     return np.abs(bias.astype(np.float64)) / (activation * _INT32_ROOM)
 
 

@@ -1,0 +1,90 @@
+"""What layers see: Gram matrices of their inputs, a bounded number at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+from onnxshrink.analysis.layers import Layer
+from onnxshrink.analysis.statistics import Multi, Statistic
+from onnxshrink.base import Context
+from onnxshrink.model import Model
+
+__all__ = ["groups", "watch"]
+
+_HELD = 192 << 20
+"""Bytes of Gram matrices that are held at the same time."""
+_LARGEST = 256 << 20
+"""Bytes of a Gram matrix from which a layer is not watched."""
+
+
+def groups(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Cut layers that can be watched into groups for one run each."""
+    group: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = _bytes(layer)
+        if size > _LARGEST or layer.watched("gram") is None:
+            continue
+        if group and held + size > _HELD:
+            yield group
+            group, held = [], 0
+        group.append(layer)
+        held += size
+    if group:
+        yield group
+
+
+def _bytes(layer: Layer) -> int:
+    """Bytes of the float64 Gram matrices of a layer."""
+    stacks, _, inputs = layer.layout.matrices_shape
+    return stacks * inputs * inputs * 8
+
+
+def watch(
+    model: Model,
+    layers: Iterable[Layer],
+    ctx: Context,
+    beside: Mapping[str, Statistic] | None = None,
+) -> tuple[dict[str, list[Statistic]], dict[str, Statistic]]:
+    """Gather the Gram matrices of layers in one run over the calibration samples.
+
+    They are not put into the cache of the context: one use is all they are for.
+
+    Args:
+        model: The model.
+        layers: The layers, as ``groups`` gives them.
+        ctx: Samples and session options.
+        beside: Further statistics, by the name of their tensor, for the same run.
+
+    Returns:
+        Statistics as ``layers.gram`` takes them, by the name of the weight; a layer
+        whose inputs cannot be seen from outside is absent. And those of ``beside``.
+    """
+    samples = ctx.samples.calibration
+    count = len(samples) if samples is not None else 1
+    wanted = {name: {"beside": one} for name, one in (beside or {}).items()}
+    places: dict[str, list[tuple[str, str]]] = {}
+    for layer in layers:
+        for tensor, statistic in layer.watched("gram", count) or ():
+            # Layers that read the same values in the same way share the matrix.
+            label = str(statistic.key)
+            wanted.setdefault(tensor.name, {})[label] = statistic
+            places.setdefault(layer.name, []).append((tensor.name, label))
+    if not wanted:
+        return {}, {}
+    alone = dataclasses.replace(ctx, cache={})
+    found = {
+        name: one
+        for name, one in alone.statistics(
+            model, {name: Multi(**parts) for name, parts in wanted.items()}
+        ).items()
+        if isinstance(one, Multi)
+    }
+    seen = {
+        name: [found[tensor][label] for tensor, label in at]
+        for name, at in places.items()
+        if all(tensor in found for tensor, _ in at)
+    }
+    others = {name: found[name]["beside"] for name in beside or {} if name in found}
+    return seen, others

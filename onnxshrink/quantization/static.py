@@ -1,0 +1,454 @@
+"""The static form: weights and activations as codes whose scales are known before.
+
+Weights are rounded one layer after the other against the inputs the layer sees, so that
+the sums of products come out right (``rounding.gptq``); the shift in the mean that is
+left goes into the bias (Nagel et al. 2019, "Data-Free Quantization Through Weight
+Equalization and Bias Correction", section 4.2). Because a bias can hold any shift, the
+inputs are taken relative to their mean, and rounding is free to shift outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxshrink.analysis import layers
+from onnxshrink.analysis.activations import fingerprint
+from onnxshrink.analysis.layers import Layer
+from onnxshrink.analysis.statistics import Range, Statistic
+from onnxshrink.base import Context
+from onnxshrink.model import Model
+from onnxshrink.quantization import (
+    calibration,
+    inputs,
+    placement,
+    rounding,
+    targets,
+)
+from onnxshrink.quantization.calibration import Observer
+from onnxshrink.quantization.placement import Coded, Codes, Linear, Plan, Planner
+from onnxshrink.quantization.rounding import Fit, Grid
+from onnxshrink.quantization.schemes import Scheme, affine
+from onnxshrink.quantization.targets import Target
+
+__all__ = ["LEVELS", "Recipe", "write"]
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+Rounding = Literal["nearest", "mse", "hqq", "gptq", "adaround"]
+
+_T = onnx.TensorProto
+LEVELS: Mapping[str, tuple[int, int, int]] = {
+    "int8": (_T.INT8, -127, 127),
+    "uint8": (_T.UINT8, 1, 255),
+    "int4": (_T.INT8, -8, 7),
+    "int2": (_T.INT8, -2, 1),
+    "ternary": (_T.INT8, -1, 1),
+}
+"""Type, smallest and largest code of weights. Integer kernels take 8-bit types only;
+what stores few distinct codes in few bits is the file format."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How values become codes.
+
+    Attributes:
+        activation: Codes of activations.
+        weights: Key of ``LEVELS``.
+        per_channel: Whether each output of a layer has a scale of its own.
+        method: How ranges of activations are found.
+        percentile: For the method of that name.
+        rounding: How weights are rounded.
+        bias_correction: Whether biases take up the shift of the mean.
+        target: What the codes will run on.
+    """
+
+    activation: Scheme
+    weights: str
+    per_channel: bool
+    method: calibration.Method
+    percentile: float
+    rounding: Rounding
+    bias_correction: bool
+    target: Target
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether inputs of layers are watched, not only their ranges."""
+        return self.bias_correction or self.rounding in ("gptq", "adaround")
+
+    @property
+    def fit(self) -> Fit:
+        """How the scales of weights are found."""
+        return self.rounding if self.rounding in ("mse", "hqq") else "minmax"
+
+
+def write(
+    model: Model, chosen: Sequence[str], recipe: Recipe, ctx: Context
+) -> dict[str, str]:
+    """Let layers run on codes.
+
+    Args:
+        model: The model; changed.
+        chosen: Names of weights.
+        recipe: How.
+        ctx: Samples, cache and notes.
+
+    Returns:
+        Weights that were left alone, and why.
+    """
+    return _Static(model, frozenset(chosen), recipe, ctx).write()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What calibration saw of a value.
+
+    Attributes:
+        low: Lower end of its range.
+        high: Upper end.
+        why_not: Why it cannot become codes; empty if it can.
+    """
+
+    low: float
+    high: float
+    why_not: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """A layer's codes.
+
+    Attributes:
+        codes: The weight.
+        shift: What to add to the bias, float32 [outputs].
+        narrowed: Outputs whose codes were narrowed for the target.
+    """
+
+    codes: Codes
+    shift: NDArray[np.float32] | None
+    narrowed: int
+
+
+@dataclass(eq=False)
+class _Static:
+    """One run of ``write``."""
+
+    model: Model
+    names: frozenset[str]
+    recipe: Recipe
+    ctx: Context
+    left: dict[str, str] = field(default_factory=dict)
+    _grams: dict[str, list[Statistic]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.planner = Planner(self.model)
+        self.chosen = [o for o in self.planner.linear if o.layer.name in self.names]
+        self.left.update((n, w) for n, w in self.planner.left if n in self.names)
+        # Codes of the same model and recipe are the same, whatever else is left out.
+        self.mark = ("quantize", fingerprint(self.model), self.ctx.samples.calibration)
+
+    def write(self) -> dict[str, str]:
+        plan = self.planner.plan(self.chosen)
+        groups: list[list[Layer]] = []
+        if self.recipe.needs_gram:
+            groups = list(inputs.groups(_layers(plan)))
+        seen = self._ranges(plan, groups[0] if groups else ())
+        plan = self._settle(plan, seen)
+        if not plan.linear:
+            return self.left
+        activations = self._activations(plan, seen)
+        rounded = self._rounded(plan, _inputs(plan, activations), groups)
+        self._put(plan, activations, rounded)
+        return self.left
+
+    # What activations look like.
+
+    def _known(self, tensor: gs.Tensor) -> _Seen | None:
+        found = self.ctx.cache.get(self._range_key(tensor.name))
+        return found if isinstance(found, _Seen) else None
+
+    def _range_key(self, name: str) -> tuple[Any, ...]:
+        recipe = self.recipe
+        levels = recipe.activation.high - recipe.activation.low + 1
+        how = (recipe.method, recipe.percentile, levels, recipe.activation.symmetric)
+        return (*self.mark, name, *how)
+
+    def _ranges(self, plan: Plan, watched: Sequence[Layer]) -> dict[gs.Tensor, _Seen]:
+        """Return what calibration saw; ``watched`` are watched in the same run."""
+        tensors = [tensor for group in plan.ranges.values() for tensor in group]
+        simple = self.recipe.method == "minmax"
+        unknown: dict[str, Statistic] = {
+            tensor.name: Range() if simple else calibration.observer()
+            for tensor in tensors
+            if self._known(tensor) is None
+        }
+        if unknown:
+            self._grams, found = inputs.watch(self.model, watched, self.ctx, unknown)
+            for name, statistic in found.items():
+                self.ctx.cache[self._range_key(name)] = self._seen(statistic)
+        unseen = _Seen(0, 0, "its values cannot be watched")
+        return {tensor: self._known(tensor) or unseen for tensor in tensors}
+
+    def _seen(self, statistic: Statistic) -> _Seen:
+        apart = 0
+        if isinstance(statistic, Range):
+            apart = statistic.nan + statistic.inf + statistic.fills
+            empty = statistic.empty
+        else:
+            assert isinstance(statistic, Observer)
+            apart, empty = statistic.histogram.apart, statistic.empty
+        if apart:
+            return _Seen(0, 0, "it holds values beyond 1e30, as a mask does")
+        if empty:
+            return _Seen(0, 0, "calibration saw no value of it")
+        recipe = self.recipe
+        if isinstance(statistic, Range):
+            low, high = float(statistic.low), float(statistic.high)
+        else:
+            low, high = calibration.bounds(
+                statistic,
+                recipe.method,
+                levels=recipe.activation.high - recipe.activation.low + 1,
+                symmetric=recipe.activation.symmetric,
+                percentile=recipe.percentile,
+            )
+        if low == high == 0:
+            return _Seen(0, 0, "it is 0 in all calibration samples")
+        return _Seen(low, high)
+
+    def _settle(self, plan: Plan, seen: Mapping[gs.Tensor, _Seen]) -> Plan:
+        """Leave out what touches values that cannot become codes."""
+        refused = {tensor: one.why_not for tensor, one in seen.items() if one.why_not}
+        if refused:
+            plan = self.planner.plan(self.chosen, refused)
+        kept = {id(one.node) for one in plan.linear}
+        for one in self.chosen:
+            if id(one.node) in kept:
+                continue
+            near = [one.node.inputs[0], *one.node.outputs]
+            near += [t for node in one.node.outputs[0].outputs for t in node.outputs]
+            why = next(
+                (f"{t.name}: {refused[t]}" for t in near if t in refused),
+                "a value it reads or makes cannot become codes",
+            )
+            self.left[one.layer.name] = why
+        # A weight that one of its readers still needs as it was stays as it was.
+        whole = [one for one in plan.linear if one.layer.name not in self.left]
+        if len(whole) < len(plan.linear):
+            plan = self.planner.plan(whole, refused)
+        return plan
+
+    def _activations(
+        self, plan: Plan, seen: Mapping[gs.Tensor, _Seen]
+    ) -> dict[gs.Tensor, Coded]:
+        scheme = self.recipe.activation
+        made = {}
+        for source, tensors in plan.ranges.items():
+            low = min(seen[tensor].low for tensor in tensors)
+            high = max(seen[tensor].high for tensor in tensors)
+            made[source] = Coded(scheme, *affine(low, high, scheme))
+        return made
+
+    # Weights.
+
+    def _rounded(
+        self, plan: Plan, coded: Mapping[str, Coded], groups: Sequence[Sequence[Layer]]
+    ) -> dict[str, _Rounded]:
+        """Return the codes of every layer of a plan, from the cache where known."""
+        todo = {one.layer.name: one for one in plan.linear}
+        keys = {
+            name: (*self.mark, self.recipe, name, float(coded[name].scale))
+            for name in todo
+        }
+        cached = {name: self.ctx.cache.get(key) for name, key in keys.items()}
+        found = {n: one for n, one in cached.items() if isinstance(one, _Rounded)}
+        watched = {layer.name for group in groups for layer in group}
+        others = [one.layer for name, one in todo.items() if name not in watched]
+        for group in (*groups, others):
+            missing = [
+                layer.name
+                for layer in group
+                if layer.name in todo and layer.name not in found
+            ]
+            grams = self._of_group([todo[n].layer for n in missing if n in watched])
+            tasks = [(todo[name], coded[name], grams.get(name)) for name in missing]
+            results = self.ctx.map(self._round, tasks, "rounding")
+            for name, one in zip(missing, results, strict=True):
+                found[name] = self.ctx.cache[keys[name]] = one
+        return found
+
+    def _of_group(self, group: Sequence[Layer]) -> dict[str, list[Statistic]]:
+        """Return Gram matrices: of the run that found the ranges, or of a new one."""
+        grams, self._grams = self._grams, {}
+        if all(layer.name in grams for layer in group):
+            return grams
+        return inputs.watch(self.model, group, self.ctx)[0]
+
+    def _round(
+        self, task: tuple[Linear, Coded, Sequence[Statistic] | None]
+    ) -> _Rounded:
+        """Choose the codes of one weight."""
+        one, coded, seen = task
+        layer, recipe = one.layer, self.recipe
+        groups, outputs, columns = layer.layout.matrices_shape
+        matrices = layer.layout.matrices(layer.weight.read())
+        rows = np.ascontiguousarray(matrices).reshape(groups * outputs, columns)
+        gram: Float64 | None = None
+        mean: Float64 | None = None
+        if seen is not None:
+            gram, mean, count = layers.gram(layer, seen)
+            if recipe.bias_correction and self._takes_bias(one):
+                gram = gram - count * mean[:, :, None] * mean[:, None, :]
+            else:
+                mean = None
+        grid, narrowed = self._grid(one, rows, gram)
+        grid = self._raised(grid, one, coded)
+        if gram is not None and recipe.rounding == "gptq":
+            codes = rounding.gptq(rows, gram, grid)
+        elif gram is not None and recipe.rounding == "adaround":
+            codes = rounding.adaround(rows, gram, grid)
+        else:
+            codes = rounding.nearest(rows, grid)
+        shift = None
+        if mean is not None:
+            change = (rounding.decode(codes, grid) - rows).reshape(matrices.shape)
+            moved = -np.einsum("goi,gi->go", change.astype(np.float64), mean)
+            shift = moved.reshape(-1).astype(np.float32)
+        return _Rounded(self._codes(one, codes, grid), shift, narrowed)
+
+    @staticmethod
+    def _takes_bias(one: Linear) -> bool:
+        """Whether a node has a place for a bias, and the weight to itself."""
+        return one.node.op != "MatMul" and len(one.layer.uses) == 1
+
+    def _grid(self, one: Linear, rows: Array, gram: Float64 | None) -> tuple[Grid, int]:
+        """Choose scales; narrow the codes of outputs whose sums could clip."""
+        _, low, high = LEVELS[self.recipe.weights]
+        grid = rounding.fit(
+            rows,
+            low,
+            high,
+            method=self.recipe.fit,
+            gram=gram if self.recipe.fit == "mse" else None,
+        )
+        used = np.asarray(rows.any(axis=1))[:, None]
+        scale: Array = np.where(used, grid.scale, np.float32(0))
+        if not self.recipe.per_channel:
+            scale = np.full_like(scale, scale.max(initial=0))
+        if not scale.any():
+            return grid, 0
+        # A row of zeros has any scale; a small one keeps its bias exact.
+        positive: Array = np.greater(scale, 0)
+        scale = np.where(positive, scale, scale[positive].min())
+        grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
+        factor = self._headroom(one.layer, rows, grid)
+        if not self.recipe.per_channel:
+            factor = np.full_like(factor, factor.min(initial=1))
+        # Whole codes, so that the largest of them is reached exactly.
+        wide = np.maximum(np.floor(high * factor) / high, 1 / high)
+        scale = grid.scale / wide[:, None]
+        grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
+        return grid, int((factor < 1).sum())
+
+    def _headroom(self, layer: Layer, rows: Array, grid: Grid) -> Float64:
+        """Return how far to narrow each output's codes: 1 leaves them as they are.
+
+        The bound over all activations there could be costs less than a bit, which
+        rounding wins back; so no later input can make a sum clip either.
+        """
+        wide = LEVELS[self.recipe.weights] != LEVELS["int8"]
+        if wide or self.recipe.target.saturation == "never":
+            return np.ones(len(rows))
+        codes = rounding.nearest(rows, grid)
+        matrices = codes.reshape(layer.layout.matrices_shape)
+        found = targets.saturation(layer, layer.layout.array(matrices))
+        return targets.headroom(found.peak)
+
+    def _raised(self, grid: Grid, one: Linear, coded: Coded) -> Grid:
+        """Raise scales so that the bias fits int32."""
+        bias = self.model.constant(one.bias) if one.bias is not None else None
+        if bias is None:
+            return grid
+        least = placement.smallest_scale(bias.read().reshape(-1), float(coded.scale))
+        raised = np.maximum(grid.scale, least[:, None]).astype(np.float32)
+        if not self.recipe.per_channel:
+            raised = np.full_like(raised, raised.max(initial=0))
+        return dataclasses.replace(grid, scale=raised)
+
+    def _codes(self, one: Linear, codes: Array, grid: Grid) -> Codes:
+        """Give codes the shape and type of the weight."""
+        layer = one.layer
+        data_type, low, high = LEVELS[self.recipe.weights]
+        axis = placement.channel_axis(layer.layout, one.node)
+        whole = not self.recipe.per_channel
+        scheme = Scheme(data_type, low, high, True, None if whole else axis)
+        shaped = layer.layout.array(codes.reshape(layer.layout.matrices_shape))
+        scale, zero = grid.scale[:, 0], grid.zero[:, 0].astype(scheme.dtype)
+        if whole:
+            scale, zero = scale[0], zero[0]
+        return Codes(
+            scheme, shaped.astype(scheme.dtype), np.asarray(scale), np.asarray(zero)
+        )
+
+    # Writing.
+
+    def _put(
+        self,
+        plan: Plan,
+        activations: Mapping[gs.Tensor, Coded],
+        rounded: Mapping[str, _Rounded],
+    ) -> None:
+        weights = {name: one.codes for name, one in rounded.items()}
+        biases = {}
+        for one in plan.linear:
+            shift = rounded[one.layer.name].shift
+            if shift is None:
+                continue
+            bias = self.model.constant(one.bias) if one.bias is not None else None
+            plain = 0.0 if bias is None else bias.read().reshape(-1)
+            biases[one.name] = (plain + shift).astype(np.float32)
+        outputs = sum(len(rounded[name].codes.scale.reshape(-1)) for name in rounded)
+        narrowed = sum(one.narrowed for one in rounded.values())
+        dropped = placement.write(self.model, plan, activations, weights, biases)
+        for name in rounded:
+            self.ctx.did(name, f"static, {self.recipe.weights} weights")
+        if plan.others:
+            kinds = sorted({str(node.op) for node in plan.others})
+            self.ctx.did(
+                "other operators", f"{len(plan.others)} on codes: {', '.join(kinds)}"
+            )
+        if dropped:
+            self.ctx.did("Relu and Clip", f"{dropped} became part of a QuantizeLinear")
+        if narrowed:
+            self.ctx.did(
+                "weights",
+                f"scales of {narrowed} of {outputs} outputs raised so that sums of "
+                "two products fit 16 bits",
+            )
+
+
+def _layers(plan: Plan) -> list[Layer]:
+    """Return the layers of a plan, each once."""
+    return list({one.layer.name: one.layer for one in plan.linear}.values())
+
+
+def _inputs(plan: Plan, activations: Mapping[gs.Tensor, Coded]) -> dict[str, Coded]:
+    """Return how the inputs of each weight are coded, by its name."""
+    sources = {id(one.tensor): one.source for one in plan.readings}
+    found: dict[str, Coded] = {}
+    for one in plan.linear:
+        coded = activations[sources[id(one.node.inputs[0])]]
+        known = found.get(one.layer.name)
+        # The smallest scale asks most of a bias.
+        if known is None or coded.scale < known.scale:
+            found[one.layer.name] = coded
+    return found

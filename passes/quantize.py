@@ -1,0 +1,356 @@
+"""quantize: weights and activations as integer codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxshrink.analysis import layers
+from onnxshrink.analysis.layers import Layer
+from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model
+from onnxshrink.passes.fold import Fold
+from onnxshrink.quantization import (
+    dynamic,
+    inputs,
+    smoothing,
+    static,
+    targets,
+    weightonly,
+)
+from onnxshrink.quantization.calibration import Method
+from onnxshrink.quantization.placement import Planner
+from onnxshrink.quantization.rounding import Fit, Grid
+from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
+from onnxshrink.quantization.static import Recipe
+from onnxshrink.quantization.targets import Target
+
+__all__ = ["Quantize"]
+
+Form = Literal["static", "dynamic", "none"]
+_T = onnx.TensorProto
+
+_QUANTIZED = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+        "QuantizeLinear",
+    }
+)
+"""Operators that only a quantized model has."""
+_TYPES = {
+    "uint8": _T.UINT8,
+    "int8": _T.INT8,
+    "uint16": _T.UINT16,
+    "int16": _T.INT16,
+}
+SMALLEST = 1024
+"""Weights of fewer entries save less than the nodes around them cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(SitePass):
+    """Store weights as integer codes, and compute with codes where that is faster.
+
+    Each layer gets one of three forms. static: activations are codes too, with scales
+    found on calibration data; convolutions and everything around them run in integers.
+    dynamic: the scale of a MatMul's activations is found at each run. none: the weight
+    alone becomes codes, and is decoded before it is used. Left to itself the pass takes
+    static for Conv and Gemm and dynamic for MatMul where there is data, and codes for
+    weights alone where there is none. The model is folded first: BatchNormalization and
+    Pad between layers would keep them from running in integers. When the result breaks
+    the budget, the layers that do most damage stay as they were (mixed precision).
+
+    Attributes:
+        activations: static, dynamic or none; auto chooses for each layer.
+        activation_type: Codes of activations in the static form: uint8, int8, uint16
+            or int16 (16 bits are computed in float, at full accuracy); auto: what is
+            fast on the target.
+        weights: Codes of weights: int8, uint8, int4, int2, ternary (-1, 0, 1) or binary
+            (-1, 1); auto: int8.
+        granularity: What shares a scale: the whole tensor, each channel, or blocks of
+            a row (weights alone); auto: each channel.
+        block: Values in a block, 16 to 256.
+        calibration: How ranges of activations are found: minmax, moving-average,
+            percentile, entropy or mse; auto: minmax.
+        percentile: Percent of the values within the range, for that method.
+        rounding: How weights are rounded: nearest, mse or hqq (scales that lose least),
+            gptq, adaround; auto: gptq with data, mse without.
+        bias_correction: Whether biases take up the shift of the mean in the static
+            form; auto: yes.
+        target: The processor: avx2 (x86 without VNNI), vnni, arm, gpu or any; auto:
+            this machine's. What that means is in the report.
+        allow_random: Calibrate with random inputs where there is no data.
+    """
+
+    name: ClassVar[str] = "quantize"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    example: ClassVar[str] = "quantize:activations=none,weights=int4"
+    opset: ClassVar[int] = 13
+
+    activations: Literal["auto", "static", "dynamic", "none"] = "auto"
+    activation_type: Literal["auto", "uint8", "int8", "uint16", "int16"] = "auto"
+    weights: Literal["auto", "int8", "uint8", "int4", "int2", "ternary", "binary"] = (
+        "auto"
+    )
+    granularity: Literal["auto", "tensor", "channel", "block"] = "auto"
+    block: int = 32
+    calibration: Literal[
+        "auto", "minmax", "moving-average", "percentile", "entropy", "mse"
+    ] = "auto"
+    percentile: float = 99.99
+    rounding: Literal["auto", "nearest", "mse", "hqq", "gptq", "adaround"] = "auto"
+    bias_correction: Literal["auto", "true", "false"] = "auto"
+    target: Literal["auto", "avx2", "vnni", "arm", "gpu", "any"] = "auto"
+    allow_random: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not 16 <= self.block <= 256:
+            raise UsageError(f"block is from 16 to 256 values, not {self.block}")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(
+                f"percentile is above 50 and at most 100, not {self.percentile:g}"
+            )
+        if self.activations != "static":
+            return
+        if self.granularity == "block":
+            raise UsageError(
+                "integer kernels have no blocks: granularity=block goes with "
+                "activations=none"
+            )
+        if self.weights == "binary":
+            raise UsageError(
+                "static weights need a code for 0: weights=ternary, or binary with "
+                "activations=none"
+            )
+
+    # --- what the options come to ---------------------------------------------------
+
+    def _has_data(self, ctx: Context) -> bool:
+        """Whether ranges can be calibrated.
+
+        Raises:
+            UsageError: They have to be, and cannot.
+        """
+        samples = ctx.samples.calibration
+        usable = samples is not None and bool(samples.used)
+        random = ctx.samples.random and not self.allow_random
+        if self.activations == "static" and (random or not usable):
+            raise UsageError(
+                "activations=static needs samples of real inputs to find the ranges of "
+                "activations: give --data, or activations=dynamic or none, which need "
+                "none; allow_random=true takes random inputs, whose ranges are those "
+                "of noise"
+            )
+        return usable and not random
+
+    def _form(
+        self, layer: Layer, static_ok: bool, dynamic_ok: bool, data: bool
+    ) -> Form:
+        kind = layer.kind if layer.uses else ""
+        pays = self.activations == "static" or kind in ("Conv", "Gemm")
+        if self.activations in ("auto", "static") and static_ok and data and pays:
+            return "static"
+        wanted = self.activations == "dynamic" or (self.activations == "auto" and data)
+        if wanted and dynamic_ok:
+            return "dynamic"
+        return "none"
+
+    def _recipe(self, target: Target) -> Recipe:
+        data_type = _TYPES.get(self.activation_type, target.activation)
+        low, high = limits(data_type)
+        symmetric = target.symmetric_activations
+        if symmetric and low < 0:
+            low += 1
+        method: Method = "minmax" if self.calibration == "auto" else self.calibration
+        rounded = "gptq" if self.rounding == "auto" else self.rounding
+        return Recipe(
+            activation=Scheme(data_type, low, high, symmetric),
+            weights="int8" if self.weights == "auto" else self.weights,
+            per_channel=self.granularity != "tensor",
+            method=method,
+            percentile=self.percentile,
+            rounding=rounded,
+            bias_correction=self.bias_correction != "false",
+            target=target,
+        )
+
+    # --- places ---------------------------------------------------------------------
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        """List the weights, each with the form it would get."""
+        data = self._has_data(ctx)
+        found = _quantized_already(model)
+        if found:
+            ctx.skipped("model", f"it is quantized already: it has {found}")
+            return []
+        prepared = model.copy()
+        _prepare(prepared, ctx)
+        planner = Planner(prepared)
+        static_ok = {one.layer.name for one in planner.linear}
+        static_ok -= {name for name, _ in planner.left}
+        reasons = dict(planner.left)
+        sites = []
+        for layer in layers.find(
+            prepared, only=self.only, skip=self.skip, roles=("weight", "table")
+        ):
+            site = self._site(prepared, layer, layer.name in static_ok, data, ctx)
+            if site is not None:
+                sites.append(site)
+                if self.activations == "static" and site.detail["form"] != "static":
+                    why = reasons.get(
+                        layer.name, "it is no operator of the static form"
+                    )
+                    ctx.skipped(layer.name, f"activations stay float: {why}")
+        if not sites:
+            ctx.skipped("model", "no weight is large enough, of float32 and selected")
+        return sites
+
+    def _site(
+        self, model: Model, layer: Layer, static_ok: bool, data: bool, ctx: Context
+    ) -> Site | None:
+        dynamic_ok = not dynamic.why_not(model, layer)
+        form = self._form(layer, static_ok, dynamic_ok, data)
+        why = weightonly.why_not(layer) if form == "none" else ""
+        if not why and form == "none" and layer.weight.size < SMALLEST:
+            why = f"it has {layer.weight.size} entries; codes would save nothing"
+        if why:
+            ctx.skipped(layer.name, why)
+            return None
+        bits = _bits(self.weights if form != "dynamic" else "int8")
+        saved = layer.weight.nbytes - layer.weight.size * bits // 8
+        return Site(
+            layer.name,
+            layer.kind,
+            bytes_saved=max(0, saved),
+            detail={"form": form, "bits": bits},
+        )
+
+    # --- acting ---------------------------------------------------------------------
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        """Quantize one weight."""
+        self.rewrite_all(model, [site], ctx)
+
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        """Quantize the weights of some sites, those of one form together."""
+        if not sites:
+            return
+        folded = _prepare(model, ctx)
+        if folded:
+            ctx.did("model", folded)
+        names: dict[str, list[str]] = {"static": [], "dynamic": [], "none": []}
+        for site in sites:
+            names[str(site.detail["form"])].append(site.where)
+        target, note = targets.resolve(self.target)
+        if names["static"] or names["dynamic"]:
+            ctx.did("model", note)
+        if names["static"]:
+            if ctx.samples.random:
+                ctx.skipped("calibration", "random inputs: ranges are those of noise")
+            recipe = self._recipe(target)
+            if recipe.activation.opset > model.opset:
+                model.require_opset(MIN_OPSET[recipe.activation.data_type])
+            left = static.write(model, names["static"], recipe, ctx)
+            for name, why in left.items():
+                ctx.skipped(name, f"not static: {why}")
+            names["none"] += [name for name in names["static"] if name in left]
+        self._others(model, names, target, ctx)
+        model.drop_unused()
+        model.forget_shapes()
+
+    def _others(
+        self,
+        model: Model,
+        names: Mapping[str, Sequence[str]],
+        target: Target,
+        ctx: Context,
+    ) -> None:
+        """Quantize weights whose activations get no scale beforehand."""
+        wanted = {*names["dynamic"], *names["none"]}
+        if not wanted:
+            return
+        chosen = [
+            layer
+            for layer in layers.find(model, roles=("weight", "table"))
+            if layer.name in wanted
+        ]
+        pairs = target.saturation != "never"
+        if names["dynamic"] and self._has_data(ctx):
+            smoothing.smooth(model, ctx, only=names["dynamic"], pairs=pairs)
+        for layer, gram in self._with_grams(model, chosen, ctx):
+            matrices = layer.layout.matrices(layer.weight.read())
+            rows = np.ascontiguousarray(matrices, np.float32)
+            rows = rows.reshape(-1, matrices.shape[2])
+            if layer.name in names["dynamic"]:
+                grid, codes = dynamic.quantized(rows, gram=gram, pairs=pairs)
+                done = dynamic.rewrite(model, layer, grid, codes)
+            elif weightonly.why_not(layer):
+                continue
+            else:
+                grid, codes = self._coded(rows, gram)
+                done = weightonly.rewrite(model, layer, grid, codes)
+            ctx.did(layer.name, done)
+
+    def _coded(
+        self, rows: NDArray[Any], gram: NDArray[np.float64] | None
+    ) -> tuple[Grid, NDArray[np.int32]]:
+        """Choose the codes of a weight that is decoded before it is used."""
+        levels = weightonly.LEVELS["int8" if self.weights == "auto" else self.weights]
+        block = 0
+        if self.granularity == "block" or (
+            self.granularity == "auto" and levels.high - levels.low < 16
+        ):
+            block = weightonly.block_of(rows.shape[1], self.block)
+        method: Fit = "hqq" if self.rounding == "hqq" else "mse"
+        if self.rounding == "nearest":
+            method = "minmax"
+        return weightonly.quantized(rows, levels, block=block, method=method, gram=gram)
+
+    def _with_grams(
+        self, model: Model, chosen: Sequence[Layer], ctx: Context
+    ) -> Iterator[tuple[Layer, NDArray[np.float64] | None]]:
+        """Yield layers with the Gram matrix of their inputs where rounding wants it."""
+        wants = self.rounding in ("auto", "gptq") and self._has_data(ctx)
+        left = {layer.name: layer for layer in chosen}
+        for group in inputs.groups(chosen) if wants else ():
+            for name, seen in inputs.watch(model, group, ctx)[0].items():
+                layer = left.pop(name)
+                yield layer, layers.gram(layer, seen)[0]
+        for layer in left.values():
+            yield layer, None
+
+
+def _quantized_already(model: Model) -> str:
+    """Name what shows that a model was quantized before."""
+    found = sorted({node.op for node in model.nodes() if node.op in _QUANTIZED})
+    return ", ".join(found)
+
+
+def _prepare(model: Model, ctx: Context) -> str:
+    """Fold a model, so that layers stand beside each other; return what that did."""
+    before = sum(1 for _ in model.nodes())
+    quiet = dataclasses.replace(ctx, done=[], left=[])
+    Fold().apply(model, quiet)
+    after = sum(1 for _ in model.nodes())
+    return f"folded first: {before} nodes -> {after}" if quiet.done else ""
+
+
+def _bits(weights: str) -> int:
+    bits = {"int4": 4, "int2": 2, "ternary": 2, "binary": 1}
+    return bits.get(weights, 8)
