@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from onnxshrink.model import Model
     from onnxshrink.pipeline import Pipeline
     from onnxshrink.quantization.sensitivity import Sensitivity
+    from onnxshrink.quantization.timings import Kernels
     from onnxshrink.report import Step
     from onnxshrink.samples import Splits
     from onnxshrink.terminal import Bar
@@ -989,6 +990,13 @@ onnxshrink inspect model.onnx --sensitivity --by half:mode=compute --data photos
     section="Sensitivity",
     help="Samples in each measurement.  [default: 32]",
 )
+@_option(
+    "--kernels",
+    is_flag=True,
+    section="Sensitivity",
+    help="Time each kind of layer in integers and in float on this processor; what was "
+    "timed once is remembered.",
+)
 @_data
 @_shapes
 @_runtime
@@ -997,6 +1005,7 @@ onnxshrink inspect model.onnx --sensitivity --by half:mode=compute --data photos
 def inspect_(
     model: Path,
     top: int,
+    kernels: bool,
     sensitivity: bool,
     bits: int | None,
     by: str | None,
@@ -1012,25 +1021,28 @@ def inspect_(
     """Show where the bytes and multiply-accumulates of a model are.
 
     For every weight: type, zeros, distinct values, and what its smallest exact
-    encoding would take. With --sensitivity also: which layers bear to be made coarse.
+    encoding would take. With --sensitivity also: which layers bear to be made coarse;
+    with --kernels: which gain by integers.
     """
     from onnxshrink.analysis.inventory import inventory
     from onnxshrink.base import Context
     from onnxshrink.model import Model
     from onnxshrink.report import dump
 
-    asked = {"--bits": bits, "--by": by, "--samples": count, "--data": data}
+    asked = {"--bits": bits, "--by": by, "--samples": count}
     for name, value in asked.items():
         if value is not None and not sensitivity:
             raise UsageError(f"{name} is for --sensitivity; add that")
+    if data is not None and not (sensitivity or kernels):
+        raise UsageError("--data is for --sensitivity or --kernels; add one of them")
     if bits is not None and by is not None:
         raise UsageError("--bits rounds weights and --by runs a pass; take one of them")
     screen = _Screen.open(quiet=False, verbose=verbose)
-    effects = None
+    parts: dict[str, Sensitivity | Kernels] = {}
     with screen.bar(f"loading {model.name}") as bar:
         loaded = Model.load(model)
         _check_shapes(loaded, shapes)
-        if sensitivity:
+        if sensitivity or kernels:
             # Only a pass needs samples of its own to calibrate with.
             shared, held = (None, data) if by is None else (data, None)
             given = () if data is not None else shapes
@@ -1042,15 +1054,30 @@ def inspect_(
                 providers=providers or ("CPUExecutionProvider",),
                 progress=bar,
             )
-            effects = _effects(loaded, context, bits, by, count)
+            if sensitivity:
+                parts["sensitivity"] = _effects(loaded, context, bits, by, count)
+            if kernels:
+                parts["kernels"] = _kernels(loaded, context)
         found = inventory(loaded, shapes=dict(shapes), progress=bar)
     if as_json:
-        extra = {} if effects is None else {"sensitivity": effects.to_json()}
+        extra = {name: part.to_json() for name, part in parts.items()}
         screen.text(dump(found.to_json() | extra))
         return
     found.render(screen.out, top=top)
-    if effects is not None:
-        effects.render(screen.out, top=top)
+    for part in parts.values():
+        part.render(screen.out, top=top)
+
+
+def _kernels(model: Model, ctx: Context) -> Kernels:
+    """Time the layers of a model on one sample, for the types this machine likes."""
+    from onnxshrink.quantization.targets import resolve
+    from onnxshrink.quantization.timings import Timings
+
+    samples = ctx.samples.evaluation
+    assert samples is not None
+    timings = Timings(threads=ctx.threads, providers=ctx.providers)
+    feed = samples.read(range(samples.batch or 1))
+    return timings.layers(model, feed, resolve("auto")[0], progress=ctx.progress)
 
 
 def _effects(

@@ -274,6 +274,7 @@ def latencies(
     session: runtime.Session,
     baseline: runtime.Session | None,
     feed: Mapping[str, Array],
+    baseline_feed: Mapping[str, Array] | None = None,
 ) -> tuple[float, float | None]:
     """Time a session, in turns with a baseline so that noise meets both.
 
@@ -283,6 +284,12 @@ def latencies(
     a run waits for nothing else), the ratio is of processor time: it varied by 2 %
     where wall time varied by 20 %.
 
+    Args:
+        session: What is timed.
+        baseline: What it is compared with.
+        feed: Inputs of both.
+        baseline_feed: Inputs of the baseline, where it takes others.
+
     Returns:
         Median milliseconds of a run, and the median over pairs of the ratio to the
         baseline, or ``None`` without one.
@@ -291,10 +298,11 @@ def latencies(
         ModelError: A run fails.
     """
     sessions = [session] if baseline is None else [session, baseline]
-    for made in sessions:
-        made.check(feed)
-        made.seconds(feed)
-    longest = max(made.seconds(feed) for made in sessions)
+    feeds = [feed, feed if baseline_feed is None else baseline_feed]
+    for made, given in zip(sessions, feeds, strict=False):
+        made.check(given)
+        made.seconds(given)
+    longest = max(s.seconds(f) for s, f in zip(sessions, feeds, strict=False))
     inner = max(1, min(1000, round(_SHORTEST / max(longest, 1e-6))))
     wall: list[list[float]] = [[] for _ in sessions]
     busy: list[list[float]] = [[] for _ in sessions]
@@ -306,7 +314,8 @@ def latencies(
         order = list(range(len(sessions)))
         for which in order if number % 2 else reversed(order):
             before = time.process_time()
-            total = sum(sessions[which].seconds(feed) for _ in range(inner))
+            given = feeds[which]
+            total = sum(sessions[which].seconds(given) for _ in range(inner))
             busy[which].append((time.process_time() - before) / inner)
             wall[which].append(total / inner)
     milliseconds = statistics.median(wall[0]) * 1e3

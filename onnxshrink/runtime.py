@@ -29,6 +29,7 @@ __all__ = [
     "providers",
     "run_proto",
     "session",
+    "version",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -92,6 +93,11 @@ def _failures() -> tuple[type[Exception], ...]:
 def providers() -> tuple[str, ...]:
     """Return the names of the execution providers this onnxruntime has."""
     return tuple(_onnxruntime().get_available_providers())
+
+
+def version() -> str:
+    """Return the version of onnxruntime."""
+    return str(_onnxruntime().__version__)
 
 
 class Session:
