@@ -359,3 +359,114 @@ def test_groups_have_names_of_their_own() -> None:
     for proto in EXAMPLES.values():
         names = [one.name for one in channels.find(Model.load(proto))]
         assert len(set(names)) == len(names)
+
+
+def test_heads_of_query_key_and_value_in_one_weight_are_groups() -> None:
+    """The axis of three is picked apart by number; that of heads is free."""
+    model = built(
+        """(float[N,S,4] x) => (float[N,S,4] y) {
+            h = MatMul(x, qkv)
+            r = Reshape(h, apart)
+            t = Transpose<perm = [2, 0, 3, 1, 4]>(r)
+            q = Gather<axis = 0>(t, zero)
+            k = Gather<axis = 0>(t, one)
+            v = Gather<axis = 0>(t, two)
+            kt = Transpose<perm = [0, 1, 3, 2]>(k)
+            scores = MatMul(q, kt)
+            p = Softmax<axis = -1>(scores)
+            o = MatMul(p, v)
+            b = Transpose<perm = [0, 2, 1, 3]>(o)
+            m = Reshape(b, merged)
+            y = MatMul(m, out)
+        }""",
+        {
+            "qkv": (4, 24),
+            "out": (8, 4),
+            "apart": np.array([0, 0, 3, 4, 2]),
+            "merged": np.array([0, 0, 8]),
+            **{name: np.array(at) for at, name in enumerate(["zero", "one", "two"])},
+        },
+    )
+    one = maker(model, "qkv")
+    assert one.size == 4
+    assert one.where[0].offsets[1].tolist() == [2, 3, 10, 11, 18, 19]
+    check_removal(model, one.name, [0, 2])
+
+
+def test_channels_last_are_followed_through_flatten() -> None:
+    model = built(
+        """(float[N,2,3,3] x) => (float[N,2] y) {
+            c = Conv(x, w)
+            t = Transpose<perm = [0, 2, 3, 1]>(c)
+            f = Flatten(t)
+            y = MatMul(f, out)
+        }""",
+        {"w": (4, 2, 1, 1), "out": (36, 2)},
+    )
+    one = next(one for one in channels.find(model) if not one.why)
+    assert one.where[-1].offsets[1].tolist() == list(range(1, 36, 4))
+    check_removal(model, one.name, [1, 3])
+
+
+@pytest.mark.parametrize(
+    ("picks", "opset"),
+    [
+        ("s = Shape(c) n = Gather(s, first)", 17),
+        ("s = Shape(c) n = Slice(s, start, end)", 17),
+        ("n = Shape<start = 0, end = 1>(c)", 17),
+    ],
+)
+def test_a_flatten_that_computes_the_batch_leaves_channels_free(
+    picks: str, opset: int
+) -> None:
+    model = built(
+        f"""(float[N,2,3,3] x) => (float[N,2] y) {{
+            c = Conv(x, w)
+            {picks}
+            wanted = Concat<axis = 0>(n, rest)
+            f = Reshape(c, wanted)
+            y = MatMul(f, out)
+        }}""",
+        {
+            "w": (4, 2, 1, 1),
+            "out": (36, 2),
+            "first": np.array([0]),
+            "start": np.array([0]),
+            "end": np.array([1]),
+            "rest": np.array([-1]),
+        },
+        opset=opset,
+    )
+    one = next(one for one in channels.find(model) if not one.why)
+    assert one.size == 4
+    check_removal(model, one.name, [1])
+
+
+def test_a_class_token_follows_the_channels_of_the_others() -> None:
+    model = built(
+        """(float[N,S,3] x) => (float[N,2] y) {
+            h = MatMul(x, w)
+            s = Shape(x)
+            n = Gather(s, first)
+            wanted = Concat<axis = 0>(n, one, one)
+            t = Expand(token, wanted)
+            c = Concat<axis = 1>(t, h)
+            p = Gather<axis = 1>(c, zero)
+            y = MatMul(p, out)
+        }""",
+        {
+            "w": (3, 6),
+            "token": (1, 1, 6),
+            "out": (6, 2),
+            "first": np.array([0]),
+            "one": np.array([1]),
+            "zero": np.array(0),
+        },
+    )
+    one = maker(model, "w")
+    assert one.size == 6
+    assert not one.why
+    check_removal(model, one.name, [1, 4])
+    keep = [i for i in range(6) if i not in (1, 4)]
+    channels.remove(model, one, keep)
+    assert model.weight("token").shape == (1, 1, 4)

@@ -17,6 +17,7 @@ a rule reads or writes is fixed, as are the graph's inputs and outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -170,6 +171,21 @@ Edit = Callable[[Callable[[int], int]], None]
 """Adapts a node to the new sizes of axes, which the argument tells."""
 
 
+@dataclass(frozen=True)
+class _Run:
+    """An axis whose positions are those of several axes, the outermost first.
+
+    Attributes:
+        whole: The axis; its size is the product of theirs.
+        parts: The axes.
+        why: Why only one of them can be followed.
+    """
+
+    whole: int
+    parts: tuple[int, ...]
+    why: str
+
+
 @dataclass
 class _Axes:
     """Numbers for axes, and for the positions along them.
@@ -209,14 +225,17 @@ class _Plan:
         self.mixed: dict[int, str] = {}
         self.uses: dict[int, list[tuple[Weight, int, Role, Node]]] = {}
         self.edits: list[Edit] = []
+        self.runs: list[_Run] = []
         self._weights: dict[int, Weight | None] = {}
         self._known: dict[int, Weight] = {}
+        self._none: Indices = np.zeros(0, np.int64)
         for tensor in model.graph.inputs:
             self.fix(tensor, f"{tensor.name!r} is an input of the model")
         for tensor in model.graph.outputs:
             self.fix(tensor, f"{tensor.name!r} is an output of the model")
         for node in model.graph.nodes:
             self._read(node)
+        self._tie_runs()
 
     def _read(self, node: Node) -> None:
         rule = _RULES.get(node.op) if is_onnx(node.domain) else None
@@ -328,13 +347,44 @@ class _Plan:
             self.fixed.setdefault(one, why)
             self.fixed.setdefault(two, why)
 
-    def spread(self, a: gs.Tensor, i: int, b: gs.Tensor, j: int) -> None:
-        """Tie each position of an axis to the run it becomes in another axis."""
-        coarse, fine = self.axis(a, i), self.axis(b, j)
-        assert coarse is not None
-        assert fine is not None
-        factor = self.axes.sizes[fine] // self.axes.sizes[coarse]
-        self.join(np.repeat(self.positions(coarse), factor), self.positions(fine))
+    def components(self) -> Indices:
+        """Return for each position which connected component it is in."""
+        one, two = (
+            np.concatenate([edge[side] for edge in self.edges] or [self._none])
+            for side in (0, 1)
+        )
+        shape = (self.axes.total, self.axes.total)
+        matrix = coo_array((np.ones(len(one), np.int8), (one, two)), shape=shape)
+        _, labels = connected_components(matrix, directed=False)
+        return labels.astype(np.int64)
+
+    def _tie_runs(self) -> None:
+        """Tie each merged axis to one of the axes it is merged from.
+
+        Any one is sound, if the others are fixed. What is known of all nodes by now
+        tells which can still change: not the three of query, key and value, nor the
+        rows and columns of an image, but the heads, or the channels behind them.
+        """
+        if not self.runs:
+            return
+        labels = self.components()
+        is_fixed = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
+        for axis in self.fixed:
+            is_fixed[labels[self.positions(axis)]] = True
+        for run in self.runs:
+            free = [
+                a for a in run.parts if not is_fixed[labels[self.positions(a)]].any()
+            ]
+            chosen = free[0] if free else run.parts[0]
+            for axis in run.parts:
+                if axis != chosen:
+                    self.fixed.setdefault(axis, run.why)
+            sizes = [self.axes.sizes[axis] for axis in run.parts]
+            place = run.parts.index(chosen)
+            stride = math.prod(sizes[place + 1 :])
+            whole = self.positions(run.whole)
+            part = np.arange(len(whole)) // stride % sizes[place]
+            self.join(whole, self.positions(chosen)[part])
 
     # --- the result -------------------------------------------------------------------
 
@@ -343,14 +393,8 @@ class _Plan:
         axes, total = self.axes, self.axes.total
         if not self.uses:
             return []
-        ends = [
-            np.concatenate([e[side] for e in self.edges] or [np.zeros(0, np.int64)])
-            for side in (0, 1)
-        ]
-        matrix = coo_array(
-            (np.ones(len(ends[0]), np.int8), (ends[0], ends[1])), shape=(total, total)
-        )
-        count, labels = connected_components(matrix, directed=False)
+        labels = self.components()
+        count = int(labels.max()) + 1
         axis_of = np.repeat(np.arange(len(axes.sizes)), axes.sizes)
         # Channels are alike if they have as many positions of the same axes.
         marks = np.random.default_rng(0).integers(
@@ -861,23 +905,56 @@ def _resize(plan: _Plan, node: Node) -> None:
 
 
 def _shape(plan: _Plan, node: Node) -> None:
-    """A size that is read off must stay; Gather tells which are."""
+    """A size that is read off must stay; Gather and Slice tell which are."""
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
+    every = range(len(plan.shape(x)))
+    given = every[slice(attribute(node, "start", None), attribute(node, "end", None))]
     plan.fix(y, "it holds sizes")
     read: set[int] = set()
-    is_returned = any(y is tensor for tensor in plan.model.graph.outputs)
-    followed = not is_returned and not {"start", "end"} & set(node.attrs)
+    if any(y is tensor for tensor in plan.model.graph.outputs):
+        read.update(given)
     for reader in y.outputs:
-        picked = None
-        if reader.op == "Gather" and reader.inputs[0] is y:
-            picked = plan.weight(reader.inputs[1])
-        if picked is None or picked.is_input or not followed:
-            read.update(range(rank))
-        else:
-            read.update(int(i) % rank for i in picked.read().reshape(-1))
+        picked = _picked(plan, reader, y)
+        read.update(given if picked is None else np.take(given, picked, mode="wrap"))
     if read:
-        plan.fix(x, "the graph reads off its size", *sorted(read))
+        plan.fix(x, "the graph reads off its size", *sorted(map(int, read)))
+
+
+def _picked(plan: _Plan, node: Node, shape: gs.Tensor) -> list[int] | None:
+    """Return which entries of a shape a node picks; ``None``: maybe all."""
+    if not is_onnx(node.domain) or node.inputs[0] is not shape:
+        return None
+    settings = []
+    for tensor in node.inputs[1:]:
+        weight = plan.weight(tensor)
+        if weight is None or weight.is_input:
+            return None
+        settings.append([int(value) for value in weight.read().reshape(-1)])
+    if node.op == "Gather":
+        return settings[0]
+    if node.op == "Slice" and len(settings) in (2, 3, 4):
+        step = settings[3][0] if len(settings) == 4 else 1
+        count = len(plan.shape(shape)) and plan.sizes(shape)[0]
+        return list(range(count or 0)[settings[0][0] : settings[1][0] : step])
+    return None
+
+
+def _expand(plan: _Plan, node: Node) -> None:
+    """Axes for which it asks size 1 keep theirs."""
+    x, y = node.inputs[0], node.outputs[0]
+    plan.fix(node.inputs[1], "Expand takes it as sizes")
+    wanted = plan.facts.value(node.inputs[1])
+    rank, whole = len(plan.shape(x)), len(plan.shape(y))
+    if wanted is None or len(wanted) > whole:
+        raise _UnknownError("computes sizes that are not followed")
+    for axis in range(whole):
+        before, entry = axis - whole + rank, axis - whole + len(wanted)
+        if before >= 0 and (entry < 0 or wanted[entry] == 1):
+            plan.tie(x, before, y, axis)
+            continue
+        plan.fix(y, "Expand states its size", axis)
+        if before >= 0:
+            plan.fix(x, "Expand states its size", before)
 
 
 def _quantize(plan: _Plan, node: Node) -> None:
@@ -994,8 +1071,7 @@ def _regroup(
 ) -> set[tuple[int, int]]:
     """Tie the axes that a row-major regrouping keeps, splits or merges.
 
-    Of axes that are merged or split, the outermost is tied to a run of positions and
-    the others are fixed.
+    Of axes that are merged or split one is followed, see ``_Plan._tie_runs``.
 
     Returns:
         The pairs of axes that are tied one to one.
@@ -1040,33 +1116,30 @@ def _block(before: Dims, after: Dims) -> tuple[int, int] | None:
 def _tie_block(
     plan: _Plan,
     node: Node,
-    left: tuple[gs.Tensor, range],
-    right: tuple[gs.Tensor, range],
+    one: tuple[gs.Tensor, range],
+    two: tuple[gs.Tensor, range],
     pairs: set[tuple[int, int]],
 ) -> None:
-    (x, before), (y, after) = left, right
-    inner = [a for a in before if plan.sizes(x)[a] != 1]
-    outer = [a for a in after if plan.sizes(y)[a] != 1]
-    if not inner or not outer:
+    (x, before), (y, after) = one, two
+    ours = [a for a in before if plan.sizes(x)[a] != 1]
+    theirs = [a for a in after if plan.sizes(y)[a] != 1]
+    if not ours or not theirs:
         return
-    why = f"{node.op} merges or splits it with an axis outside"
-    if inner[1:]:
-        plan.fix(x, why, *inner[1:])
-    if outer[1:]:
-        plan.fix(y, why, *outer[1:])
-    one, two = plan.sizes(x)[inner[0]], plan.sizes(y)[outer[0]]
-    assert one
-    assert two
-    if one == two:
-        plan.tie(x, inner[0], y, outer[0])
-        pairs.add((inner[0], outer[0]))
-    elif two % one == 0:
-        plan.spread(x, inner[0], y, outer[0])
-    elif one % two == 0:
-        plan.spread(y, outer[0], x, inner[0])
-    else:
-        plan.fix(x, f"{node.op} divides it anew", inner[0])
-        plan.fix(y, f"{node.op} divides it anew", outer[0])
+    if len(ours) == len(theirs) == 1:
+        plan.tie(x, ours[0], y, theirs[0])
+        pairs.add((ours[0], theirs[0]))
+        return
+    why = f"{node.op} merges or splits it with another axis"
+    if 1 not in (len(ours), len(theirs)):
+        plan.fix(x, why, *ours)
+        plan.fix(y, why, *theirs)
+        return
+    left = [plan.axis(x, axis) for axis in ours]
+    right = [plan.axis(y, axis) for axis in theirs]
+    whole, parts = (left, right) if len(left) == 1 else (right, left)
+    assert whole[0] is not None
+    known = tuple(axis for axis in parts if axis is not None)
+    plan.runs.append(_Run(whole[0], known, why))
 
 
 _SAME = """
@@ -1103,6 +1176,7 @@ _RULES: dict[str, Rule] = {
     "BatchNormalization": _batch_norm,
     "Concat": _concat,
     "Einsum": _einsum,
+    "Expand": _expand,
     "Gather": _gather,
     "Gemm": _gemm,
     "InstanceNormalization": _instance_norm,
