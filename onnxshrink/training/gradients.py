@@ -259,22 +259,42 @@ class GradContext:
         return tensor
 
     def _infer(self, tensor: Tensor) -> None:
-        """Infer the type of what a new node produces from its inputs."""
-        if not tensor.inputs:
-            return
-        node = tensor.inputs[0]
+        """Infer the types of what a new node produces and of what it is made from."""
+        stack, seen = [tensor], set()
+        while stack:
+            node = stack[-1].inputs[0] if stack[-1].inputs else None
+            unknown = []
+            if node is not None and id(node) not in seen:
+                seen.add(id(node))
+                unknown = [
+                    read
+                    for read in node.inputs
+                    if not isinstance(read, gs.Constant)
+                    and not is_absent(read)
+                    and not self._is_known(read.name)
+                ]
+            if unknown:
+                stack.extend(unknown)
+                continue
+            made = stack.pop()
+            if node is not None and not self._is_known(made.name):
+                self._infer_node(node)
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._shapes and name in self._types
+
+    def _infer_node(self, node: Node) -> None:
+        """Infer the types of what a node produces from those of its inputs."""
         types: dict[str, onnx.TypeProto] = {}
         data: dict[str, onnx.TensorProto] = {}
         for read in node.inputs:
             if is_absent(read):
                 continue
-            element = self.data_type(read)
-            shape = self._shapes.get(read.name)
-            if shape is None and not isinstance(read, gs.Constant):
-                self._infer(read)
-                shape = self._shapes.get(read.name)
-            elif isinstance(read, gs.Constant):
-                shape = self.shape(read)
+            is_constant = isinstance(read, gs.Constant)
+            shape = self.shape(read) if is_constant else self._shapes.get(read.name)
+            element = (
+                self.data_type(read) if is_constant else self._types.get(read.name, 0)
+            )
             types[read.name] = onnx.helper.make_tensor_type_proto(element, shape)
             known = self.model.constant(read)
             if known is not None and known.size <= 1024 and known.dtype.kind in "iuf":
