@@ -229,6 +229,8 @@ def fit(
         start = judge(step.weights)
         random = np.random.default_rng(plan.seed)
         state = _State(random, rate, start, start, dict(step.weights))
+        if keeper is not None:
+            keeper.save_if_due(state)
     ending: Ending = ""
     try:
         while state.epoch < plan.epochs and not state.is_stale(plan):

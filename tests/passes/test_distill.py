@@ -36,7 +36,6 @@ REFUSED = {
     "no_weights",
     "only_identity",
     "opset_9",
-    "recurrent",
     "subgraph_weights",
     "weight_is_graph_input",
     "weight_is_graph_output",
@@ -903,7 +902,7 @@ def progress(done, total, what):
 
 shrink(
     model,
-    "prune:sparsity=0.5,importance=magnitude,distill:epochs=9,match=r,momentum=0.8",
+    "prune:sparsity=0.5,importance=magnitude,distill:epochs=5,match=r,momentum=0.8",
     data=data, output=output, on_breach="keep", threads=1, seed=3, progress=progress,
     measure_latency=False, measure_memory=False, resume=stop == "resume",
 )
@@ -912,9 +911,8 @@ print(seen[0], *dict.fromkeys(seen), sep="|")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", ["epoch 1,", "epoch 6,"])
 def test_a_killed_training_is_taken_up_again_and_ends_with_the_same_bytes(
-    tmp_path: Path, stop: str
+    tmp_path: Path,
 ) -> None:
     classifier().save(tmp_path / "m.onnx")
     np.savez(tmp_path / "d.npz", x=draw(9, 300, 6))
@@ -931,14 +929,12 @@ def test_a_killed_training_is_taken_up_again_and_ends_with_the_same_bytes(
     whole = start("whole.onnx", "never")
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout.startswith("learning rate")
-    killed = start("killed.onnx", stop)
+    killed = start("killed.onnx", "epoch 4,")
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed.onnx").exists()
     resumed = start("killed.onnx", "resume")
     assert resumed.returncode == 0, resumed.stderr
-    # Step by step: only the one that was killed is done again.
-    first = resumed.stdout.split("|")[0]
-    assert first == stop.rstrip(",")
+    assert resumed.stdout.strip() == "epoch 4|epoch 4|epoch 5"
     one, two = (tmp_path / name for name in ("whole.onnx", "killed.onnx"))
     assert one.read_bytes() == two.read_bytes()
 
