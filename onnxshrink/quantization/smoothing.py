@@ -14,7 +14,7 @@ float rounding: it only becomes easier to quantize.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,21 +33,26 @@ from onnxshrink.quantization.weightonly import Levels, block_of
 
 __all__ = ["Group", "apply", "awq", "groups", "smooth"]
 
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-ROWS = 512
+ROWS = 256
 """Rows of activations on which a choice of scales is tried."""
 OUTPUTS = 256
 """Outputs of a layer on which AWQ tries its scales."""
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 CEILINGS = 12
 """Heights at which outlier channels are cut, tried beside eq. 4."""
-MUL_PAYS = 0.75
+MUL_PAYS = 0.5
 """Share of the error that must be left at most for a Mul at run time to be added."""
 _NORMS = frozenset(
     {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 )
+_HEADS = (("Transpose", 0), ("MatMul", 0), ("Transpose", 1), ("Reshape", 0))
+"""From joined heads up to the values: operators, and through which input."""
 _TINY = 1e-5
+_NOTHING = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +72,10 @@ class Group:
         """Nodes that multiply the activations."""
         return tuple(use.node for layer in self.layers for use in layer.uses)
 
-    def weights(self) -> list[Float64]:
-        """Return the weights, float64 [outputs, inputs]."""
+    def weights(self) -> list[Array]:
+        """Return the weights, float32 [outputs, inputs]."""
         return [
-            layer.layout.matrices(layer.weight.read())[0].astype(np.float64)
+            layer.layout.matrices(layer.weight.read())[0].astype(np.float32)
             for layer in self.layers
         ]
 
@@ -149,8 +154,8 @@ def smooth(
 
 
 def _smoothest(
-    group: Group, rows: Float64, channels: ChannelRange, pairs: bool
-) -> tuple[Float64, float]:
+    group: Group, rows: Float32, channels: ChannelRange, pairs: bool
+) -> tuple[Float32, float]:
     """Return the best scales and the share of the error that is left with them."""
     assert channels.low is not None
     assert channels.high is not None
@@ -158,14 +163,14 @@ def _smoothest(
     weights = group.weights()
     wanted = [rows @ weight.T for weight in weights]
 
-    def error(scales: Float64) -> float:
-        codes = _coded(rows / scales, (low / scales).min(), (high / scales).max())
+    def error(scales: Float32) -> float:
+        seen = _coded(rows / scales, (low / scales).min(), (high / scales).max())
         total = 0.0
         for weight, outputs in zip(weights, wanted, strict=True):
             scaled = weight * scales
-            step = safe_scale(scaled, pairs=pairs)[:, None].astype(np.float64)
-            change = codes @ (np.rint(scaled / step) * step).T - outputs
-            total += float(np.square(change).sum() / (np.square(outputs).sum() + 1e-30))
+            step = safe_scale(scaled, pairs=pairs)[:, None]
+            change = seen @ (np.rint(scaled / step) * step).T - outputs
+            total += _energy(change) / (_energy(outputs) + _NOTHING)
         return total
 
     size = np.maximum(np.maximum(high, -low), _TINY)
@@ -183,25 +188,29 @@ def _smoothing(size: Float64, largest: Float64) -> Iterator[Float64]:
 
 
 def _best(
-    candidates: Iterable[Float64], channels: int, error: Any
-) -> tuple[Float64, float]:
-    scales = np.ones(channels)
+    candidates: Iterable[Float64], channels: int, error: Callable[[Float32], float]
+) -> tuple[Float32, float]:
+    """Return the scales with the smallest error, and its share of that without."""
+    scales = np.ones(channels, np.float32)
     before = least = error(scales)
     for candidate in candidates:
-        # Float32 is what is written.
-        candidate = candidate.astype(np.float32).astype(np.float64)
-        found = error(candidate)
+        tried = candidate.astype(np.float32)
+        found = error(tried)
         if found < least:
-            scales, least = candidate, found
+            scales, least = tried, found
     return scales, least / before if before > 0 else 1.0
 
 
-def _coded(values: Float64, low: float, high: float) -> Float64:
+def _coded(values: Float32, low: float, high: float) -> Float32:
     """Return what is left of values as uint8 codes of a range."""
-    step = max((high - low) / 255.0, 1e-30)
-    zero = np.rint(-low / step)
+    step = np.float32(max((high - low) / 255.0, _NOTHING))
+    zero = np.rint(np.float32(-low) / step)
     codes = np.clip(np.rint(values / step) + zero, 0, 255)
     return np.asarray((codes - zero) * step)
+
+
+def _energy(values: Array) -> float:
+    return float(np.square(values).sum(dtype=np.float64))
 
 
 # --- AWQ ------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ def awq(
         weights = [_some(weight) for weight in group.weights()]
 
         def error(
-            scales: Float64, rows: Float64 = rows, weights: list[Float64] = weights
+            scales: Float32, rows: Float32 = rows, weights: list[Array] = weights
         ) -> float:
             return sum(
                 _moved(rows, weight, scales, levels, block, method)
@@ -259,22 +268,22 @@ def awq(
     return changed
 
 
-def _some(weight: Float64) -> Float64:
+def _some(weight: Array) -> Array:
     """Return rows of a matrix, evenly chosen where it has many."""
     step = -(-len(weight) // OUTPUTS)
     return weight[::step]
 
 
 def _moved(
-    rows: Float64,
-    weight: Float64,
-    scales: Float64,
+    rows: Float32,
+    weight: Array,
+    scales: Float32,
     levels: Levels,
     block: int,
     method: Fit,
 ) -> float:
     """Return the share of the outputs' energy that quantization takes."""
-    scaled = (weight * scales).astype(np.float32)
+    scaled = weight * scales
     grid = fit(
         scaled,
         levels.low,
@@ -285,8 +294,7 @@ def _moved(
         method=method,
     )
     change = decode(nearest(scaled, grid), grid) / scales - weight
-    energy = np.square(rows @ weight.T).sum() + 1e-30
-    return float(np.square(rows @ change.T).sum() / energy)
+    return _energy(rows @ change.T) / (_energy(rows @ weight.T) + _NOTHING)
 
 
 # --- looking --------------------------------------------------------------------------
@@ -322,11 +330,11 @@ def _is_fed(group: Group, statistic: Multi) -> bool:
     return bool(usual) and len(channels.low) == group.layers[0].layout.matrices_shape[2]
 
 
-def _parts(statistic: Multi) -> tuple[Float64, ChannelRange]:
+def _parts(statistic: Multi) -> tuple[Float32, ChannelRange]:
     rows, channels = statistic["rows"], statistic["channels"]
     assert isinstance(rows, Sample)
     assert isinstance(channels, ChannelRange)
-    return rows.values.astype(np.float64), channels
+    return rows.values.astype(np.float32), channels
 
 
 # --- writing --------------------------------------------------------------------------
@@ -335,7 +343,7 @@ def _parts(statistic: Multi) -> tuple[Float64, ChannelRange]:
 def _settle(
     model: Model,
     group: Group,
-    scales: Float64,
+    scales: Float32,
     share: float,
     ctx: Context,
     what: str,
@@ -458,6 +466,9 @@ def _above(
         return _all(parts) if single else None
     if node.op == "Relu":
         return further(0)
+    if node.op == "Reshape":
+        joined = _values(model, node, channels)
+        return joined and _above(model, joined[0], {id(joined[1])}, channels)
     if node.op == "MatMul":
         part = parameter(1)
         return [part] if part is not None and len(part.weight.shape) > 1 else None
@@ -474,6 +485,43 @@ def _above(
             rest = [] if node.op == "Mul" else further(1 - index)
             return None if rest is None else [part, *rest]
     return None
+
+
+def _values(model: Model, node: Node, channels: int) -> tuple[gs.Tensor, Node] | None:
+    """Return the values whose weighted means over positions a Reshape joins, by heads.
+
+    In attention, output channel ``(head, d)`` at each position is a mean of channel
+    ``(head, d)`` of the values, so both are divided by the same. The exported form is
+    Reshape, Transpose, MatMul with the weights on the left, Transpose, Reshape.
+
+    Returns:
+        The values as [..., channels] and the node that cuts them into heads.
+    """
+    path: list[Node] = [node]
+    for op, index in (
+        ("Transpose", 0),
+        ("MatMul", 0),
+        ("Transpose", 1),
+        ("Reshape", 0),
+    ):
+        tensor = path[-1].inputs[index]
+        made_by = tensor.inputs[0] if tensor.inputs else None
+        if made_by is None or made_by.op != op or len(tensor.outputs) != 1:
+            return None
+        if any(tensor is output for output in model.graph.outputs):
+            return None
+        path.append(made_by)
+    if any(attribute(path[at], "perm") != [0, 2, 1, 3] for at in (1, 3)):
+        return None
+    shapes = [model.constant(path[at].inputs[1]) for at in (0, 4)]
+    if any(shape is None for shape in shapes):
+        return None
+    joined, cut = ([int(n) for n in shape.read()] for shape in shapes if shape)
+    if len(joined) != 3 or not (joined[2] == channels or joined == [0, 0, -1]):
+        return None
+    if len(cut) != 4 or min(cut[2:]) < 1 or cut[2] * cut[3] != channels:
+        return None
+    return path[4].inputs[0], path[4]
 
 
 def _all(parts: Sequence[_Divided | None]) -> list[_Divided] | None:
