@@ -277,7 +277,10 @@ def test_histograms_count_every_value_of_a_large_array():
 def test_large_samples_are_counted_in_part_but_their_range_is_exact():
     values = np.random.default_rng(0).laplace(size=(2, 300, 1000)).astype(np.float32)
     values[:, 7, 7] = [31, -29]
+    values[1, 9, 9] = -3e38
     found = fed(values)
+    assert found.histogram.apart == 1
+    values[1, 9, 9] = 0
     assert 2 * 40_000 < found.histogram.count <= 2 * 65_536
     assert bounds(found, "minmax") == (-29, 31)
     assert found.histogram.counts.sum() == found.histogram.count
@@ -318,6 +321,7 @@ def test_ranges_of_channels_leave_fills_out():
     assert found.low is not None
     assert found.low.tolist() == [0, 4]
     assert found.high.tolist() == [5, 4]  # type: ignore[union-attr]
+    assert found.apart == 3
     with pytest.raises(ModelError, match="channels changes"):
         found.update(np.ones((1, 3, 1), np.float32))
 

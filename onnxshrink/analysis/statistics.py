@@ -275,12 +275,14 @@ class ChannelRange(Stored):
         low: float64 [channels], ``+inf`` where nothing was seen; ``None`` at first.
         high: The same with ``-inf``.
         count: Values seen in each channel.
+        apart: Values left out: not finite, or beyond 1e30 in size.
     """
 
     axis: int = 1
     low: Float64 | None = field(init=False, default=None)
     high: Float64 | None = field(init=False, default=None)
     count: int = field(init=False, default=0)
+    apart: int = field(init=False, default=0)
 
     def update(self, array: Array) -> None:
         """Widen the ranges by one batch."""
@@ -291,6 +293,7 @@ class ChannelRange(Stored):
         if not (np.all(low >= -_FILL) and np.all(high <= _FILL)):
             with np.errstate(invalid="ignore"):
                 kept = np.abs(values) <= _FILL
+            self.apart += kept.size - int(np.count_nonzero(kept))
             low = values.min(axis=(0, 2), where=kept, initial=np.inf)
             high = values.max(axis=(0, 2), where=kept, initial=-np.inf)
         self._widen(low.astype(np.float64), high.astype(np.float64))
@@ -308,6 +311,7 @@ class ChannelRange(Stored):
         if other.low is not None and other.high is not None:
             self._widen(other.low, other.high)
         self.count += other.count
+        self.apart += other.apart
 
     def state(self) -> dict[str, Array]:
         """Return the ranges as arrays."""
@@ -315,19 +319,20 @@ class ChannelRange(Stored):
         return {
             "low": none if self.low is None else self.low,
             "high": none if self.high is None else self.high,
-            "count": np.array([self.count]),
+            "count": np.array([self.count, self.apart]),
         }
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Take over stored ranges."""
         low = _stored(state, "low", "f", None)
         high = _stored(state, "high", "f", len(low))
-        count = int(_stored(state, "count", "i", 1)[0])
-        if count < 0 or (count > 0) != (len(low) > 0):
+        count, apart = (int(n) for n in _stored(state, "count", "i", 2))
+        whole = count * len(low)
+        if count < 0 or (count > 0) != (len(low) > 0) or not 0 <= apart <= whole:
             raise UsageError("a stored range counts what it has not seen")
         if len(low):
             self.low, self.high = low, high
-        self.count = count
+        self.count, self.apart = count, apart
 
 
 @dataclass(eq=False)

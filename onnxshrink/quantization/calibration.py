@@ -54,7 +54,7 @@ class Observer(Stored):
         bins: Bins of the histogram, a power of two.
         positions: Values of one sample that are counted at most, evenly spread; its
             smallest and largest value are those of all.
-        histogram: Counts; its ``low`` and ``high`` are the exact range of all values.
+        histogram: Counts; its ``low``, ``high`` and ``apart`` are those of all values.
         lows: Sum of the smallest values of each sample (entry of axis 0).
         highs: Sum of the largest.
         samples: Samples seen that have a usable value.
@@ -84,13 +84,15 @@ class Observer(Stored):
         each.update(rows)
         if each.low is None or each.high is None:
             return
+        apart = self.histogram.apart + each.apart
         seen = each.low <= each.high
-        if not seen.any():
-            return
-        self.histogram.update(rows[:, :: _stride(rows.shape[1], self.positions)])
-        if not self.histogram.count:
-            self.histogram.update(rows)
-        self.histogram.reach(float(each.low.min()), float(each.high.max()))
+        if seen.any():
+            step = _stride(rows.shape[1], self.positions)
+            self.histogram.update(rows[:, ::step])
+            if not self.histogram.count:
+                self.histogram.update(rows)
+            self.histogram.reach(float(each.low.min()), float(each.high.max()))
+        self.histogram.apart = apart
         self.lows += float(each.low[seen].sum())
         self.highs += float(each.high[seen].sum())
         self.samples += int(seen.sum())
