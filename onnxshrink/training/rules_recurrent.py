@@ -29,8 +29,12 @@ from onnxshrink.training.gradients import (
 
 __all__ = ["MOST_STEPS", "unroll"]
 
-MOST_STEPS = 2048
-"""Steps of one node, over all its directions, up to which it is unrolled."""
+MOST_STEPS = 512
+"""Steps of one node, over all its directions, up to which it is unrolled.
+
+A step becomes about 40 nodes with its gradient, and the time onnxruntime takes to load
+them grows with their square.
+"""
 
 Activation = Callable[[GradContext, Tensor], Tensor]
 Grads = list[Any]
