@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from onnxshrink.model import Node
-from onnxshrink.training.gradients import GradContext, attribute, rule
+from onnxshrink.training.gradients import GradContext, Tensor, attribute, rule
 
 Grads = list[Any]
 
@@ -79,35 +80,61 @@ def _gather_nd(ctx: GradContext, node: Node, grads: Grads) -> Grads:
 @rule("ScatterElements")
 def _scatter_elements(ctx: GradContext, node: Node, grads: Grads) -> Grads:
     _, indices, updates = node.inputs
-    g = grads[0]
     axis = attribute(node, "axis", 0)
-    kind = attribute(node, "reduction", "none")
-    if kind not in ("none", "add"):
-        raise ctx.refused(node, f"its reduction is {kind}")
-    found: Grads = [None, None, None]
-    if ctx.wants(0):
-        found[0] = g
-        if kind == "none":
-            zeros = ctx.zeros(g, ctx.shape(updates))
-            found[0] = ctx.op("ScatterElements", g, indices, zeros, axis=axis)
-    if ctx.wants(2):
-        found[2] = ctx.op("GatherElements", g, indices, axis=axis)
-    return found
+
+    def gathered(tensor: Tensor) -> Tensor:
+        return ctx.op("GatherElements", tensor, indices, axis=axis, like=updates)
+
+    def scattered(tensor: Tensor, zeros: Tensor) -> Tensor:
+        return ctx.op("ScatterElements", tensor, indices, zeros, axis=axis)
+
+    return _scatter(ctx, node, grads[0], gathered, scattered)
 
 
 @rule("ScatterND")
 def _scatter_nd(ctx: GradContext, node: Node, grads: Grads) -> Grads:
     _, indices, updates = node.inputs
-    g = grads[0]
+
+    def gathered(tensor: Tensor) -> Tensor:
+        return ctx.op("GatherND", tensor, indices, like=updates)
+
+    def scattered(tensor: Tensor, zeros: Tensor) -> Tensor:
+        return ctx.op("ScatterND", tensor, indices, zeros)
+
+    return _scatter(ctx, node, grads[0], gathered, scattered)
+
+
+def _scatter(
+    ctx: GradContext,
+    node: Node,
+    g: Tensor,
+    gathered: Callable[[Tensor], Tensor],
+    scattered: Callable[[Tensor, Tensor], Tensor],
+) -> Grads:
+    """Return the gradients of data and updates.
+
+    Args:
+        ctx: The context to build with.
+        node: The node.
+        g: The gradient of its output.
+        gathered: Reads the places that the node writes.
+        scattered: Writes to them.
+    """
+    data, _, updates = node.inputs
+    y = node.outputs[0]
     kind = attribute(node, "reduction", "none")
-    if kind not in ("none", "add"):
+    if kind not in ("none", "add", "max", "min"):
         raise ctx.refused(node, f"its reduction is {kind}")
     found: Grads = [None, None, None]
     if ctx.wants(0):
         found[0] = g
         if kind == "none":
-            zeros = ctx.zeros(g, ctx.shape(updates))
-            found[0] = ctx.op("ScatterND", g, indices, zeros)
+            found[0] = scattered(g, ctx.zeros(g, ctx.shape(updates)))
+        elif kind != "add":
+            found[0] = ctx.mask(ctx.op("Equal", data, y), g)
     if ctx.wants(2):
-        found[2] = ctx.op("GatherND", g, indices)
+        found[2] = gathered(g)
+        if kind in ("max", "min"):
+            won = ctx.op("Equal", updates, gathered(y))
+            found[2] = ctx.mask(won, found[2])
     return found

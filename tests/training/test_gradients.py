@@ -227,7 +227,12 @@ def group_norm(x: Array, scale: Array, bias: Array, num_groups: int) -> Array:
 
 
 def transposed(
-    x: Array, w: Array, group: int, strides: Sequence[int] = (1, 1)
+    x: Array,
+    w: Array,
+    group: int,
+    strides: Sequence[int] = (1, 1),
+    pads: Sequence[int] = (0, 0, 0, 0),
+    output_padding: Sequence[int] = (0, 0),
 ) -> Array:
     """Add a scaled kernel to the output for every input element."""
     n, c, h, wide = x.shape
@@ -238,7 +243,9 @@ def transposed(
         first = (j // (c // group)) * each
         rows = slice(a * sh, a * sh + kh), slice(b * sw, b * sw + kw)
         out[(i, slice(first, first + each), *rows)] += x[i, j, a, b] * w[j]
-    return out
+    top, left, bottom, right = pads
+    more = np.pad(out, ((0, 0), (0, 0), *((0, extra) for extra in output_padding)))
+    return more[:, :, top : more.shape[2] - bottom, left : more.shape[3] - right]
 
 
 def cropped(x: Array, w: Array, strides: Sequence[int], output_shape: Any) -> Array:
@@ -281,6 +288,7 @@ def pad_and_cut(x: Array) -> Array:
     Op("Clip", [(3, 4)]),
     Op("PRelu", [(2, 3, 4), (3, 1)]),
     Op("PRelu", [(2, 3), ()]),
+    Op("PRelu", [(2, 3, 2, 2), (3, 1, 1)]),
     Op("Identity", [(2, 3)]),
     Op("Dropout", [(2, 3)]),
     Op("Abs", [(3, 4)]),
@@ -448,6 +456,17 @@ TRANSPOSED = [
         forward=transposed,
     ),
     Op(
+        "ConvTranspose",
+        [(2, 4, 3, 3), (4, 3, 3, 3)],
+        {
+            "group": 2,
+            "strides": [2, 2],
+            "pads": [1, 1, 1, 0],
+            "output_padding": [1, 0],
+        },
+        forward=transposed,
+    ),
+    Op(
         "ConvTranspose", [(2, 3, 3, 3), (3, 1, 3, 3)], {"group": 3, "dilations": [2, 1]}
     ),
     Op("ConvTranspose", [(1, 2, 5), (2, 3, 3), (3,)], {"strides": [3]}),
@@ -573,6 +592,7 @@ def test_pool(case: Op) -> None:
         for e in (0, 1)
         for r in (0, 1)
     ),
+    Op("CumSum", [(2, 3, 2), np.array(-2, I64)], {"reverse": 1}),
 )
 def test_reduction(case: Op) -> None:
     check(case)
@@ -688,7 +708,23 @@ def test_resize(case: Op) -> None:
         [(2, 3), np.array([[1, 1], [0, 2]], I64), (2, 2)],
         {"axis": 1, "reduction": "add"},
     ),
+    *(
+        Op(
+            "ScatterElements",
+            [(2, 3), np.array([[1, 1], [0, 2]], I64), (2, 2)],
+            {"axis": 1, "reduction": kind},
+        )
+        for kind in ("max", "min")
+    ),
     Op("ScatterND", [(4, 2), np.array([[1], [3]], I64), (2, 2)]),
+    *(
+        Op(
+            "ScatterND",
+            [(4, 2), np.array([[1], [3]], I64), (2, 2)],
+            {"reduction": kind},
+        )
+        for kind in ("max", "min")
+    ),
     Op(
         "ScatterND",
         [(4, 2), np.array([[1], [1]], I64), (2, 2)],
