@@ -476,6 +476,10 @@ def _reason(error: BaseException) -> str:
 
 _MEANINGS = (
     (
+        r"(?:bad_alloc|[Ff]ailed to allocate memory)",
+        "it needs more memory than there is",
+    ),
+    (
         r"Unsupported model IR version: (\d+), max supported IR version: (\d+)",
         "its IR version is {0}, and this onnxruntime takes at most {1}",
     ),
@@ -511,10 +515,6 @@ _MEANINGS = (
         r"running (\S+) node\. Name:'(.*?)' Status Message: "
         r"(?:.*onnxruntime_src\S+ .*\) )?(.*)",
         "{0} node {1!r}: {2}",
-    ),
-    (
-        r"(?:bad_alloc|[Ff]ailed to allocate memory)",
-        "it needs more memory than there is",
     ),
     (
         r"Numpy_type \d+ can't be converted to MLDataType",

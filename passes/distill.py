@@ -546,17 +546,20 @@ class _Run:
         outputs = [head.output for head in self.heads]
         judge = _Judge(self, self.held, self.teacher.lookup(self.held, outputs))
         feed = _Feed(self, self._lookup())
-        size = self._batch(feed)
+        first = size = self._batch()
         while True:
             try:
-                return self._fit(size, feed, judge), judge
+                outcome = self._fit(size, feed, judge)
             except (ModelError, MemoryError) as error:
                 fixed = self.training.batch is not None or size == 1
                 short = isinstance(error, MemoryError) or _SHORT in str(error)
                 if fixed or not short:
                     raise
-            size //= 2
-            self.notes.append(f"memory is short: batches of {size} instead")
+                size //= 2
+            else:
+                if size < first:
+                    self.notes.append(f"memory was short: batches of {size} instead")
+                return outcome, judge
 
     def _lookup(self) -> Lookup:
         """Return where a step's batch finds the teacher's answers."""
@@ -574,7 +577,7 @@ class _Run:
                 return source.live(self.training, names)
         return source.lookup(self.training, names)
 
-    def _batch(self, feed: _Feed) -> int:
+    def _batch(self) -> int:
         """Return how many samples a step takes, before any memory was short."""
         if self.training.batch:
             return self.training.batch

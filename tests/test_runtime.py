@@ -316,3 +316,19 @@ def test_load_cost_is_measured_in_another_process(tmp_path: Path):
 def test_load_cost_of_what_does_not_load_is_none(tmp_path: Path):
     (tmp_path / "bad.onnx").write_bytes(b"garbage")
     assert runtime.load_cost(tmp_path / "bad.onnx") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned "
+        "while running Add node. Name:'/grouped/Add' Status Message: "
+        "/onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* "
+        "onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Failed to allocate "
+        "memory for requested buffer of size 3211264",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_is_short_is_said_in_the_same_words_everywhere(text: str) -> None:
+    # Passes that can do with smaller batches look for these.
+    assert runtime._reason(RuntimeError(text)) == "it needs more memory than there is"
