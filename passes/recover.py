@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,22 +21,24 @@ from onnxshrink.analysis.cross import (
     MatrixRows,
     Moments,
     OutputRows,
+    Rows,
 )
-from onnxshrink.analysis.layers import Layer, Layout, Use
-from onnxshrink.analysis.statistics import ConvGram
+from onnxshrink.analysis.layers import Layer, Use
+from onnxshrink.analysis.statistics import ConvGram, ConvWindow
 from onnxshrink.analysis.surgeon import Curvature, refit
 from onnxshrink.base import Context, Promise, Site, SitePass, selected
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.samples import Samples
 from onnxshrink.tensors import LazyTensor
+from onnxshrink.training.fakequant import CODES, Decoder, decoder_of
 from onnxshrink.training.norms import why_fixed
 
 __all__ = ["Recover"]
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
-Mode = Literal["weights", "bias", "norm"]
+Mode = Literal["weights", "bias", "norm", "scale"]
 
 MAX_INPUTS = 8192
 """Layers with more inputs get their bias corrected only: 512 MB of Gram matrix."""
@@ -44,12 +46,124 @@ HELD = 5
 """One of so many samples judges whether a layer gained by its new values."""
 CONV_SAMPLES = 512
 """Samples for a Conv alone, which has many rows in each: more gained nothing."""
+_POSITIONS = 64
+"""Output positions of a sample that are used of a ConvTranspose."""
 TABLE = 256
 """A weight with no more distinct values than this keeps them: it is stored by index."""
 MEMO_BYTES = 256 << 20
 _DEFAULT_DOMAINS = (None, "", "ai.onnx")
+_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _AFFINE = frozenset({"Add", "BatchNormalization", "Div", "Mul", "Sub"})
 _THROUGH = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear"})
+
+
+class _Matrices(Protocol):
+    """How an array is read as matrices [groups, outputs, inputs], and back."""
+
+    def matrices(self, array: Array) -> Array:
+        """View an array as matrices."""
+
+    def array(self, matrices: Array) -> Array:
+        """Return the array that has these matrices."""
+
+
+@dataclass(frozen=True)
+class _Overlapping:
+    """The weight of a ConvTranspose as that of the Conv over inputs set apart.
+
+    Attributes:
+        shape: [in, out / group, kernel...].
+        group: Number of groups.
+    """
+
+    shape: tuple[int, ...]
+    group: int
+
+    def matrices(self, array: Array) -> Array:
+        """Return [groups, outputs, inputs], the kernel turned round."""
+        inputs, outputs = self.shape[0] // self.group, self.shape[1]
+        apart = array.reshape(self.group, inputs, outputs, -1)[..., ::-1]
+        return apart.swapaxes(1, 2).reshape(self.group, outputs, -1)
+
+    def array(self, matrices: Array) -> Array:
+        """Return the weight of the ConvTranspose."""
+        inputs, outputs = self.shape[0] // self.group, self.shape[1]
+        apart = matrices.reshape(self.group, outputs, inputs, -1).swapaxes(1, 2)
+        return np.ascontiguousarray(apart[..., ::-1]).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class _OverlappingRows(Rows):
+    """What a ConvTranspose reads for each output: inputs set apart by its strides.
+
+    Attributes:
+        strides: One for each spatial axis.
+        rows: The rows of the Conv over that.
+    """
+
+    strides: tuple[int, ...]
+    rows: ConvRows
+
+    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[cross.Piece]:
+        """Yield as many groups as the convolution has."""
+        sizes = [
+            (size - 1) * stride + 1
+            for size, stride in zip(inputs.shape[2:], self.strides, strict=True)
+        ]
+        apart = np.zeros((*inputs.shape[:2], *sizes), inputs.dtype)
+        steps = tuple(slice(None, None, stride) for stride in self.strides)
+        apart[(slice(None), slice(None), *steps)] = inputs
+        yield from self.rows.pieces(apart, now, wanted)
+
+
+@dataclass(frozen=True)
+class _StackRows(Rows):
+    """Inputs and outputs of a product with a stack of matrices, one group each.
+
+    Attributes:
+        lead: Shape of the stack.
+    """
+
+    lead: tuple[int, ...]
+
+    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[cross.Piece]:
+        """Yield one piece."""
+        if now.shape[-2 - len(self.lead) : -2] != self.lead:
+            raise ModelError(f"outputs {list(now.shape)} repeat its matrices")
+        x = np.broadcast_to(inputs, (*now.shape[:-1], inputs.shape[-1]))
+        count = math.prod(self.lead)
+        found = []
+        for array in (x, now, wanted):
+            apart = array.reshape(-1, count, *array.shape[-2:]).swapaxes(0, 1)
+            found.append(apart.reshape(count, -1, array.shape[-1]))
+        yield found[0], found[1], found[2]
+
+
+@dataclass(frozen=True)
+class _OutputChannels(Rows):
+    """Each output alone, as it is against as it should be."""
+
+    axis: int
+
+    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[cross.Piece]:
+        """Yield as many groups as there are outputs; ``inputs`` is not looked at."""
+        yield from Channels(self.axis).pieces(now, now, wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """The scale of a quantized weight, which multiplies the layer's outputs.
+
+    Attributes:
+        scale: The scale.
+        shape: Shape of one factor for each output that broadcasts over the scale;
+            empty if one factor serves all.
+        has_bias: Whether the outputs compared have the bias in them.
+    """
+
+    scale: Weight
+    shape: tuple[int, ...]
+    has_bias: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +172,15 @@ class _Work:
 
     Attributes:
         where: Name of the weight, or of a normalisation's running mean.
-        mode: ``weights`` and bias, ``bias`` alone, or statistics of a ``norm``.
+        mode: ``weights`` and bias, ``bias`` alone, statistics of a ``norm``, or the
+            ``scale`` of codes and bias.
         node: The node.
         why_bias: Why weights stay as they are, where they do.
         request: What to watch.
         layout: How the weight is read, of a layer whose weights change.
         bias: The bias, if there is one that is free to change.
+        bias_scale: Its scale, if it is stored as codes.
+        factor: What multiplies the outputs, of a layer whose scale changes.
         may_add: Whether the node takes a bias and has none.
         scale: What outputs are, in products of inputs and weights (alpha of Gemm).
         samples: How many are enough, if there are so many.
@@ -74,8 +191,10 @@ class _Work:
     node: Node
     request: cross.Request
     why_bias: str = ""
-    layout: Layout | None = None
+    layout: _Matrices | None = None
     bias: Weight | None = None
+    bias_scale: Weight | None = None
+    factor: _Factor | None = None
     may_add: bool = False
     scale: float = 1.0
     samples: int = 1 << 62
@@ -93,10 +212,12 @@ class Recover(SitePass):
     Zeros stay zero. Samples are those for calibration and training; labels are not
     looked at, and memory does not grow with the samples.
 
-    Quantized weights, and weights of so few values that they are stored by index, stay
-    as they are; there the bias alone takes up the mean error (Nagel et al. 2019,
+    Codes of quantized weights, and weights of so few values that they are stored by
+    index, stay as they are; there the bias takes up the mean error (Nagel et al. 2019,
     "Data-Free Quantization through Weight Equalization and Bias Correction", section
-    4.2). A layer is changed only if its error on held-out samples falls.
+    4.2), and scales become what gives the outputs best, by least squares of the wanted
+    on the given outputs. A layer is changed only if its error on held-out samples
+    falls.
 
     Attributes:
         ridge: Keeps weights near what they are: this share of the inputs' mean square
@@ -229,6 +350,7 @@ class Recover(SitePass):
             tensor,
             work.layout,
             parameters,
+            work.factor is not None and not work.factor.shape,
         )
 
 
@@ -258,11 +380,11 @@ class _Finder:
         at = {id(node): i for i, node in enumerate(self.model.graph.nodes)}
         found: list[_Work] = []
         frozen = set()
-        for node, weight in self._quantized():
+        for node, weight, decoder in self._quantized():
             if weight.name in frozen:
                 continue
             frozen.add(weight.name)
-            work = self._frozen(node, weight)
+            work = self._frozen(node, weight, decoder)
             if isinstance(work, str):
                 ctx.skipped(weight.name, work)
             else:
@@ -312,7 +434,7 @@ class _Finder:
 
     def _layer(self, layer: Layer, at: Mapping[int, int]) -> _Work | str:
         why = layer.why_not
-        if not why and layer.kind not in ("Conv", "Gemm", "MatMul"):
+        if not why and layer.kind not in _LINEAR:
             why = f"least squares is not for the weights of {layer.kind}"
         if not why and len(layer.uses) > 1:
             why = f"it is shared by {len(layer.uses)} nodes"
@@ -326,10 +448,10 @@ class _Finder:
         node = use.node
         groups, outputs, inputs = layer.layout.matrices_shape
         scale = float(attribute(node, "alpha", 1.0)) if node.op == "Gemm" else 1.0
-        if node.op == "MatMul" and groups > 1:
-            return "it is a stack of matrices"
         if not scale:
             return "its node multiplies it by zero"
+        if node.op == "ConvTranspose" or (node.op == "MatMul" and groups > 1):
+            return self._unlike(layer, use)
         enough = self.samples
         if node.op == "Conv" and self.options.order == "sequential":
             enough = min(enough, max(CONV_SAMPLES, 2 * inputs))
@@ -360,9 +482,15 @@ class _Finder:
             axis = 1 if node.op == "Conv" else -1
             request = cross.Request("", *target, OutputRows(axis))
             return _Work(
-                layer.name, "bias", node, request, why_bias, None, bias, may_add
+                layer.name,
+                "bias",
+                node,
+                request,
+                why_bias,
+                bias=bias,
+                may_add=may_add,
             )
-        rows: cross.Rows
+        rows: Rows
         if isinstance(statistic, ConvGram):
             rows = ConvRows(statistic.window, statistic.positions)
         else:
@@ -385,50 +513,161 @@ class _Finder:
             samples=enough,
         )
 
-    def _quantized(self, everywhere: bool = False) -> Iterator[tuple[Node, Weight]]:
-        """Yield nodes of the main graph whose weight is dequantized, and the weight.
+    def _unlike(self, layer: Layer, use: Use) -> _Work | str:
+        """Describe a ConvTranspose, or a product with a stack of matrices."""
+        node, shape = use.node, layer.weight.shape
+        target = self._target(node, layer.name)
+        if isinstance(target, str):
+            return target
+        source = node.inputs[0]
+        rows: Rows
+        layout: _Matrices = layer.layout
+        bias, may_add = None, False
+        if node.op == "MatMul":
+            if use.index != 1:
+                return "it is a stack of matrices that multiplies from the left"
+            rows = _StackRows(shape[:-2])
+        else:
+            window = ConvWindow.of(node.attrs, shape)
+            if window.auto_pad != "NOTSET" or node.attrs.get("output_shape"):
+                return "its padding follows from the size of its output"
+            extra = node.attrs.get("output_padding") or (0,) * len(window.kernel)
+            rows = _overlapping_rows(window, [int(n) for n in extra])
+            layout = _Overlapping(shape, window.group)
+            if self.options.bias:
+                bias = self._own_bias(node)
+                may_add = len(node.inputs) < 3 or not node.inputs[2].name
+        groups, outputs, inputs = layout.matrices(np.empty(shape, np.bool_)).shape
+        why = _why_frozen(layer.weight, inputs)
+        if why:
+            return why
+        nbytes = 16 * groups * inputs * (inputs + outputs)
+        request = cross.Request(source.name, *target, rows, nbytes)
+        return _Work(
+            layer.name,
+            "weights",
+            node,
+            request,
+            layout=layout,
+            bias=bias,
+            may_add=may_add,
+        )
+
+    def _own_bias(self, node: Node) -> Weight | None:
+        """Return the bias that only this node reads, as its third input."""
+        known = self.model.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if known is None or not layers.is_float(known):
+            return None
+        is_free = not (known.is_input or known.is_output) and known.uses == ((node, 2),)
+        return known if is_free else None
+
+    def _quantized(
+        self, everywhere: bool = False
+    ) -> Iterator[tuple[Node, Weight, Decoder]]:
+        """Yield nodes of the main graph that read decoded codes, and the weight.
 
         Args:
             everywhere: Those too that ``only`` and ``skip`` leave out.
         """
-        for node in self.model.graph.nodes:
-            if node.op not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+        here = {id(node) for node in self.model.graph.nodes}
+        for weight in self.model.weights():
+            if weight.data_type not in CODES or len(weight.shape) < 2:
                 continue
-            maker = node.inputs[1].inputs
-            if node.domain not in _DEFAULT_DOMAINS or not maker:
+            decoder = decoder_of(self.model, weight)
+            if isinstance(decoder, str):
                 continue
-            if maker[0].op != "DequantizeLinear" or not maker[0].inputs:
-                continue
-            weight = self.model.constant(maker[0].inputs[0])
-            names = [] if weight is None else [weight.name, node.name, node.op]
-            chosen = selected(names, self.options.only, self.options.skip)
-            if weight is not None and (chosen or everywhere):
-                yield node, weight
+            for node in _linear_behind([end for end, _ in decoder.ends]):
+                names = [weight.name, node.name, node.op]
+                chosen = selected(names, self.options.only, self.options.skip)
+                if id(node) in here and (chosen or everywhere):
+                    yield node, weight, decoder
 
-    def _frozen(self, node: Node, weight: Weight) -> _Work | str:
+    def _frozen(self, node: Node, weight: Weight, decoder: Decoder) -> _Work | str:
         if self._same(weight):
             return "it is as it was in the reference"
         target = self._target(node, weight.name)
         if isinstance(target, str):
             return target
-        shape = weight.shape
-        across = node.op == "MatMul" or (
-            node.op == "Gemm" and not attribute(node, "transB", 0)
+        bias, bias_scale = self._bias_of_codes(node)
+        factor = self._factor(node, decoder, target[0], bias is not None)
+        why = "it is quantized"
+        if bias is None and factor is None:
+            return f"{why}, and it has no bias or scale that is free to change"
+        axis = 1 if node.op in ("Conv", "ConvTranspose") else -1
+        rows = OutputRows(axis) if factor is None else _OutputChannels(axis)
+        return _Work(
+            weight.name,
+            "bias" if factor is None else "scale",
+            node,
+            cross.Request("", *target, rows),
+            why,
+            bias=bias,
+            bias_scale=bias_scale,
+            factor=factor,
         )
-        if len(shape) < 2:
-            return "it is quantized, and it has no bias that is free to change"
-        outputs = shape[-1] if across else shape[0]
-        order = (0, 2, 1) if across else (0, 1, 2)
-        split = (1, -1, outputs) if across else (1, outputs, -1)
-        use = Use(node, 1, "weight", Layout(shape, split, order))
-        bias = None
-        if self.options.bias:
-            bias = layers.bias_of(self.model, Layer(weight, (use,)))
-        if bias is None:
-            return "it is quantized, and it has no bias that is free to change"
-        rows = OutputRows(1 if node.op == "Conv" else -1)
-        request = cross.Request("", *target, rows)
-        return _Work(weight.name, "bias", node, request, "it is quantized", None, bias)
+
+    def _bias_of_codes(self, node: Node) -> tuple[Weight | None, Weight | None]:
+        """Return the bias behind decoded codes that is free to change; its scale."""
+        if not self.options.bias:
+            return None, None
+        tensor, reader, at = None, node, 2
+        plain = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
+        if node.op == "MatMul":
+            made = _outputs(self.model, node)
+            if len(made) > 1:
+                reader = made[1].inputs[0]
+                at = 1 if reader.inputs[0] is made[0] else 0
+                tensor = reader.inputs[at]
+        elif plain == (1.0, 1.0) and len(node.inputs) > 2:
+            tensor = node.inputs[2]
+        if tensor is None or not tensor.name:
+            return None, None
+        known, scale = self.model.constant(tensor), None
+        maker = tensor.inputs[0] if tensor.inputs else None
+        if known is None and maker is not None and maker.op == "DequantizeLinear":
+            known = self.model.constant(maker.inputs[0])
+            scale = self.model.constant(maker.inputs[1])
+            is_alone = list(tensor.outputs) == [reader]
+            if scale is None or not is_alone or scale.uses != ((maker, 1),):
+                return None, None
+            reader, at = maker, 0
+        if known is None or (scale is None and not layers.is_float(known)):
+            return None, None
+        if known.is_input or known.is_output or known.uses != ((reader, at),):
+            return None, None
+        return (known, scale) if len(known.shape) == 1 else (None, None)
+
+    def _factor(
+        self, node: Node, decoder: Decoder, ours: str, is_bias_free: bool
+    ) -> _Factor | None:
+        """Return the scale of a weight's codes, if it is one for each output."""
+        scale = self.model.constant(decoder.scale)
+        if scale is None or scale.dtype != np.float32:
+            return None
+        if scale.is_input or scale.is_output:
+            return None
+        if not all(any(n is d for d in decoder.nodes) for n, _ in scale.uses):
+            return None
+        if len(list(_linear_behind([end for end, _ in decoder.ends]))) > 1:
+            return None
+        has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
+        has_bias |= ours != node.outputs[0].name
+        if has_bias and not is_bias_free:
+            return None
+        if scale.size == 1:
+            return _Factor(scale, (), has_bias)
+        if int(attribute(node, "group", 1)) > 1 and node.op == "ConvTranspose":
+            return None
+        axis = _output_axis(node) % len(decoder.shape)
+        outputs = decoder.shape[axis]
+        if decoder.axis is not None and not decoder.block:
+            fits = decoder.axis == axis and scale.size == outputs
+            return _Factor(scale, (outputs,), has_bias) if fits else None
+        at = axis - len(decoder.shape)  # the scale may have fewer axes in front
+        if -at > len(scale.shape) or scale.shape[at] != outputs:
+            return None
+        wide = tuple(outputs if i == at else 1 for i in range(-len(scale.shape), 0))
+        return _Factor(scale, wide, has_bias)
 
     def _altered(self) -> set[int]:
         """Return the nodes with altered weights, those left alone among them."""
@@ -437,7 +676,7 @@ class _Finder:
             for layer in layers.find(self.model)
             for use in layer.uses
         ]
-        readers += self._quantized(everywhere=True)
+        readers += [(node, weight) for node, weight, _ in self._quantized(True)]
         return {id(node) for node, weight in readers if not self._same(weight)}
 
     def _norms(self, ctx: Context) -> list[_Work]:
@@ -503,7 +742,7 @@ class _Finder:
             return None
         node = weight.uses[0][0]
         known = any(node is other for other in self.reference.graph.nodes)
-        return node if known and node.op in ("Conv", "Gemm", "MatMul") else None
+        return node if known and node.op in _LINEAR else None
 
     def _behind(self, ours: gs.Tensor, theirs: gs.Tensor) -> gs.Tensor:
         """Follow what the reference still does and our layer has taken in.
@@ -538,6 +777,39 @@ def _outputs(model: Model, node: Node) -> list[gs.Tensor]:
             if len(rest) == 1 and model.constant(rest[0]) is not None:
                 found.append(readers[0].outputs[0])
     return found
+
+
+def _output_axis(node: Node) -> int:
+    """Return the axis of a weight, the second input, that is the outputs."""
+    if node.op == "ConvTranspose":
+        return 1
+    straight = node.op == "Conv" or bool(attribute(node, "transB", 0))
+    return 0 if straight else -1
+
+
+def _linear_behind(tensors: Iterable[gs.Tensor]) -> Iterator[Node]:
+    """Yield linear operators whose weight is one of these, perhaps reshaped."""
+    for tensor in tensors:
+        for node in dict.fromkeys(tensor.outputs):
+            if node.domain not in _DEFAULT_DOMAINS:
+                continue
+            if node.op in _LINEAR and node.inputs[1] is tensor:
+                yield node
+            elif node.op == "Reshape":
+                yield from _linear_behind(node.outputs)
+
+
+def _overlapping_rows(window: ConvWindow, extra: Sequence[int]) -> _OverlappingRows:
+    """Return the rows of a ConvTranspose; ``extra`` is its output_padding."""
+    axes = len(window.kernel)
+    reach = [(k - 1) * d for k, d in zip(window.kernel, window.spreads, strict=True)]
+    pads = window.pads or (0,) * (2 * axes)
+    begins = [r - p for r, p in zip(reach, pads[:axes], strict=True)]
+    ends = [r - p + e for r, p, e in zip(reach, pads[axes:], extra, strict=True)]
+    conv = ConvWindow(
+        window.kernel, (), (*begins, *ends), window.dilations, window.group
+    )
+    return _OverlappingRows(window.steps, ConvRows(conv, _POSITIONS))
 
 
 def _readers(tensor: gs.Tensor, depth: int = 4) -> Iterator[Node]:
@@ -620,8 +892,9 @@ class _Task:
     scale: float
     dtype: np.dtype[Any]
     tensor: LazyTensor | None
-    layout: Layout | None
+    layout: _Matrices | None
     parameters: Float64 | None
+    is_pooled: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -629,7 +902,8 @@ class _Outcome:
     """What to write.
 
     Attributes:
-        values: New weights; of a normalisation mean and variance.
+        values: New weights; of a normalisation mean and variance; of a scale what
+            multiplies it.
         shift: What is added to the outputs, [groups, outputs].
         before: Output error on the samples that judge, as a share of the variance.
         after: The same with the new values.
@@ -697,6 +971,8 @@ def _candidates(
     if task.mode == "norm":
         yield from _norm_candidate(task, mean)
         return
+    if task.mode == "scale":
+        yield from _scale_candidates(task, mean, missing)
     if task.mode == "weights":
         found = _least_squares(task, mean, missing)
         if found is not None:
@@ -707,6 +983,28 @@ def _candidates(
             yield values, change, shift
     if task.shift:
         yield None, np.zeros(np.swapaxes(fit.cross, 1, 2).shape), missing
+
+
+def _scale_candidates(
+    task: _Task, mean: Float64, missing: Float64
+) -> Iterator[tuple[Array, Float64, Float64]]:
+    """Yield factors of the outputs: least squares of wanted on given ones."""
+    fit = task.fit
+    square, product = (
+        m[:, 0] / fit.rows for m in (fit.gram[..., 0], fit.cross[..., 0])
+    )
+    for with_shift in (True, False) if task.shift else (False,):
+        spread, along = square[:, None], product[:, None]
+        if with_shift:
+            spread, along = spread - mean * mean, along - mean * missing
+        if task.is_pooled:
+            spread, along = spread.sum(keepdims=True), along.sum(keepdims=True)
+        change = np.where(spread > 1e-12 * square.max(), along, 0.0)
+        change = change / np.maximum(spread, 1e-300)
+        change = np.where(change > -0.9, change, 0.0)  # scales stay positive
+        change = np.broadcast_to(change, mean.shape)
+        shift = missing - change * mean if with_shift else np.zeros_like(missing)
+        yield 1 + change[:, 0], change[:, :, None].copy(), shift
 
 
 def _least_squares(
@@ -821,6 +1119,10 @@ def _write(model: Model, work: _Work, outcome: _Outcome, ctx: Context) -> None:
             weight = model.constant(work.node.inputs[index])
             assert weight is not None
             model.set_weight(weight, values.reshape(weight.shape))
+    elif outcome.values is not None and work.factor is not None:
+        _multiply(model, work, work.factor, outcome.values)
+        words += ", scale only" if outcome.shift is None else ", scale and bias"
+        words += f": {work.why_bias}"
     elif outcome.values is not None:
         model.set_weight(work.where, outcome.values)
     elif work.why_bias:
@@ -832,11 +1134,45 @@ def _write(model: Model, work: _Work, outcome: _Outcome, ctx: Context) -> None:
     ctx.did(work.where, words)
 
 
+def _multiply(model: Model, work: _Work, factor: _Factor, values: Array) -> None:
+    """Multiply the outputs of a layer of codes through its scale."""
+    if work.bias is not None and factor.has_bias:
+        old = _decoded_bias(work)
+        if work.bias_scale is not None:
+            scale = work.bias_scale.read()
+            wide = values if scale.size == values.size else values[:1]
+            model.set_weight(
+                work.bias_scale, (scale * wide.reshape(scale.shape)).astype(np.float32)
+            )
+        _set_bias(model, work, old * values)
+    scale = factor.scale.read()
+    by = values.reshape(factor.shape) if factor.shape else values[0]
+    model.set_weight(factor.scale, (scale * by).astype(scale.dtype))
+
+
+def _decoded_bias(work: _Work) -> Float64:
+    assert work.bias is not None
+    values = np.asarray(work.bias.read(), np.float64)
+    if work.bias_scale is not None:
+        values = values * work.bias_scale.read()
+    return values
+
+
+def _set_bias(model: Model, work: _Work, values: Float64) -> None:
+    bias = work.bias
+    assert bias is not None
+    if work.bias_scale is not None:
+        limits = np.iinfo(bias.dtype)
+        codes = np.rint(values / work.bias_scale.read())
+        values = np.clip(codes, limits.min, limits.max)
+    model.set_weight(bias, values.astype(bias.dtype))
+
+
 def _shift(model: Model, work: _Work, shift: Float64) -> None:
     """Add to the outputs of a layer through its bias."""
     if work.bias is not None:
-        wide = work.bias.read().astype(np.float64) + shift.reshape(work.bias.shape)
-        model.set_weight(work.bias, wide.astype(work.bias.dtype))
+        wide = _decoded_bias(work)
+        _set_bias(model, work, wide + shift.reshape(wide.shape))
         return
     weight = model.weight(work.where)
     values = shift.reshape(-1).astype(weight.dtype)

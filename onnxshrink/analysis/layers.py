@@ -257,7 +257,8 @@ def _readings(
             uses.append(use)
             continue
         others.append(node)
-        behind += [(node.op, reader) for reader in _layers_behind(node)]
+        if index == 0:  # a shape, a scale or a zero point is no weight
+            behind += [(node.op, reader) for reader in _layers_behind(node)]
     return uses, others, behind
 
 

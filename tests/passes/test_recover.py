@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxshrink import runtime, testing
-from onnxshrink.analysis import cross
+from onnxshrink.analysis import cross, layers
 from onnxshrink.analysis.cross import Channels, ConvRows, MatrixRows, Moments, Request
 from onnxshrink.analysis.statistics import ConvWindow
 from onnxshrink.base import Context
@@ -271,30 +271,183 @@ def test_a_convolution_without_bias_gets_one_for_the_mean_error() -> None:
     assert len(without.graph.nodes[0].inputs) == 2
 
 
-def test_quantized_weights_stay_and_their_bias_takes_the_mean_error() -> None:
+def _coded(weight: Array, axis: int | None, levels: int = 3) -> dict[str, Array]:
+    """Return int8 codes of few levels, clipped on purpose, and their scale."""
+    others = tuple(at for at in range(weight.ndim) if at != axis)
+    largest = np.abs(weight).max(others if axis is not None else None)
+    scale = np.asarray(largest * 0.6 / levels, np.float32)
+    shape = [-1 if at == axis else 1 for at in range(weight.ndim)]
+    wide = scale.reshape(shape) if axis is not None else scale
+    codes = np.clip(np.rint(weight / wide), -levels, levels).astype(np.int8)
+    return {"w": codes, "s": scale}
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    ("axis", "decode"),
+    [
+        (None, "q = DequantizeLinear(w, s)"),
+        (1, "q = DequantizeLinear<axis = 1>(w, s)"),
+        (1, "f = Cast<to = 1>(w) q = Mul(f, s)"),
+        (0, "q = DequantizeLinear<axis = 0>(w, s)"),
+    ],
+)
+def test_codes_stay_and_scale_and_bias_are_the_least_squares_of_the_outputs(
+    axis: int | None, decode: str, order: Any
+) -> None:
     reference = _model(
         MATMUL.replace("y = MatMul(x, w)", "a = MatMul(x, w) y = Add(a, b)"),
         w=_random(0, 6, 4),
         b=_random(1, 4),
     )
-    scale = np.float32(0.4)
+    model = _model(
+        f"g (float[N,6] x) => (float[N,4] y) {{ {decode} a = MatMul(x, q) "
+        "y = Add(a, b) }",
+        **_coded(reference.weight("w").read(), axis),
+        b=reference.weight("b").read() + np.float32(0.5),
+    )
+    x = _random(2, 200, 6) + 1
+    after, context = _recovered(Recover(order=order), model, reference, _splits(x=x))
+    assert [where for where, _ in context.done] == ["w"]
+    np.testing.assert_array_equal(after.weight("w").read(), model.weight("w").read())
+    fit = x[:160]  # the last fifth judges
+    wanted, now = (_outputs(m, x=fit)["y"].astype(float) for m in (reference, model))
+    if axis == 0:  # a scale for each input cannot follow the outputs
+        factor = np.ones(4)
+        assert "bias only" in context.done[0][1]
+    elif axis is None:
+        apart = now - now.mean(0)
+        factor = (apart * (wanted - wanted.mean(0))).sum() / np.square(apart).sum()
+        factor = np.full(4, factor)
+    else:
+        slopes = [np.polyfit(now[:, o], wanted[:, o], 1)[0] for o in range(4)]
+        factor = np.array(slopes)
+    assert (np.abs(factor - 1) > 1e-3).any() == (axis != 0)
+    scale = model.weight("s").read()
+    expected = scale * (factor[0] if axis != 1 else factor)
+    np.testing.assert_allclose(after.weight("s").read(), expected, rtol=1e-4)
+    left = wanted - _outputs(after, x=fit)["y"]
+    np.testing.assert_allclose(left.mean(axis=0), 0, atol=1e-4)
+    assert np.square(left).sum() < np.square(wanted - now).sum()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_scales_are_fitted_without_a_bias_too(bias: bool) -> None:
+    weight = _random(0, 5, 2, 3, 3)
+    reference = _model(
+        "g (float[N,2,6,6] x) => (float[N,5,4,4] y) { y = Conv(x, w) }", w=weight
+    )
+    model = _model(
+        "g (float[N,2,6,6] x) => (float[N,5,4,4] y) "
+        "{ q = DequantizeLinear<axis = 0>(w, s) y = Conv(x, q) }",
+        **_coded(weight, 0),
+    )
+    x = _random(2, 60, 2, 6, 6)
+    pass_ = Recover(bias=bias)
+    after, context = _recovered(pass_, model, reference, _splits(x=x))
+    assert "scale only" in context.done[0][1]
+    wanted, now = (
+        np.moveaxis(_outputs(m, x=x[:48])["y"], 1, 0).reshape(5, -1)
+        for m in (reference, model)
+    )
+    factor = (wanted * now).sum(1) / np.square(now).sum(1)
+    np.testing.assert_allclose(
+        after.weight("s").read(), model.weight("s").read() * factor, rtol=1e-4
+    )
+
+
+def test_biases_of_codes_stay_codes_and_follow_the_scale() -> None:
+    weight, shift = _random(0, 4, 6), _random(1, 4)
+    reference = _model(GEMM, w=weight, b=shift)
+    coded = _coded(weight, 0)
+    scale = coded["s"] * np.float32(0.02)
     model = _model(
         """g (float[N,6] x) => (float[N,4] y) {
-            q = DequantizeLinear(w, s)
-            a = MatMul(x, q)
-            y = Add(a, b)
+            q = DequantizeLinear<axis = 0>(w, s)
+            d = DequantizeLinear<axis = 0>(b, bs)
+            y = Gemm<transB = 1>(x, q, d)
         }""",
-        w=np.round(reference.weight("w").read() / scale).astype(np.int8),
-        s=np.array(scale),
-        b=reference.weight("b").read(),
+        **coded,
+        b=np.rint((shift + 0.5) / scale).astype(np.int32),
+        bs=scale,
     )
-    x = _random(2, 100, 6) + 1
-    after, context = _recovered(Recover(), model, reference, _splits(x=x))
-    assert context.done[0][0] == "w"
-    assert "bias only: it is quantized" in context.done[0][1]
-    np.testing.assert_array_equal(after.weight("w").read(), model.weight("w").read())
-    missing = _outputs(reference, x=x[:80])["y"] - _outputs(after, x=x[:80])["y"]
-    np.testing.assert_allclose(missing.mean(axis=0), 0, atol=1e-5)
+    x = _random(2, 200, 6) + 1
+    after, _ = _recovered(Recover(), model, reference, _splits(x=x))
+    assert after.weight("b").dtype == np.int32
+    np.testing.assert_allclose(
+        after.weight("bs").read(), after.weight("s").read() * 0.02, rtol=1e-5
+    )
+    wanted = _outputs(reference, x=x[:160])["y"]
+    left = wanted - _outputs(after, x=x[:160])["y"]
+    before = wanted - _outputs(model, x=x[:160])["y"]
+    np.testing.assert_allclose(left.mean(axis=0), 0, atol=1e-2)
+    assert np.square(left).sum() < 0.5 * np.square(before).sum()
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("", 1),
+        ("strides = [2, 2]", 1),
+        ("strides = [2, 1], pads = [1, 0, 0, 1], output_padding = [1, 0]", 1),
+        ("dilations = [2, 1], pads = [1, 1, 1, 1]", 1),
+        ("group = 2, strides = [3, 3]", 2),
+    ],
+)
+def test_a_conv_transpose_is_recovered(attributes: str, group: int, order: Any) -> None:
+    weight = _random(0, 4, 3, 3, 2)
+    listed = f"<{attributes}>" if attributes else ""
+    reference = _model(
+        "g (float[N,4,5,5] x) => (float[N,M,H,W] y) "
+        f"{{ y = ConvTranspose{listed}(x, w, b) }}",
+        w=weight,
+        b=_random(1, 3 * group),
+    )
+    holes = np.where(
+        np.abs(weight) < 0.6, np.float32(0), weight + _random(5, 4, 3, 3, 2)
+    )
+    holes[weight == 0] = 0
+    model = _damaged(reference, w=holes)
+    x = _random(2, 80, 4, 5, 5)
+    pass_ = Recover(ridge=0, order=order)
+    after, context = _recovered(pass_, model, reference, _splits(x=x))
+    assert [where for where, _ in context.done] == ["w"]
+    values = after.weight("w").read()
+    assert (values[holes == 0] == 0).all()
+    # What is left is free of the others' error only where inputs are independent.
+    np.testing.assert_allclose(values[holes != 0], weight[holes != 0], atol=0.25)
+    wanted = _outputs(reference, x=x)["y"]
+    errors = [np.square(_outputs(m, x=x)["y"] - wanted).mean() for m in (model, after)]
+    assert errors[1] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+def test_a_stack_of_matrices_is_recovered(lead: tuple[int, ...]) -> None:
+    weight = _random(0, *lead, 6, 4)
+    sizes = ",".join(map(str, lead))
+    reference = _model(
+        f"g (float[N,{sizes},5,6] x) => (float[N,{sizes},5,4] y) "
+        "{ y = MatMul(x, w) }",
+        w=weight,
+    )
+    model = _damaged(reference, w=weight + _random(1, *lead, 6, 4))
+    x = _random(2, 60, *lead, 5, 6)
+    after, _ = _recovered(Recover(ridge=0), model, reference, _splits(x=x))
+    np.testing.assert_allclose(after.weight("w").read(), weight, atol=1e-3)
+
+
+def test_shapes_and_scales_are_no_layers() -> None:
+    model = _model(
+        """g (float[N,6] x) => (float[N,4] y) {
+            q = DequantizeLinear<axis = 1>(w, s)
+            r = Reshape(x, shape)
+            y = MatMul(r, q)
+        }""",
+        **_coded(_random(0, 6, 4), 1),
+        shape=np.array([-1, 6]),
+    )
+    assert [layer.name for layer in layers.find(model)] == ["w"]
 
 
 def test_a_weight_of_few_values_keeps_them() -> None:
