@@ -52,6 +52,8 @@ _NORMS = frozenset(
 _HEADS = (("Transpose", 0), ("MatMul", 0), ("Transpose", 1), ("Reshape", 0))
 """From joined heads up to the values: operators, and through which input."""
 _TINY = 1e-5
+_QUIETEST = 64.0
+"""How far below the largest activation a channel may count."""
 _NOTHING = 1e-30
 
 
@@ -173,7 +175,9 @@ def _smoothest(
             total += _energy(change) / (_energy(outputs) + _NOTHING)
         return total
 
-    size = np.maximum(np.maximum(high, -low), _TINY)
+    size = np.maximum(high, -low)
+    # A channel that is quiet in the samples need not stay so: it is never amplified.
+    size = np.maximum(size, max(np.median(size), size.max() / _QUIETEST, _TINY))
     largest = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
     return _best(_smoothing(size, np.maximum(largest, _TINY)), len(size), error)
 
