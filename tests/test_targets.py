@@ -75,6 +75,14 @@ def test_the_bound_is_that_of_the_worst_pair_of_neighbours() -> None:
     np.testing.assert_array_equal(found.bites(), [True, False, False])
 
 
+def test_inputs_that_stay_small_lower_the_bound() -> None:
+    codes = np.array([[127, 127, 5], [-127, -127, 5]]).T
+    layer = layer_of(codes)
+    found = targets.saturation(layer, codes, tops=np.array([255, 3, 255]))
+    np.testing.assert_array_equal(found.peak, [258 * 127, 258 * 127])
+    assert not found.bites().any()
+
+
 def test_clipping_is_counted_on_the_activations_given() -> None:
     codes = np.array([[127], [127], [1]])
     rows = np.array([[255, 255, 0], [255, 0, 0], [128, 128, 7], [129, 130, 0]])

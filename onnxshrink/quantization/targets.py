@@ -245,7 +245,11 @@ def adds_pairs(layer: Layer) -> bool:
 
 
 def saturation(
-    layer: Layer, codes: Codes, activations: Codes | None = None
+    layer: Layer,
+    codes: Codes,
+    activations: Codes | None = None,
+    *,
+    tops: Codes | None = None,
 ) -> Saturation:
     """Measure how far the 16-bit sums of an x86 kernel without VNNI clip.
 
@@ -258,6 +262,9 @@ def saturation(
         activations: uint8 codes [rows, groups * inputs] of activations the layer sees,
             in the order of ``sampled``; add 128 to int8 codes, as onnxruntime does.
             ``None`` takes the worst there could be.
+        tops: Largest uint8 code of each input, [groups * inputs], to bound the worst
+            by; 255 if not given. A bound that holds for all of the calibration data
+            where rows are a sample of it.
     """
     matrices = layer.layout.matrices(codes)
     groups, outputs, inputs = matrices.shape
@@ -268,10 +275,12 @@ def saturation(
     found = []
     for group in range(groups):
         weight = _paired(matrices[group][:, order].astype(np.int64))
+        mine = slice(group * inputs, (group + 1) * inputs)
         if activations is None:
-            found.append(_worst(weight))
+            top = np.full(inputs, 255) if tops is None else np.asarray(tops)[mine]
+            found.append(_worst(weight, _paired(top[None, order].astype(np.int64))))
             continue
-        rows = activations[:, group * inputs : (group + 1) * inputs]
+        rows = activations[:, mine]
         found.append(_seen(weight, _paired(rows[:, order].astype(np.int64))))
     peak, share, lost = (np.concatenate(part) for part in zip(*found, strict=True))
     return Saturation(peak, share, lost)
@@ -367,10 +376,11 @@ def _paired(rows: Codes) -> Codes:
     return padded.reshape(len(rows), -1, 2)
 
 
-def _worst(weight: Codes) -> tuple[Float64, Float64, Float64]:
-    up = np.maximum(weight, 0).sum(axis=2).max(axis=1, initial=0)
-    down = -np.minimum(weight, 0).sum(axis=2).min(axis=1, initial=0)
-    peak = 255.0 * np.maximum(up, down)
+def _worst(weight: Codes, tops: Codes) -> tuple[Float64, Float64, Float64]:
+    """Bound the sums for activations from 0 to their largest codes [1, pairs, 2]."""
+    up = (np.maximum(weight, 0) * tops).sum(axis=2).max(axis=1, initial=0)
+    down = (np.maximum(-weight, 0) * tops).sum(axis=2).max(axis=1, initial=0)
+    peak = np.maximum(up, down).astype(np.float64)
     could = (peak > _TOP).astype(np.float64)
     return peak, could, could
 
