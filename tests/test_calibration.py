@@ -14,7 +14,16 @@ from hypothesis.extra import numpy as hnp
 
 from onnxshrink.analysis import activations, calibration_cache
 from onnxshrink.analysis.calibration_cache import gather_cached
-from onnxshrink.analysis.statistics import ChannelRange, Gram, Histogram
+from onnxshrink.analysis.statistics import (
+    ChannelNorm,
+    ChannelRange,
+    ConvGram,
+    ConvWindow,
+    Gram,
+    Histogram,
+    Multi,
+    Range,
+)
 from onnxshrink.base import Context
 from onnxshrink.errors import ModelError, OutputError, UsageError
 from onnxshrink.model import Model
@@ -326,19 +335,62 @@ def test_ranges_of_channels_leave_fills_out():
         found.update(np.ones((1, 3, 1), np.float32))
 
 
-@pytest.mark.parametrize("make", [observer, lambda: ChannelRange(1), Histogram])
+@pytest.mark.parametrize(
+    "make",
+    [
+        observer,
+        lambda: ChannelRange(1),
+        Histogram,
+        Range,
+        lambda: Range(axis=-1),
+        Gram,
+        lambda: Multi(a=observer(), b=Gram(), c=Range()),
+    ],
+)
 def test_a_stored_statistic_goes_on_as_it_was(make):
+    values = DATA["heavy"].reshape(4, 1250, 4)
     whole, first = make(), make()
-    whole.update(DATA["heavy"])
-    first.update(DATA["heavy"][:1])
+    whole.update(values)
+    first.update(values[:1])
     again = make()
     again.restore(first.state())
-    again.update(DATA["heavy"][1:])
+    again.update(values[1:])
     for name, array in whole.state().items():
         assert np.allclose(again.state()[name], array), name
     empty = make()
     empty.restore(make().state())
     assert all(map(np.array_equal, empty.state().values(), make().state().values()))
+
+
+def test_a_stored_gram_of_patches_goes_on_as_it_was():
+    x = np.random.default_rng(0).normal(size=(4, 4, 5, 5)).astype(np.float32)
+    make = lambda: ConvGram(ConvWindow((3, 3), group=2))  # noqa: E731
+    whole, first, again = make(), make(), make()
+    whole.update(x)
+    again.restore(first.state())
+    again.update(x[:2])
+    first.restore(again.state())
+    first.update(x[2:])
+    assert np.allclose(first.matrix, whole.matrix)  # type: ignore[arg-type]
+    assert first.rows == whole.rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"matrix": np.zeros((2, 3))},
+        {"matrix": -np.eye(2)},
+        {"matrix": np.eye(2, dtype=np.float32)},
+        {"sums": np.zeros(3)},
+        {"rows": np.array([-1])},
+        {"matrix": np.full((2, 2), np.nan)},
+    ],
+)
+def test_a_stored_gram_that_contradicts_itself_is_refused(change):
+    found = Gram()
+    found.update(np.ones((3, 2), np.float32))
+    with pytest.raises(UsageError, match="stored"):
+        Gram().restore(found.state() | change)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +462,8 @@ def chain():
 
 
 def wanted():
-    return {"x": observer(), "h": observer(), "y": ChannelRange(1), "w": observer()}
+    both = Multi(range=ChannelRange(1), gram=Gram())
+    return {"x": observer(), "h": observer(), "y": both, "w": observer()}
 
 
 def assert_same(found, expected):
@@ -451,6 +504,7 @@ def test_an_interrupted_calibration_goes_on_at_its_batch(
     expected = activations.gather(model, wanted(), context(model))
     runs.clear()
     monkeypatch.setattr(calibration_cache, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(calibration_cache, "SAVE_SHARE", 0.0)
     ctx = context(model)
 
     def stop(done, total, what):
@@ -528,5 +582,6 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path):
 
 def test_statistics_that_cannot_be_stored_are_refused(tmp_path: Path):
     model = chain()
-    with pytest.raises(UsageError, match="Gram of 'h' cannot be kept"):
-        gather_cached(model, {"h": Gram()}, context(model), tmp_path)  # type: ignore[dict-item]
+    for statistic in (ChannelNorm(), Multi(a=observer(), b=ChannelNorm())):
+        with pytest.raises(UsageError, match=r"ChannelNorm.* cannot be"):
+            gather_cached(model, {"h": statistic}, context(model), tmp_path)  # type: ignore[dict-item]

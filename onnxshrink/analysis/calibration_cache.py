@@ -8,7 +8,6 @@ checked before it is believed, and a file that does not fit is ignored with a no
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -36,7 +35,9 @@ __all__ = ["gather_cached"]
 Array = NDArray[Any]
 
 SAVE_SECONDS = 10.0
-"""How often an unfinished run is saved."""
+"""How often an unfinished run is saved, at most."""
+SAVE_SHARE = 20
+"""Saving takes no more than one of so many seconds."""
 _FORMAT = 1
 _LARGEST = 1 << 30
 """Bytes a file may hold when unpacked."""
@@ -72,6 +73,7 @@ def gather_cached(
             raise UsageError(
                 f"a {type(statistic).__name__} of {name!r} cannot be kept in a folder"
             )
+        statistic.state()
     file = _File.of(model, wanted, samples, folder)
     run = file.read(wanted, samples.used, ctx)
     run.complete(model, samples, ctx, file)
@@ -85,11 +87,14 @@ class _Run:
     Attributes:
         fed: The statistics.
         seen: How many samples each has seen.
+        saved: When it was saved last.
+        pause: Seconds until it is saved again.
     """
 
     fed: dict[str, Stored]
     seen: dict[str, int]
     saved: float = field(default_factory=time.monotonic)
+    pause: float = field(default_factory=lambda: SAVE_SECONDS)
 
     def complete(
         self, model: Model, samples: Samples, ctx: Context, file: _File
@@ -104,9 +109,11 @@ class _Run:
             def after(fed: Iterable[str], count: int, start: int = start) -> None:
                 for name in fed:
                     self.seen[name] = start + count
-                if time.monotonic() - self.saved >= SAVE_SECONDS:
+                now = time.monotonic()
+                if now - self.saved >= self.pause:
                     file.write(self)
                     self.saved = time.monotonic()
+                    self.pause = max(SAVE_SECONDS, SAVE_SHARE * (self.saved - now))
 
             found = gather(
                 model,
@@ -226,15 +233,13 @@ class _File:
         for number, statistic in enumerate(run.fed.values()):
             for key, array in statistic.state().items():
                 arrays[f"{number}.{key}"] = array
-        packed = io.BytesIO()
-        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
         temporary = ""
         try:
             handle, temporary = tempfile.mkstemp(
                 prefix=self.path.stem, suffix=".tmp", dir=self.path.parent
             )
             with os.fdopen(handle, "wb") as stream:
-                stream.write(packed.getbuffer())
+                np.savez(stream, **arrays)  # type: ignore[arg-type]
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, self.path)

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,7 +200,7 @@ def _stored(
 
 
 @dataclass(eq=False)
-class Range(Statistic):
+class Range(Stored):
     """Smallest and largest finite value, of the tensor or of each channel.
 
     Attributes:
@@ -264,6 +264,31 @@ class Range(Statistic):
         self.nan += other.nan
         self.inf += other.inf
         self.fills += other.fills
+
+    def state(self) -> dict[str, Array]:
+        """Return the range as arrays."""
+        whole = [self.count, self.nan, self.inf, self.fills]
+        return {
+            "low": self.low.reshape(-1),
+            "high": self.high.reshape(-1),
+            "whole": np.array(whole, np.int64),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over a stored range."""
+        low = _stored(state, "low", "f", None)
+        high = _stored(state, "high", "f", len(low))
+        whole = [int(number) for number in _stored(state, "whole", "i", 4)]
+        if min(whole) < 0 or sum(whole[1:]) > whole[0]:
+            raise UsageError("a stored range counts what it has not seen")
+        if not len(low) or (self.axis is None and len(low) != 1):
+            raise UsageError("a stored range has no usable 'low'")
+        # Before the first batch, a range has no channels yet.
+        shape = () if self.axis is None or not whole[0] else low.shape
+        if not whole[0] and len(low) != 1:
+            raise UsageError("a stored range counts what it has not seen")
+        self.low, self.high = low.reshape(shape), high.reshape(shape)
+        self.count, self.nan, self.inf, self.fills = whole
 
 
 @dataclass(eq=False)
@@ -439,8 +464,40 @@ class Mean(Moments):
     """Mean of the tensor or of each channel, summed in float64."""
 
 
+class _Products(Stored):
+    """A statistic that holds ``X^T X``, sums and a number of rows."""
+
+    matrix: Float64 | None
+    sums: Float64 | None
+    rows: int
+    _stacked: ClassVar[bool] = False
+
+    def state(self) -> dict[str, Array]:
+        """Return the sums as arrays."""
+        axes = 3 if self._stacked else 2
+        return {
+            "matrix": np.zeros((0,) * axes) if self.matrix is None else self.matrix,
+            "sums": np.zeros((0,) * (axes - 1)) if self.sums is None else self.sums,
+            "rows": np.array([self.rows]),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over stored sums."""
+        matrix = _stored(state, "matrix", "f", *(None,) * (3 if self._stacked else 2))
+        size = matrix.shape[-1]
+        sums = _stored(state, "sums", "f", *matrix.shape[:-1])
+        rows = int(_stored(state, "rows", "i", 1)[0])
+        usable = rows >= 0 and (rows > 0) <= (matrix.size > 0)
+        if matrix.shape[-2] != size or not usable:
+            raise UsageError("a stored Gram matrix contradicts itself")
+        if np.any(np.einsum("...ii->...i", matrix) < 0):
+            raise UsageError("a stored Gram matrix has negative squares")
+        self.rows = rows
+        self.matrix, self.sums = (matrix, sums) if matrix.size else (None, None)
+
+
 @dataclass(eq=False)
-class Gram(Statistic):
+class Gram(_Products):
     """``X^T X`` over all rows of a tensor, for layer-wise least squares.
 
     This is the Hessian of the layer-wise error up to a factor (Frantar and Alistarh
@@ -693,7 +750,7 @@ class ConvNorm(Statistic):
 
 
 @dataclass(eq=False)
-class ConvGram(Statistic):
+class ConvGram(_Products):
     """``P^T P`` of the patches a Conv reads, for each group: SparseGPT for Conv.
 
     Column ``c * kernel + k`` of a patch is what ``W[out, c, k...]`` is multiplied with,
@@ -710,6 +767,8 @@ class ConvGram(Statistic):
         sums: float64 [group, in / group * kernel], sum of the patches.
         rows: Number of patches used.
     """
+
+    _stacked: ClassVar[bool] = True
 
     window: ConvWindow
     positions: int | None = None
@@ -1073,7 +1132,7 @@ class ConvSample(Sample):
             self._offer(rows, self._draws.random(len(rows)))
 
 
-class Multi(Statistic):
+class Multi(Stored):
     """Several statistics of one tensor, gathered together.
 
     Attributes:
@@ -1107,3 +1166,29 @@ class Multi(Statistic):
     def _merge(self, other: Multi) -> None:
         for name, part in self.parts.items():
             part.merge(other.parts[name])
+
+    def state(self) -> dict[str, Array]:
+        """Return what the parts have gathered, named by their number."""
+        return {
+            f"{number}.{key}": array
+            for number, part in enumerate(self.parts.values())
+            for key, array in _storable(part).state().items()
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over the stored states of all parts."""
+        for number, part in enumerate(self.parts.values()):
+            start = f"{number}."
+            _storable(part).restore(
+                {
+                    key.removeprefix(start): array
+                    for key, array in state.items()
+                    if key.startswith(start)
+                }
+            )
+
+
+def _storable(part: Statistic) -> Stored:
+    if not isinstance(part, Stored):
+        raise UsageError(f"a {type(part).__name__} cannot be stored")
+    return part
