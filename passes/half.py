@@ -169,6 +169,7 @@ class Half(SitePass):
     def _weights(self, model: Model, ctx: Context) -> Iterator[Site]:
         encoder = Encoder(opset=model.opset, fresh=lambda name: name)
         found = False
+        others: Counter[str] = Counter()
         for weight in model.weights():
             nodes = [node for node, _ in weight.uses]
             names = [weight.name]
@@ -176,13 +177,18 @@ class Half(SitePass):
             if not selected(names, self.only, self.skip):
                 continue
             found = True
-            why = _not_stored(weight, self.type) or self._stored(weight, encoder)
+            if weight.data_type != _FLOAT:
+                others[onnx.TensorProto.DataType.Name(weight.data_type).lower()] += 1
+                continue
+            why = _not_stored(weight) or self._stored(weight, encoder)
             if why:
                 ctx.skipped(weight.name, why)
                 continue
             saved = plain_nbytes(weight.name, weight.tensor) - weight.nbytes // 2
             kind = nodes[0].op if nodes else "unused"
             yield Site(weight.name, kind, saved - _NODE_BYTES)
+        for name, count in others.items():
+            ctx.skipped(name, f"{count} weights hold {name}, not float32")
         if not found:
             ctx.skipped("model", "it has no weight that was chosen")
 
@@ -289,11 +295,8 @@ def _misfit(chunks: Iterator[Array], kind: str) -> str:
     return ""
 
 
-def _not_stored(weight: Weight, kind: str) -> str:
+def _not_stored(weight: Weight) -> str:
     """Why a weight is not one to round, whatever its values, or nothing."""
-    if weight.data_type != _FLOAT:
-        name = onnx.TensorProto.DataType.Name(weight.data_type).lower()
-        return f"holds {name}, not float32"
     if weight.node is not None:
         return "is a Constant node, which is written as it is; run fold first"
     if weight.is_input:
