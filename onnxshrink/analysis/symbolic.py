@@ -743,6 +743,17 @@ def _span(node: Node, dims: Dims) -> Dims:
     return dims[slice(start, end)]
 
 
+@_value_of("Constant")
+def _constant_value(facts: Facts, node: Node) -> Dims | None:
+    value = node.attrs.get("value")
+    if isinstance(value, gs.Constant):
+        return facts.value(value)
+    found = node.attrs.get("value_ints", node.attrs.get("value_int"))
+    if isinstance(found, (int, list, tuple)):
+        return tuple(int(v) for v in np.ravel(found))
+    return None
+
+
 @_value_of("Shape")
 def _shape_value(facts: Facts, node: Node) -> Dims | None:
     dims = facts.shape(node.inputs[0])
