@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -165,10 +165,30 @@ class Student(SitePass):
 
     def _kept(self, group: Group) -> int:
         """Return how many channels of a group stay."""
-        wanted, step = group.size * self.width, self.round_to
-        if group.width == 1 and group.size > step:
-            return min(group.size, max(step, int(wanted / step + 0.5) * step))
-        return max(1, int(wanted + 0.5))
+        return self._rounded(group.size * self.width, group.size, group.width)
+
+    def _rounded(self, wanted: float, size: int, each: int = 1) -> int:
+        """Round to a multiple, unless channels are few or many positions each."""
+        step = self.round_to if each == 1 and size > self.round_to else 1
+        return min(size, max(step, int(wanted / step + 0.5) * step))
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        """Keep more channels; blocks and fresh weights know no less."""
+        size, kept = site.detail.get("channels"), site.detail.get("kept")
+        if strength >= 1:
+            return site
+        if not isinstance(size, int) or not isinstance(kept, int):
+            return None
+        more = self._rounded(size - (size - kept) * strength, size)
+        if more >= size:
+            return None
+        share = (size - more) / (size - kept)
+        return replace(
+            site,
+            bytes_saved=round(site.bytes_saved * share),
+            macs_saved=round(site.macs_saved * share),
+            detail={**site.detail, "kept": more},
+        )
 
     def _fresh(
         self, model: Model, skipped: Callable[[str, str], None] = lambda *_: None
@@ -223,11 +243,15 @@ class Student(SitePass):
             self._restart(model, chosen, ctx)
 
     def _thin(self, model: Model, chosen: Mapping[str, Site], ctx: Context) -> None:
-        kept = [
-            (group, _strongest(group, self._kept(group)))
-            for group in channels.find(model)
-            if group.name in chosen and not group.why
-        ]
+        kept = []
+        for group in channels.find(model):
+            site = chosen.get(group.name)
+            if site is None or group.why:
+                continue
+            # Another size than planned: a block that was to go is still there.
+            planned = site.detail["channels"] == group.size
+            count = site.detail["kept"] if planned else self._kept(group)
+            kept.append((group, _strongest(group, int(str(count)))))
         if not kept:
             return
         channels.remove_all(model, kept)

@@ -217,3 +217,17 @@ def test_twice_the_blocks_take_about_twice_the_steps() -> None:
         graph = blocks._Graph(Model.load(long_chain(count)))
         counts.append(sum(len(links) for links in graph._up))
     assert counts[1] < 3 * counts[0]
+
+
+def test_a_size_that_is_read_off_does_not_hide_a_block() -> None:
+    model = built(
+        """(float[N,4] x) => (float[N,4] y, int64[2] size) {
+            h = Relu(x)
+            a = MatMul(h, w)
+            p = Add(h, a)
+            size = Shape(h)
+            y = Tanh(p)
+        }""",
+        {"w": (4, 4)},
+    )
+    assert spans(model) == [[("h", "p")]]

@@ -16,7 +16,7 @@ feed-forward in turn, make a ``Run`` of units.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink._exporter import in_order
 from onnxshrink._topology import is_onnx, subgraphs_of
+from onnxshrink.analysis.layers import FLOATS
 from onnxshrink.analysis.symbolic import Dims, Facts, facts_of
 from onnxshrink.model import Model, Node
 
@@ -52,10 +53,6 @@ _BEHIND = frozenset(
 """Operators that may end a block."""
 _ALONG = _BEHIND | {"Add", "Cast", "Dropout", "Identity", "Mul", "Softplus"}
 """Operators that may stand in a layer of a row, with one operand that is computed."""
-_SILENT = frozenset(
-    {"Cast", "Concat", "Constant", "Gather", "Identity", "Shape", "Slice", "Unsqueeze"}
-)
-"""Operators that compute shapes, which exporters place now here, now there."""
 _LONGEST_PATTERN = 4
 
 
@@ -188,14 +185,18 @@ class _Graph:
             links.append(self._up[links[-1]][len(links) - 1])
         return links
 
-    def _meeting(self, tensors: Sequence[gs.Tensor]) -> int:
-        """Return the first node that all paths from tensors run through."""
+    def _meeting(
+        self, tensors: Sequence[gs.Tensor], but: Container[str] = frozenset()
+    ) -> int:
+        """Return the first node that all paths run through, but for some readers."""
         places: set[int] = set()
         for tensor in tensors:
             if id(tensor) in self._returned or id(tensor) in self._inside:
                 return self._exit
             places.update(
-                self.place[id(n)] for n in tensor.outputs if id(n) in self.place
+                self.place[id(n)]
+                for n in tensor.outputs
+                if id(n) in self.place and n.op not in but
             )
         found = -1
         for place in sorted(places):
@@ -224,18 +225,18 @@ class _Graph:
     def residual(self, node: Node) -> Block | None:
         """Return the residual block that begins with the value a node gives."""
         outputs = [tensor for tensor in node.outputs if tensor.name]
-        if len(outputs) != 1:
-            return None
-        return self._residual(outputs[0], self._up[self.place[id(node)]][0], node)
+        return self._residual(outputs[0], node) if len(outputs) == 1 else None
 
     def residual_input(self, tensor: gs.Tensor) -> Block | None:
         """Return the residual block that begins with an input of the model."""
-        return self._residual(tensor, self._meeting([tensor]), None)
+        return self._residual(tensor, None)
 
-    def _residual(
-        self, start: gs.Tensor, join: int, maker: Node | None
-    ) -> Block | None:
-        if join == self._exit or len(start.outputs) < 2:
+    def _residual(self, start: gs.Tensor, maker: Node | None) -> Block | None:
+        if len(start.outputs) < 2:
+            return None
+        # That later blocks read off its size leaves the value itself inside.
+        join = self._meeting([start], {"Shape"})
+        if join == self._exit:
             return None
         node = self.nodes[join]
         if not (node.op == "Add" and is_onnx(node.domain) and len(node.inputs) == 2):
@@ -287,13 +288,25 @@ class _Graph:
         nodes = self._freed(start, end)
         if not any(node.op in _LINEAR for node in nodes):
             return None  # nothing is gained
-        telling = (node for node in nodes if node.op not in _SILENT)
+        telling = (node for node in nodes if self._is_telling(node))
         signature = (
             kind,
             tuple(d if isinstance(d, int) else None for d in self._shape(start)),
             tuple(sorted(Counter(map(self._describe, telling)).items())),
         )
         return Block(start, end, nodes, kind, signature)
+
+    def _is_telling(self, node: Node) -> bool:
+        """Whether a node computes no shape: exporters place those now here, now there.
+
+        What is known already, and integers and scalars, are of that kind.
+        """
+        output = node.outputs[0]
+        shape = self.facts.shape(output)
+        is_value = self.facts.type(output) in FLOATS and (
+            shape is None or len(shape) > 1
+        )
+        return is_value and not self._is_constant(output)
 
     def _shape(self, tensor: gs.Tensor) -> Dims:
         return self.facts.shape(tensor) or ()
@@ -338,7 +351,7 @@ class _Graph:
     def _describe(self, node: Node) -> str:
         settings = sorted((k, v) for k, v in node.attrs.items() if _is_plain(v))
         weights = [self.model.constant(t) for t in node.inputs if t.name]
-        shapes = [weight.shape if weight is not None else None for weight in weights]
+        shapes = [weight.shape or None if weight else None for weight in weights]
         return f"{node.domain or ''}.{node.op} {settings} {shapes}"
 
 

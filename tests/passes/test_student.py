@@ -72,7 +72,6 @@ def test_two_thirds_of_1200_features_are_800() -> None:
 OPTIONS = [
     Student(width=0.5, keep=0),
     Student(width=0.3, keep=1, round_to=1, inherit=False),
-    Student(inherit=False, keep=3),
 ]
 
 
@@ -175,6 +174,23 @@ def test_channels_that_a_norm_silences_go_first() -> None:
     model.set_weight(scale, values)
     student, _ = testing.apply(Student(keep=1, width=0.5), model)
     assert (student.weight("mix.norm.weight").read() != 0).all()
+
+
+def test_a_weaker_site_keeps_more_channels() -> None:
+    student, model = Student(width=0.5), load("vit")
+    sites = {site.where: site for site in sites_of(student, model)}
+    hidden = student.weaken(sites["blocks.0.fc1.weight"], 0.5)
+    assert hidden is not None
+    assert hidden.detail == {"channels": 192, "kept": 144}
+    assert 0 < hidden.bytes_saved < sites["blocks.0.fc1.weight"].bytes_saved
+    heads = student.weaken(sites["blocks.0.attention.query.weight"], 0.5)
+    assert heads is not None
+    assert heads.detail["kept"] == 3
+    assert student.weaken(sites["blocks.0.fc1.weight"], 0.01) is None
+    assert student.weaken(sites["/blocks.1/Add_1_output_0"], 0.5) is None
+    student.rewrite_all(model, [hidden, heads], testing._context(model, 0))
+    assert model.weight("blocks.0.fc1.weight").shape == (64, 144)
+    assert model.weight("blocks.0.attention.query.weight").shape == (64, 48)
 
 
 @pytest.mark.parametrize(
