@@ -18,6 +18,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.fold import Fold
 from onnxshrink.quantization import (
+    correction,
     dynamic,
     inputs,
     smoothing,
@@ -92,6 +93,10 @@ class Quantize(SitePass):
             gptq, adaround; auto: gptq with data, mse without.
         bias_correction: Whether biases take up the shift of the mean in the static
             form; auto: yes.
+        equalize: What is moved between neighbours first: cross-layer (ranges of weights
+            of two layers), smooth (large activations into weights, SmoothQuant), awq
+            (weights that large activations multiply); auto: smooth where the form is
+            dynamic and there is data.
         target: The processor: avx2 (x86 without VNNI), vnni, arm, gpu or any; auto:
             this machine's. What that means is in the report.
         allow_random: Calibrate with random inputs where there is no data.
@@ -115,6 +120,7 @@ class Quantize(SitePass):
     percentile: float = 99.99
     rounding: Literal["auto", "nearest", "mse", "hqq", "gptq", "adaround"] = "auto"
     bias_correction: Literal["auto", "true", "false"] = "auto"
+    equalize: Literal["auto", "none", "cross-layer", "smooth", "awq"] = "auto"
     target: Literal["auto", "avx2", "vnni", "arm", "gpu", "any"] = "auto"
     allow_random: bool = False
 
@@ -157,6 +163,10 @@ class Quantize(SitePass):
                 "none; allow_random=true takes random inputs, whose ranges are those "
                 "of noise"
             )
+        if self.equalize in ("smooth", "awq") and (random or not usable):
+            raise UsageError(
+                f"equalize={self.equalize} looks at activations: give --data"
+            )
         return usable and not random
 
     def _form(
@@ -181,7 +191,7 @@ class Quantize(SitePass):
         rounded = "gptq" if self.rounding == "auto" else self.rounding
         return Recipe(
             activation=Scheme(data_type, low, high, symmetric),
-            weights="int8" if self.weights == "auto" else self.weights,
+            weights=self._weights,
             per_channel=self.granularity != "tensor",
             method=method,
             percentile=self.percentile,
@@ -260,6 +270,7 @@ class Quantize(SitePass):
         target, note = targets.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
+        self._equalized(model, names, target, ctx)
         if names["static"]:
             if ctx.samples.random:
                 ctx.skipped("calibration", "random inputs: ranges are those of noise")
@@ -273,6 +284,39 @@ class Quantize(SitePass):
         self._others(model, names, target, ctx)
         model.drop_unused()
         model.forget_shapes()
+
+    def _equalized(
+        self,
+        model: Model,
+        names: Mapping[str, Sequence[str]],
+        target: Target,
+        ctx: Context,
+    ) -> None:
+        """Move sizes between neighbours so that codes lose less."""
+        pairs = target.saturation != "never"
+        coded = [*names["static"], *names["dynamic"]]
+        if self.equalize == "cross-layer":
+            correction.equalize(model, ctx)
+        elif self.equalize == "smooth" and coded:
+            smoothing.smooth(model, ctx, only=coded, pairs=pairs)
+        elif self.equalize == "auto" and names["dynamic"] and self._has_data(ctx):
+            smoothing.smooth(model, ctx, only=names["dynamic"], pairs=pairs)
+        elif self.equalize == "awq" and names["none"]:
+            levels = weightonly.LEVELS[self._weights]
+            block = self.block if self._in_blocks else 0
+            smoothing.awq(model, ctx, levels, block=block, only=names["none"])
+
+    @property
+    def _weights(self) -> str:
+        """Key of ``weightonly.LEVELS``."""
+        return "int8" if self.weights == "auto" else self.weights
+
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether blocks of a weight that is alone in codes have their own scales."""
+        levels = weightonly.LEVELS[self._weights]
+        few = levels.high - levels.low < 16
+        return self.granularity == "block" or (self.granularity == "auto" and few)
 
     def _others(
         self,
@@ -291,8 +335,6 @@ class Quantize(SitePass):
             if layer.name in wanted
         ]
         pairs = target.saturation != "never"
-        if names["dynamic"] and self._has_data(ctx):
-            smoothing.smooth(model, ctx, only=names["dynamic"], pairs=pairs)
         for layer, gram in self._with_grams(model, chosen, ctx):
             matrices = layer.layout.matrices(layer.weight.read())
             rows = np.ascontiguousarray(matrices, np.float32)
@@ -311,12 +353,9 @@ class Quantize(SitePass):
         self, rows: NDArray[Any], gram: NDArray[np.float64] | None
     ) -> tuple[Grid, NDArray[np.int32]]:
         """Choose the codes of a weight that is decoded before it is used."""
-        levels = weightonly.LEVELS["int8" if self.weights == "auto" else self.weights]
-        block = 0
-        if self.granularity == "block" or (
-            self.granularity == "auto" and levels.high - levels.low < 16
-        ):
-            block = weightonly.block_of(rows.shape[1], self.block)
+        levels = weightonly.LEVELS[self._weights]
+        wanted = self.block if self._in_blocks else 0
+        block = weightonly.block_of(rows.shape[1], wanted)
         method: Fit = "hqq" if self.rounding == "hqq" else "mse"
         if self.rounding == "nearest":
             method = "minmax"

@@ -27,6 +27,7 @@ from onnxshrink.base import Context
 from onnxshrink.model import Model
 from onnxshrink.quantization import (
     calibration,
+    dynamic,
     inputs,
     placement,
     rounding,
@@ -318,6 +319,9 @@ class _Static:
             codes = rounding.adaround(rows, gram, grid)
         else:
             codes = rounding.nearest(rows, grid)
+        if self._clips(layer):
+            order = targets._order(layer)
+            codes[:, order] = dynamic.safe_codes(codes[:, order])
         shift = None
         if mean is not None:
             change = (rounding.decode(codes, grid) - rows).reshape(matrices.shape)
@@ -359,14 +363,19 @@ class _Static:
         grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
         return grid, int((factor < 1).sum())
 
+    def _clips(self, layer: Layer) -> bool:
+        """Whether sums of two products could clip on the target."""
+        wide = LEVELS[self.recipe.weights] == LEVELS["int8"]
+        narrow = self.recipe.target.saturation != "never"
+        return wide and narrow and targets.adds_pairs(layer)
+
     def _headroom(self, layer: Layer, rows: Array, grid: Grid) -> Float64:
         """Return how far to narrow each output's codes: 1 leaves them as they are.
 
         The bound over all activations there could be costs less than a bit, which
         rounding wins back; so no later input can make a sum clip either.
         """
-        wide = LEVELS[self.recipe.weights] != LEVELS["int8"]
-        if wide or self.recipe.target.saturation == "never":
+        if not self._clips(layer):
             return np.ones(len(rows))
         codes = rounding.nearest(rows, grid)
         matrices = codes.reshape(layer.layout.matrices_shape)
