@@ -68,6 +68,17 @@ def test_an_unknown_target_names_the_nearest() -> None:
         targets.resolve("avx1")
 
 
+def test_a_target_says_what_speaks_against_types() -> None:
+    uint8, int8 = TensorProto.UINT8, TensorProto.INT8
+    avx2, arm, gpu = (targets.TARGETS[name] for name in ("avx2", "arm", "gpu"))
+    assert "run slowly on avx2" in avx2.concern(uint8, uint8)
+    assert not avx2.concern(uint8, int8)
+    assert not arm.concern(uint8, uint8)
+    assert "takes int8 only" in gpu.concern(uint8, int8)
+    for target in targets.TARGETS.values():
+        assert not target.concern(target.activation, target.weight)
+
+
 def test_the_bound_is_that_of_the_worst_pair_of_neighbours() -> None:
     codes = np.array([[127, 127, 0, 0], [127, 0, 127, 0], [100, -100, 28, 28]]).T
     found = targets.saturation(layer_of(codes), codes)

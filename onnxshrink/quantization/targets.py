@@ -42,6 +42,7 @@ __all__ = [
     "adds_pairs",
     "detect",
     "headroom",
+    "kernel_order",
     "resolve",
     "sampled",
     "saturates",
@@ -85,6 +86,19 @@ class Target:
     saturation: Literal["never", "data", "bound"]
     slow: frozenset[tuple[int, int]]
     note: str
+
+    def concern(self, activation: int, weight: int) -> str:
+        """Say what speaks against a pair of data types here; nothing if it is fine."""
+        names = [
+            onnx.TensorProto.DataType.Name(kind).lower()
+            for kind in (activation, weight)
+        ]
+        pair = f"{names[0]} activations with {names[1]} weights"
+        if (activation, weight) in self.slow:
+            return f"{pair} run slowly on {self.name}; int8 weights are fast"
+        if self.symmetric_activations and activation != _INT8:
+            return f"{pair} do not run on {self.name}, which takes int8 only"
+        return ""
 
 
 def _target(name: str, activation: int, saturation: str, note: str) -> Target:
@@ -271,7 +285,7 @@ def saturation(
     if not adds_pairs(layer):
         nothing = np.zeros(groups * outputs)
         return Saturation(nothing, nothing, nothing)
-    order = _order(layer)
+    order = kernel_order(layer)
     found = []
     for group in range(groups):
         weight = _paired(matrices[group][:, order].astype(np.int64))
@@ -363,10 +377,17 @@ def _taps(layer: Layer) -> int:
     return int(np.prod(layer.layout.shape[2:], dtype=np.int64))
 
 
-def _order(layer: Layer) -> NDArray[np.intp]:
-    """Inputs of a dot product in the order the kernel takes them."""
+def kernel_order(layer: Layer) -> NDArray[np.intp]:
+    """Return the inputs of a dot product in the order the kernel takes them.
+
+    Of the matrices [groups, outputs, inputs] of ``Layout``; neighbours, two by two, are
+    the pairs whose products are added in 16 bits.
+    """
     inputs, taps = layer.layout.matrices_shape[2], _taps(layer)
     return np.arange(inputs).reshape(inputs // taps, taps).T.reshape(-1)
+
+
+_order = kernel_order
 
 
 def _paired(rows: Codes) -> Codes:
