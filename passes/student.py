@@ -248,10 +248,11 @@ class Student(SitePass):
             site = chosen.get(group.name)
             if site is None or group.why:
                 continue
-            # Another size than planned: a block that was to go is still there.
-            planned = site.detail["channels"] == group.size
-            count = site.detail["kept"] if planned else self._kept(group)
-            kept.append((group, _strongest(group, int(str(count)))))
+            count = site.detail["kept"]
+            if not isinstance(count, int) or site.detail["channels"] != group.size:
+                # A block that the plan leaves out is still there.
+                count = self._kept(group)
+            kept.append((group, _strongest(group, count)))
         if not kept:
             return
         channels.remove_all(model, kept)
@@ -299,8 +300,8 @@ def _strongest(group: Group, count: int) -> list[int]:
     scales that, times the norm of what reads it.
     """
     score = np.ones(group.size)
-    for roles in (("producer",), ("consumer",), ("filter",), ("scale",)):
-        parts = [part for part in group.where if part.role in roles]
+    for role in ("producer", "consumer", "filter", "scale"):
+        parts = [part for part in group.where if part.role == role]
         if parts:
             score *= sum(_energy(part) for part in parts)
     for part in group.where:
