@@ -235,6 +235,8 @@ class Quantize(SitePass):
         self, model: Model, layer: Layer, static_ok: bool, data: bool, ctx: Context
     ) -> Site | None:
         dynamic_ok = not dynamic.why_not(model, layer)
+        if self.activations == "auto":
+            dynamic_ok = dynamic_ok and dynamic.pays(layer)
         form = self._form(layer, static_ok, dynamic_ok, data)
         why = weightonly.why_not(layer) if form == "none" else ""
         if not why and form == "none" and layer.weight.size < SMALLEST:
