@@ -231,6 +231,26 @@ def test_weights_that_are_not_finite_are_refused(bad):
         gptq(np.ones((1, 2), np.float32), np.full((2, 2), bad), grid)
 
 
+@pytest.mark.parametrize("choose", [gptq, descend])
+def test_negative_damping_is_refused(choose):
+    weight, gram = layer()
+    with pytest.raises(UsageError, match="damping is a number from 0 on"):
+        choose(weight, gram, fit(weight, -8, 7), damping=-1)
+
+
+def test_damped_descent_gives_more_on_other_samples():
+    draws = np.random.default_rng(0)
+    weight = draws.normal(size=(20, 60)).astype(np.float32)
+    few, many = (draws.normal(size=(rows, 60)) for rows in (70, 5000))
+    grid = fit(weight, -8, 7, method="mse")
+    seen, unseen = few.T @ few, many.T @ many
+    errors = [
+        error(weight, descend(weight, seen, grid, damping=d), grid, unseen)
+        for d in (0.0, 0.3)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_a_gram_matrix_of_another_layer_is_refused():
     weight, gram = layer()
     grid = fit(weight, -8, 7)
@@ -315,9 +335,9 @@ def test_gptq_then_descent_beats_each_alone(codes):
     errors = {
         "nearest": error(weight, nearest(weight, grid), grid, gram),
         "gptq": error(weight, gptq(weight, gram, grid), grid, gram),
-        "descend": error(weight, descend(weight, gram, grid), grid, gram),
+        "descend": error(weight, descend(weight, gram, grid, damping=0), grid, gram),
     }
-    both = descend(weight, gram, grid, gptq(weight, gram, grid))
+    both = descend(weight, gram, grid, gptq(weight, gram, grid), damping=0)
     assert errors["gptq"] < 0.7 * errors["nearest"]
     assert error(weight, both, grid, gram) < min(errors.values())
 
@@ -325,7 +345,7 @@ def test_gptq_then_descent_beats_each_alone(codes):
 def test_descent_ends_where_no_single_code_can_move():
     weight, gram = layer(outputs=3, inputs=12)
     grid = fit(weight, -4, 3, method="mse")
-    codes = descend(weight, gram, grid, sweeps=100)
+    codes = descend(weight, gram, grid, sweeps=100, damping=0)
     for row in range(3):
         at = slice(row, row + 1)
         least = error(weight[at], codes[at], grid.rows(at), gram)

@@ -225,6 +225,11 @@ def _check(weight: Array, gram: Float64 | None, grid: Grid | None) -> Float64 | 
     return stack
 
 
+def _check_damping(damping: float) -> None:
+    if not (damping >= 0 and math.isfinite(damping)):
+        raise UsageError(f"damping is a number from 0 on, not {damping}")
+
+
 def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     step = max(1, _CHUNK // max(1, shape[1]))
     for start in range(0, shape[0], step):
@@ -678,8 +683,7 @@ def gptq(
     """
     stack = _check(weight, gram, grid)
     assert stack is not None
-    if not (damping >= 0 and math.isfinite(damping)):
-        raise UsageError(f"damping is a number from 0 on, not {damping}")
+    _check_damping(damping)
     result = np.empty(weight.shape, np.int32)
     inputs = weight.shape[1]
     factors: tuple[Float64, NDArray[np.intp]] | None = None
@@ -790,12 +794,14 @@ def descend(
     codes: Int32 | None = None,
     *,
     sweeps: int = 8,
+    damping: float = DAMPING,
 ) -> Int32:
     """Improve codes by exact coordinate descent on the output error.
 
     With all other codes fixed the error is a parabola in one code, and its best value
     on the grid is known. Columns take turns, all rows at once, until no code moves
-    (Behdin et al. 2023, "QuantEase", section 3). The error never rises.
+    (Behdin et al. 2023, "QuantEase", section 3). The damped error never rises. Without
+    damping the codes fit what the samples happen to hold, and less what they stand for.
 
     Args:
         weight: Float [rows, inputs].
@@ -803,9 +809,11 @@ def descend(
         grid: The grid.
         codes: Where to start; ``None``: from rounding to nearest.
         sweeps: Turns of all columns at most.
+        damping: Share of the mean diagonal that is added to it.
 
     Returns:
-        Codes, int32 [rows, inputs].
+        Codes, int32 [rows, inputs]. A row that has a larger error than rounded to
+        nearest is rounded to nearest.
 
     Raises:
         ModelError: A weight or an entry of ``gram`` is not finite.
@@ -813,6 +821,7 @@ def descend(
     """
     stack = _check(weight, gram, grid)
     assert stack is not None
+    _check_damping(damping)
     start = nearest(weight, grid) if codes is None else codes
     result = np.empty(weight.shape, np.int32)
     for piece in _pieces(weight, stack):
@@ -820,7 +829,7 @@ def descend(
         found = _descended(
             piece.stacked(weight[piece.rows]),
             piece.stacked(start[piece.rows]),
-            _unit(piece.gram),
+            _unit(piece.gram) + damping * np.eye(weight.shape[1]),
             grid.rows(piece.rows),
             sweeps,
         )
