@@ -6,12 +6,16 @@ counts; both update every weight. Three networks: a ResNet-20 (batch 128 of 3 x 
 32), an encoder of 4 layers of width 384 (batch 16 of 64 tokens), and a MobileNet-like
 net (batch 32 of 3 x 64 x 64). Normalization of the convolutional nets is folded, as in
 a model that was exported for inference.
+
+onnx-ad and onnxsim run with ``--peer-python PATH``, or ``--peer-env FOLDER``, where a
+virtual environment is made with the pinned versions. onnx-ad makes gradients alone:
+Adam is done in numpy behind it. Both are held to the threads by processor affinity.
+Where one cannot run a network, the table has its own words why.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -29,6 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 Array = np.ndarray[Any, Any]
 TEMPERATURE = 4.0
 RATE = 1e-4
+PEERS = ("onnx-ad==0.3.0", "onnxsim==0.8.1", "onnx", "onnxruntime", "numpy")
 
 
 class Net:
@@ -324,6 +329,159 @@ def torch_step(
     return _last_line(command, {"OMP_NUM_THREADS": str(threads)})
 
 
+_PEER = r"""
+import json, os, sys, time
+tool, path, data, threads, steps = *sys.argv[1:4], *map(int, sys.argv[4:6])
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+import numpy as np, onnx, onnxruntime as ort
+def memory(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+arrays = dict(np.load(data))
+feeds = {k: arrays.pop(k) for k in ("x", "teacher")}
+model = onnx.load(path)
+base = memory("VmRSS")
+if tool == "onnx-ad":
+    from onnx_ad import reverse
+    kept = [t for t in model.graph.initializer if t.name not in arrays]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for k, v in arrays.items():
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v.shape))
+    made = reverse(model, inputs=list(arrays), outputs=["loss"], layout="onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    session = ort.InferenceSession(made.SerializeToString(), options)
+    names = ["loss", *("adj_" + k for k in arrays)]
+    m, v = ({k: np.zeros_like(a) for k, a in arrays.items()} for _ in range(2))
+    count = 0
+    def step():
+        global count
+        count += 1
+        loss, *grads = session.run(
+            names, {**feeds, **arrays, "adj_loss": np.ones(1, np.float32)})
+        for k, g in zip(arrays, grads):
+            g = g.reshape(arrays[k].shape)
+            m[k] += 0.1 * (g - m[k])
+            v[k] += 0.001 * (g * g - v[k])
+            root = np.sqrt(v[k] / (1 - 0.999**count)) + 1e-8
+            arrays[k] = arrays[k] - RATE / (1 - 0.9**count) * m[k] / root
+        return float(loss)
+else:
+    from onnxsim.compile_training import compile_training_loop
+    loop = compile_training_loop(model, "loss", list(arrays))
+    def step():
+        return float(loop(feeds, lr=RATE))
+losses, wall, cpu = [], [], []
+for _ in range(steps):
+    start, used = time.perf_counter(), time.process_time()
+    losses.append(step())
+    wall.append(time.perf_counter() - start)
+    cpu.append(time.process_time() - used)
+print(json.dumps({"losses": losses[:3], "wall": min(wall), "cpu": min(cpu),
+                  "memory": memory("VmHWM") - base}))
+"""
+
+
+def with_loss(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with the teacher's scores as input and the loss as output.
+
+    Flatten and Gelu are written out, since onnxsim has no rule for them.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(proto)
+    graph = out.graph
+    constants: dict[str, Array] = {
+        "rows": np.array([0, -1], np.int64),
+        "half": np.array(0.5, np.float32),
+        "one": np.array(1, np.float32),
+        "root_half": np.array(math.sqrt(0.5), np.float32),
+    }
+    for name, array in constants.items():
+        graph.initializer.append(numpy_helper.from_array(array, name))
+    del graph.node[:]
+    for node in proto.graph.node:
+        graph.node.extend(_written_out(node))
+    shape = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim]
+    factor = TEMPERATURE**2 / shape[0]
+    for name, value in (("cool", 1 / TEMPERATURE), ("factor", factor)):
+        array = np.array(value, np.float32)
+        graph.initializer.append(numpy_helper.from_array(array, name))
+    for op, inputs, output in (
+        # Not LogSoftmax, for which onnxsim has no rule.
+        ("Mul", ["scores", "cool"], "mine"),
+        ("Softmax", ["mine"], "mine_share"),
+        ("Log", ["mine_share"], "mine_log"),
+        ("Mul", ["teacher", "cool"], "theirs"),
+        ("Softmax", ["theirs"], "share"),
+        ("Log", ["share"], "share_log"),
+        ("Sub", ["share_log", "mine_log"], "off"),
+        ("Mul", ["share", "off"], "parts"),
+        ("ReduceSum", ["parts"], "sum"),
+        ("Mul", ["sum", "factor"], "scaled"),
+        ("Reshape", ["scaled", "scalar"], "loss"),
+    ):
+        graph.node.append(helper.make_node(op, inputs, [output], output))
+    graph.initializer.append(numpy_helper.from_array(np.zeros(0, np.int64), "scalar"))
+    graph.input.append(
+        helper.make_tensor_value_info("teacher", TensorProto.FLOAT, shape)
+    )
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
+    return out
+
+
+def _written_out(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    x, y = node.input[0], node.output[0]
+    if node.op_type == "Flatten":
+        return [helper.make_node("Reshape", [x, "rows"], [y], y)]
+    if node.op_type != "Gelu":
+        return [node]
+    a, b, c, d = (f"{y}_{letter}" for letter in "abcd")
+    return [
+        helper.make_node("Mul", [x, "root_half"], [a], a),
+        helper.make_node("Erf", [a], [b], b),
+        helper.make_node("Add", [b, "one"], [c], c),
+        helper.make_node("Mul", [c, "half"], [d], d),
+        helper.make_node("Mul", [d, x], [y], y),
+    ]
+
+
+def peer_step(
+    python: str, tool: str, name: str, threads: int, steps: int, folder: Path
+) -> dict[str, Any] | str:
+    """Measure another tool's step, or return why it has none."""
+    net, proto = NETS[name]()
+    x, teacher = samples(proto)
+    model, data = folder / f"{name}.onnx", folder / f"{name}.npz"
+    onnx.save(with_loss(proto), model)
+    arrays: dict[str, Any] = dict(net.weights)
+    np.savez(data, x=x, teacher=teacher, **arrays)
+    code = _PEER.replace("RATE", str(RATE))
+    try:
+        return _last_line(
+            [python, "-c", code, tool, str(model), str(data), str(threads), str(steps)],
+            {},
+        )
+    except SystemExit as error:
+        return str(error).strip().splitlines()[-1][:160]
+
+
+def peer_python(python: str | None, folder: Path | None) -> str | None:
+    """Return an interpreter with the other tools, made in a folder if one is given."""
+    if folder is None:
+        return python
+    binary = folder / "bin" / "python"
+    if not binary.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(binary), "-m", "pip", "install", "-q", *PEERS]
+        subprocess.run(install, check=True)
+    return str(binary)
+
+
 def _last_line(command: Sequence[str], extra: Mapping[str, str]) -> dict[str, Any]:
     done = subprocess.run(
         command,
@@ -344,6 +502,8 @@ def main(arguments: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="training", description=__doc__)
     parser.add_argument("--torch-python", help="an interpreter that has torch")
+    parser.add_argument("--peer-python", help="an interpreter that has the peers")
+    parser.add_argument("--peer-env", type=Path, help="a folder to install them in")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=list(NETS), default=list(NETS))
@@ -353,26 +513,46 @@ def main(arguments: Sequence[str]) -> None:
         name, threads = given.child
         print(json.dumps(ours(name, int(threads), given.steps)))
         return
+    peers = peer_python(given.peer_python, given.peer_env)
     root = Path(__file__).resolve().parent
-    print(f"{'network':11} threads  {'tool':11} wall ms  cpu ms   MB  wall ratio  loss")
+    print(
+        f"{'network':10} threads  {'tool':10} wall ms  cpu ms    MB  wall ratio  "
+        "cpu ratio  loss"
+    )
     for name in given.only:
         for threads in given.threads:
             command = [sys.executable, str(root), "training"]
             command += ["--steps", str(given.steps), "--child", name, str(threads)]
-            rows = {"onnxshrink": _last_line(command, {})}
-            if given.torch_python:
-                with tempfile.TemporaryDirectory() as folder:
+            rows: dict[str, dict[str, Any] | str] = {}
+            rows["onnxshrink"] = _last_line(command, {})
+            with tempfile.TemporaryDirectory() as folder:
+                if given.torch_python:
                     rows["torch"] = torch_step(
                         given.torch_python, name, threads, given.steps, Path(folder)
                     )
-            base = rows.get("torch")
+                for tool in ("onnx-ad", "onnxsim") if peers else ():
+                    rows[tool] = peer_step(
+                        str(peers), tool, name, threads, given.steps, Path(folder)
+                    )
             for tool, row in rows.items():
-                ratio = f"{row['wall'] / base['wall']:10.2f}" if base else " " * 10
-                print(
-                    f"{name:11} {threads:7}  {tool:11} {row['wall'] * 1e3:7.0f} "
-                    f"{row['cpu'] * 1e3:7.0f} {row['memory'] / 2**20:4.0f}  {ratio}  "
-                    + " ".join(f"{loss:.6f}" for loss in row["losses"])
-                )
-    for package, label in (("onnx_ad", "onnx-ad"), ("onnxsim", "onnxsim")):
-        there = importlib.util.find_spec(package) is not None
-        print(f"{label}: {'installed, not measured' if there else 'not installed'}")
+                label = f"{name:10} {threads:7}  {tool:10}"
+                print(_line(label, row, rows.get("torch")), flush=True)
+    if not peers:
+        print("onnx-ad, onnxsim: not measured (no --peer-python, no --peer-env)")
+
+
+def _line(
+    label: str, row: dict[str, Any] | str, base: dict[str, Any] | str | None
+) -> str:
+    """Return a row of the table."""
+    if isinstance(row, str):
+        return f"{label} {row}"
+    ratios = [
+        f"{row[key] / base[key]:10.2f}" if isinstance(base, dict) else " " * 10
+        for key in ("wall", "cpu")
+    ]
+    losses = " ".join(f"{loss:.6f}" for loss in row["losses"])
+    return (
+        f"{label} {row['wall'] * 1e3:7.0f} {row['cpu'] * 1e3:7.0f} "
+        f"{row['memory'] / 2**20:5.0f}  {ratios[0]} {ratios[1]}  {losses}"
+    )
