@@ -15,6 +15,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.quantization import targets
 
+AVX512 = "avx512f avx512bw avx512dq avx512vl"
 AVX2 = "processor : 0\nmodel name : Some CPU\nflags : fpu avx avx2\n"
 
 
@@ -40,7 +41,9 @@ def layer_of(weight: np.ndarray, op: str = "MatMul", **attributes: Any) -> layer
     ("machine", "flags", "target", "known"),
     [
         ("x86_64", "avx2", "avx2", True),
-        ("AMD64", "avx2 avx512f avx512_vnni", "vnni", True),
+        ("AMD64", f"avx2 {AVX512} avx512_vnni", "vnni", True),
+        ("x86_64", f"avx2 {AVX512}", "avx2", True),
+        ("x86_64", f"avx2 avx_vnni {AVX512}", "avx2", True),
         ("x86_64", "avx2 avx_vnni", "vnni", True),
         ("x86_64", "", "avx2", False),
         ("aarch64", "", "arm", True),
