@@ -139,8 +139,8 @@ class Half(SitePass):
         if self.type == "bf16" and set(ctx.providers) <= {"CPUExecutionProvider"}:
             ctx.skipped(
                 "model",
-                "onnxruntime's CPU provider has no bfloat16 kernels of arithmetic; take "
-                "type=fp16, mode=storage or another --provider",
+                "onnxruntime's CPU provider has no bfloat16 kernels of arithmetic; "
+                "take type=fp16, mode=storage or another --provider",
             )
             return []
         return self._nodes(model, ctx)
