@@ -475,16 +475,22 @@ class _Run:
         two = self.teacher.ask(
             self.few, list(dict.fromkeys(pair.teacher for pair in found))
         )
-        links = []
-        for number, pair in enumerate(found):
+        links: list[Link] = []
+        for pair in found:
             ours = one[pair.student]
             if ours.dtype != np.float32:
                 raise UsageError(
                     f"match: {pair.student!r} is {ours.dtype}, not float32"
                 )
-            links.append(link(pair, number, ours, two[pair.teacher][""]))
+            try:
+                links.append(link(pair, len(links), ours, two[pair.teacher][""]))
+            except UsageError as error:
+                if pair.student not in chosen:
+                    raise
+                self.ctx.skipped(pair.student, f"match=auto: {error}")
         if chosen:
-            self.notes.append(f"match=auto: {', '.join(chosen)}")
+            taken = [name for name in chosen if name in {o.pair.student for o in links}]
+            self.notes.append(f"match=auto: {', '.join(taken) or 'nothing fits'}")
         return links
 
     def _alpha(self) -> float:
