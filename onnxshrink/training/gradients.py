@@ -91,6 +91,17 @@ def rule(*ops: str, domain: str = "") -> Callable[[_R], _R]:
     for each input, ``None`` where there is none or ``ctx.wants(i)`` is false; inputs at
     the end may be left out. It must not change what the node computes.
 
+    ``ctx.op`` appends a node, ``ctx.shape`` and ``ctx.dtype`` say what is known of a
+    value, and ``ctx.reduce_to`` undoes broadcasting. The gradient of an input has
+    exactly its shape. What a rule cannot take it refuses::
+
+        @rule("Cube", domain="my")
+        def cube(ctx, node, grads):
+            x = node.inputs[0]
+            if ctx.rank(x) > 4:
+                raise ctx.refused(node, "its input has more than four axes")
+            return [ctx.op("Mul", grads[0], ctx.op("Mul", ctx.op("Mul", x, x), 3.0))]
+
     Args:
         ops: Operator types.
         domain: Their domain; empty is ai.onnx.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
-from onnxshrink.training import GradContext, gradients, is_covered, prepare, rule
+from onnxshrink.training import gradients, is_covered, prepare, rule
 from onnxshrink.training.gradients import _RULES
 
 Array = np.ndarray[Any, Any]
@@ -152,19 +153,28 @@ def test_an_unknown_shape_says_what_to_give() -> None:
         gradients(model, {"y": None}, ["z"])
 
 
-def test_a_rule_of_ones_own() -> None:
-    @rule("Cube", domain="my")
-    def cube(ctx: GradContext, node: Any, grads: list[Any]) -> list[Any]:
-        return [ctx.op("Mul", grads[0], ctx.op("Pow", node.inputs[0], 2.0))]
+CUBED = "g (float{} x) => (float{} y) {{ y = my.Cube(x) }}"
 
+
+def test_the_documented_rule_of_ones_own() -> None:
+    lines = str(rule.__doc__).partition("refuses::")[2].partition("Args:")[0]
     try:
+        exec(textwrap.dedent(lines), {"rule": rule})
         assert is_covered("Cube", "my")
         assert not is_covered("Cube")
-        model = model_of("g (float[1,2] x) => (float[1,2] y) { y = my.Cube(x) }")
-        found = gradients(model, {"y": model.add_weight("one", row(1, 1))}, ["x"])
-        made = found["x"].inputs[0]
-        assert made.op == "Mul"
-        assert made.inputs[1].inputs[0].op == "Pow"
+        model = model_of(CUBED.format("[1,2]", "[1,2]"))
+        gradients(model, {"y": model.add_weight("one", row(1, 1))}, ["x"])
+        # onnxruntime has no such operator: only what the rule added is run.
+        slope = next(n for n in model.graph.nodes if n.op == "Mul")
+        assert slope.name == "Cube_grad_Mul"
+        model.graph.outputs = [model.graph.nodes[-1].outputs[0]]
+        model.drop_unused()
+        answer = runtime.session(model, threads=1).run({"x": row(2, -1)})
+        np.testing.assert_allclose(next(iter(answer.values())), row(12, 3))
+        large = model_of(CUBED.format("[1,1,1,1,2]", "[1,1,1,1,2]"))
+        one = large.add_weight("one", np.ones((1, 1, 1, 1, 2), np.float32))
+        with pytest.raises(ModelError, match="more than four axes; or freeze 'x'"):
+            gradients(large, {"y": one}, ["x"])
     finally:
         del _RULES["my", "Cube"]
 
