@@ -50,6 +50,8 @@ _POSITIONS = 64
 """Output positions of a sample that are used of a ConvTranspose."""
 TABLE = 256
 """A weight with no more distinct values than this keeps them: it is stored by index."""
+FEW_SAMPLES = 512
+"""Samples for two numbers for each output: a factor and a bias."""
 MEMO_BYTES = 256 << 20
 _DEFAULT_DOMAINS = (None, "", "ai.onnx")
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -604,6 +606,7 @@ class _Finder:
             bias=bias,
             bias_scale=bias_scale,
             factor=factor,
+            samples=FEW_SAMPLES,
         )
 
     def _bias_of_codes(self, node: Node) -> tuple[Weight | None, Weight | None]:
