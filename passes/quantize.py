@@ -282,7 +282,9 @@ class Quantize(SitePass):
             left = static.write(model, names["static"], recipe, ctx)
             for name, why in left.items():
                 ctx.skipped(name, f"not static: {why}")
-            names["none"] += [name for name in names["static"] if name in left]
+            names["none"] += [
+                name for name in left if model.weight(name).size >= SMALLEST
+            ]
         self._others(model, names, target, ctx)
         model.drop_unused()
         model.forget_shapes()

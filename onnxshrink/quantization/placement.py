@@ -609,7 +609,9 @@ class _Writer:
             *(id(one.node) for one in plan.linear),
             *(id(node) for node in plan.others),
         }
-        self._constants: dict[tuple[Any, ...], gs.Tensor] = {}
+        self._zeros: dict[tuple[Any, ...], gs.Tensor] = {}
+        self._scales: dict[gs.Tensor, gs.Tensor] = {}
+        self._decoded: dict[str, gs.Tensor] = {}
 
     def write(self) -> int:
         scales = {
@@ -626,12 +628,24 @@ class _Writer:
             self._reading(reading)
         return dropped
 
-    def _constant(self, name: str, values: Array) -> gs.Tensor:
-        """Return an initializer of these values; equal ones are stored once."""
+    def _zero(self, values: Array) -> gs.Tensor:
+        """Return a zero point; equal ones are stored once, which scales are not.
+
+        Scales may be learned later, each for itself.
+        """
         key = (values.dtype.name, values.shape, values.tobytes())
-        if key not in self._constants:
-            self._constants[key] = self.model.add_weight(name, values)
-        return self._constants[key]
+        if key not in self._zeros:
+            self._zeros[key] = self.model.add_weight("zero_point", values)
+        return self._zeros[key]
+
+    def _scale(self, reading: Reading) -> gs.Tensor:
+        """Return the scale of a value, one for all that are tied."""
+        source = reading.source
+        if source not in self._scales:
+            scale = np.asarray(self.activations[source].scale, np.float32)
+            name = f"{source.name}_scale"
+            self._scales[source] = self.model.add_weight(name, scale)
+        return self._scales[source]
 
     def _drop_clip(self, clip: Node) -> bool:
         """Take a Relu or Clip away that the QuantizeLinear behind it does as well."""
@@ -650,8 +664,7 @@ class _Writer:
         """Put QuantizeLinear and DequantizeLinear behind a value."""
         tensor, coded = reading.tensor, self.activations[reading.source]
         name = tensor.name or "value"
-        scale = self._constant(f"{name}_scale", np.asarray(coded.scale, np.float32))
-        zero = self._constant(f"{name}_zero_point", coded.zero)
+        scale, zero = self._scale(reading), self._zero(coded.zero)
         readers = list(dict.fromkeys(tensor.outputs))
         quantizer = self.model.add_node(
             "QuantizeLinear", [tensor, scale, zero], name=f"{name}_QuantizeLinear"
@@ -677,22 +690,23 @@ class _Writer:
     def _weight(self, linear: Linear) -> None:
         weight = linear.layer.weight
         coded = self.weights[linear.layer.name]
-        key = ("weight", linear.layer.name)
-        if key not in self._constants:
-            name = weight.constant.name or "weight"
-            made = self._dequantized(
-                name, coded.codes, coded.scale, coded.zero, coded.scheme.axis
+        if linear.layer.name not in self._decoded:
+            self._decoded[linear.layer.name] = self._dequantized(
+                weight.constant.name or "weight",
+                coded.codes,
+                coded.scale,
+                coded.zero,
+                coded.scheme.axis,
             )
-            self._constants[key] = made
-        linear.node.inputs[1] = self._constants[key]
+        linear.node.inputs[1] = self._decoded[linear.layer.name]
 
     def _dequantized(
         self, name: str, codes: Array, scale: Array, zero: Array, axis: int | None
     ) -> gs.Tensor:
         parts = [
             self.model.add_weight(f"{name}_quantized", codes),
-            self._constant(f"{name}_scale", scale),
-            self._constant(f"{name}_zero_point", zero),
+            self.model.add_weight(f"{name}_scale", scale),
+            self._zero(zero),
         ]
         attrs = {} if axis is None or not scale.ndim else {"axis": axis}
         node = self.model.add_node(
