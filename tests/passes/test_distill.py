@@ -23,6 +23,7 @@ from onnxshrink.model import Model
 from onnxshrink.passes import distill
 from onnxshrink.passes.distill import Distill
 from onnxshrink.passes.prune import Prune
+from onnxshrink.quantization.schemes import Scheme, affine, quantize
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.testing import example_models
 from onnxshrink.training import augment
@@ -602,6 +603,26 @@ def test_auto_takes_values_of_the_same_name() -> None:
         run(other, context(model), match=("auto",))
 
 
+def test_auto_leaves_out_what_cannot_be_compared() -> None:
+    model = model_of(
+        "g (float[N,6] x) => (float[N,2] y) { a = MatMul(x, w1)  b = Relu(a)  "
+        "s = Unsqueeze(b, one)  t = Tanh(s)  y = ReduceSum<keepdims=0>(t, one) }",
+        w1=draw(0, 6, 2),
+        one=np.array([1]),
+    )
+    # The same names, but t has another shape.
+    student = model_of(
+        "g (float[N,6] x) => (float[N,2] y) { a = MatMul(x, w1)  b = Relu(a)  "
+        "s = Unsqueeze(b, two)  t = Tanh(s)  y = ReduceSum<keepdims=0>(t, two) }",
+        w1=draw(1, 6, 2),
+        two=np.array([2]),
+    )
+    ctx = context(model)
+    said = run(student, ctx, match=("auto",), epochs=1)
+    assert "match=auto: b\n" in f"{said}\n"
+    assert [where for where, why in ctx.left if "match=auto: 't'" in why] == ["t"]
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_file_with_tensors_teaches_as_the_model_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
@@ -993,3 +1014,73 @@ def test_norms_are_kept_folded_or_estimated(norms: str) -> None:
     assert same == (norms == "estimate")
     if norms == "freeze":
         np.testing.assert_array_equal(mean, values(model)["mean"])
+
+
+# --- quantization-aware training ------------------------------------------------------
+
+
+def coded_lenet(levels: int) -> tuple[Model, Model, dict[str, Array]]:
+    """Return LeNet-300-100, itself with int4 codes for each output, and the digits."""
+    folder = Path(__file__).parents[2] / "models"
+    model = Model.load(folder / "lenet-300-100.onnx")
+    student = model.copy()
+    student.require_opset(21)
+    scheme = Scheme(onnx.TensorProto.INT4, -levels, levels, symmetric=True, axis=0)
+    for node in [node for node in student.nodes() if node.op == "Gemm"]:
+        weight = student.constant(node.inputs[1])
+        assert weight is not None
+        values_ = weight.read()
+        top = 2.5 * values_.std(axis=1)
+        scale, zero = affine(-top, top, scheme)
+        parts = [quantize(values_, scale, zero, scheme), scale]
+        names = [f"{weight.name}_codes", f"{weight.name}_scale"]
+        made = [
+            student.add_weight(name, part)
+            for name, part in zip(names, parts, strict=True)
+        ]
+        decoded = student.add_node("DequantizeLinear", made, attrs={"axis": 0})
+        node.inputs[1] = decoded.outputs[0]
+    student.drop_unused()
+    with np.load(folder / "mnist.npz") as archive:
+        digits = {name: archive[name] for name in archive.files}
+    return model, student, digits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scales", ["fixed", "learned"])
+def test_quantization_aware_training_repairs_codes_of_three_bits(scales: Any) -> None:
+    model, student, digits = coded_lenet(3)
+
+    def images(name: str, start: int, stop: int) -> Array:
+        some = digits[name][start:stop].astype(np.float32) / 255
+        return some[:, None]
+
+    def errors(of: Model) -> float:
+        answer = runtime.session(of, threads=1).run(
+            {"image": images("test_x", 0, 3000)}
+        )
+        guess = next(iter(answer.values())).argmax(1)
+        return float((guess != digits["test_y"][:3000]).mean())
+
+    training, held = (
+        Samples.from_arrays({"image": images("train_x", *span)}).bind(model.inputs)
+        for span in ((0, 4000), (55_000, 56_000))
+    )
+    ctx = Context(
+        samples=Splits(training=training, validation=held), reference=model, threads=1
+    )
+    before = errors(student)
+    start = {name: np.array(value) for name, value in values(student).items()}
+    Distill(epochs=3, lr=3e-3, scales=scales).apply(student, ctx)
+    student.check()
+    assert before > 0.08
+    assert errors(student) < 0.03
+    after = Model.load(student.to_proto())
+    for name, array in values(after).items():
+        assert (array.dtype, array.shape) == (start[name].dtype, start[name].shape)
+        if name.endswith("_codes"):
+            assert after.weight(name).data_type == onnx.TensorProto.INT4
+            assert np.abs(array.astype(int)).max() <= 3
+        if name.endswith("_scale"):
+            assert np.array_equal(array, start[name]) == (scales == "fixed")
+            assert (array > 0).all()
