@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from onnxshrink import runtime, teacher
-from onnxshrink._differences import Seen
 from onnxshrink._version import __version__
 from onnxshrink.analysis.activations import fingerprint
 from onnxshrink.base import Context, Pass, Promise
@@ -40,12 +39,12 @@ from onnxshrink.training.answers import (
     values_of,
 )
 from onnxshrink.training.heads import (
-    CosineHead,
     Head,
+    How,
     SoftHead,
-    SquaredHead,
     TopHead,
-    axis_of,
+    head_of,
+    head_of_largest,
 )
 from onnxshrink.training.loop import RATES, Checkpoint, Outcome, Plan, fit
 from onnxshrink.training.norms import (
@@ -158,7 +157,7 @@ class Distill(Pass):
     teacher: Path | None = None
     temperature: float = 4.0
     alpha: float | None = None
-    loss: Literal["auto", "soft", "mse", "cosine"] = "auto"
+    loss: How = "auto"
     match: tuple[str, ...] = ()
     match_weight: float = 1.0
     epochs: int = 20
@@ -388,58 +387,18 @@ class _Run:
                     f"teacher's is {list(theirs[1:])}"
                     + (" and its largest scores" if is_top else "")
                 )
+            how, heat = self.options.loss, self.options.temperature
             if is_top:
-                heads.append(self._top_head(name, mine[name], given[name]["values"]))
-            else:
-                heads.append(self._head(name, given[name][""]))
+                top = given[name]["values"].shape[-1]
+                heads.append(head_of_largest(name, mine[name], top, how, heat))
+                continue
+            rows = given[name][""]
+            if self.training.whole:
+                rows = rows.reshape(-1, *rows.shape[2:])
+            heads.append(head_of(name, rows, how, heat))
         if not heads:
             raise UsageError("the model has no output of float32 that could be taught")
         return heads
-
-    def _top_head(self, name: str, mine: Array, values: Array) -> Head:
-        options, classes = self.options, mine.shape[-1]
-        if options.loss not in ("auto", "soft"):
-            raise UsageError(
-                f"loss={options.loss} needs whole outputs, and {options.teacher} has "
-                f"only the largest scores of {name!r}"
-            )
-        if values.shape[-1] >= classes:
-            raise UsageError(
-                f"{options.teacher} has {values.shape[-1]} largest scores of {name!r}, "
-                f"which has {classes} classes"
-            )
-        return TopHead(
-            output=name,
-            classes=classes if mine.ndim == 2 else 0,
-            temperature=options.temperature,
-            is_share=teacher.are_shares(mine),
-        )
-
-    def _head(self, name: str, given: Array) -> Head:
-        flat = given.reshape(-1, *given.shape[2:]) if self.training.whole else given
-        seen = Seen()
-        seen.update(name, flat, len(flat))
-        classes = seen.classes if seen.is_scores else 0
-        kind: str = self.options.loss
-        if kind == "auto":
-            kind = "soft" if seen.is_scores else "mse"
-        if kind != "mse" and flat.ndim < 2:
-            raise UsageError(
-                f"loss={kind} needs an output of rank 2 or more; {name!r} has "
-                f"{flat.ndim}"
-            )
-        if kind == "soft":
-            return SoftHead(
-                output=name,
-                classes=classes,
-                temperature=self.options.temperature,
-                is_share=teacher.are_shares(flat, axis_of(flat.shape)),
-            )
-        if kind == "cosine":
-            return CosineHead(output=name, classes=classes)
-        spread = float(flat.astype(np.float64).var())
-        scale = 1 / spread if spread > 1e-12 else 1.0
-        return SquaredHead(output=name, classes=classes, scale=scale)
 
     def _links(self) -> list[Link]:
         options = self.options

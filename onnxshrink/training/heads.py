@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
-from onnxshrink.teacher import SHARE_FLOOR
+from onnxshrink._differences import Seen
+from onnxshrink.errors import UsageError
+from onnxshrink.teacher import SHARE_FLOOR, are_shares
 from onnxshrink.training.augment import mixed
 from onnxshrink.training.gradients import GradContext, Tensor
 from onnxshrink.training.losses import (
@@ -28,15 +30,19 @@ from onnxshrink.training.losses import (
 __all__ = [
     "CosineHead",
     "Head",
+    "How",
     "Rows",
     "SoftHead",
     "SquaredHead",
     "TopHead",
     "axis_of",
+    "head_of",
+    "head_of_largest",
 ]
 
 Array = np.ndarray[Any, Any]
 Rows = Mapping[str, Array]
+How = Literal["auto", "soft", "mse", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +221,76 @@ class TopHead(_ScoresHead):
         mine = np.concatenate([np.take_along_axis(scores, indices, -1), left], -1)
         theirs = np.concatenate([rows["values"], rows["rest"][..., None]], -1)
         return _divergence(mine, theirs.astype(np.float64), self.temperature, -1)
+
+
+def head_of(output: str, given: Array, how: How, temperature: float) -> Head:
+    """Choose how an output is taught.
+
+    Args:
+        output: Its name.
+        given: What the teacher gives for some samples, the first axis.
+        how: ``auto`` takes soft targets where the output looks like class scores, else
+            the squared error.
+        temperature: That of soft targets.
+
+    Raises:
+        UsageError: The output has no axis of classes or of features, and needs one.
+    """
+    seen = Seen()
+    seen.update(output, given, len(given))
+    classes = seen.classes if seen.is_scores else 0
+    if how == "auto":
+        how = "soft" if seen.is_scores else "mse"
+    if how != "mse" and given.ndim < 2:
+        raise UsageError(
+            f"loss={how} needs an output of rank 2 or more; {output!r} has {given.ndim}"
+        )
+    if how == "soft":
+        return SoftHead(
+            output=output,
+            classes=classes,
+            temperature=temperature,
+            is_share=are_shares(given, axis_of(given.shape)),
+        )
+    if how == "cosine":
+        return CosineHead(output=output, classes=classes)
+    spread = float(given.astype(np.float64).var())
+    scale = 1 / spread if spread > 1e-12 else 1.0
+    return SquaredHead(output=output, classes=classes, scale=scale)
+
+
+def head_of_largest(
+    output: str, mine: Array, count: int, how: How, temperature: float
+) -> Head:
+    """Return how an output is taught of which a teacher's largest scores are known.
+
+    Args:
+        output: Its name.
+        mine: What the model gives for some samples, [..., classes].
+        count: How many scores are known.
+        how: ``auto`` or ``soft``.
+        temperature: That of soft targets.
+
+    Raises:
+        UsageError: Something else is asked for, or there are no more classes.
+    """
+    classes = mine.shape[-1]
+    if how not in ("auto", "soft"):
+        raise UsageError(
+            f"loss={how} needs whole outputs, and of {output!r} only the teacher's "
+            f"{count} largest scores are known"
+        )
+    if count >= classes:
+        raise UsageError(
+            f"{count} largest scores are known of {output!r}, which has {classes} "
+            "classes"
+        )
+    return TopHead(
+        output=output,
+        classes=classes if mine.ndim == 2 else 0,
+        temperature=temperature,
+        is_share=are_shares(mine),
+    )
 
 
 def axis_of(shape: Sequence[int]) -> int:
