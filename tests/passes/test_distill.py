@@ -148,6 +148,21 @@ def test_labels_alone_teach() -> None:
     assert accuracy > 65  # it starts at 25
 
 
+def test_labels_alone_train_only_what_the_scores_need() -> None:
+    model = model_of(
+        "g (float[N,6] x) => (float[N,4] y, float[N,3] z) "
+        "{ h = MatMul(x, w1)  y = MatMul(h, w2)  z = MatMul(h, w3) }",
+        w1=draw(2, 6, 6),
+        w2=draw(3, 6, 4),
+        w3=draw(4, 6, 3),
+    )
+    student = damaged(model)
+    run(student, context(model, labels=np.arange(160) % 4), alpha=1.0, epochs=2)
+    after, before = values(student), values(damaged(model))
+    moved = {n for n in before if not np.array_equal(before[n], after[n])}
+    assert moved == {"w1", "w2"}
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
     "end", ["y = Gemm(r, w2, b2)", "l = Gemm(r, w2, b2) y = Softmax(l)"]
