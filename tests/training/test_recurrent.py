@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxshrink import _examples as examples
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
@@ -348,3 +349,25 @@ def test_what_cannot_be_unrolled_says_what_to_freeze(
     assert "freeze 'before', 'w'" in str(caught.value)
     assert "'after'" not in str(caught.value)
     step_of(model, feeds, "after")
+
+
+def test_recurrent_layers_behind_each_other_learn_together() -> None:
+    model = Model.load(examples.recurrent())
+    weights = ["lw", "lr", "lb", "gw", "gr", "rw", "rr"]
+    step = TrainingStep(
+        model,
+        {"x": (5, 3, 4)},
+        weights,
+        lambda ctx, v: mse(ctx, v["y"], v["target"]),
+        targets={"target": (np.float32, (1, 3, 4))},
+        threads=1,
+    )
+    random = np.random.default_rng(0)
+    feeds = {
+        "x": random.normal(size=(5, 3, 4)).astype(np.float32),
+        "target": np.full((1, 3, 4), 0.2, np.float32),
+    }
+    before = {name: step.weights[name].copy() for name in weights}
+    losses = [step(feeds, 0.01) for _ in range(40)]
+    assert losses[-1] < 0.05 * losses[0]
+    assert all((step.weights[name] != before[name]).any() for name in weights)
