@@ -715,7 +715,7 @@ class _Judge:
         )
         names = [head.output for head in run.heads]
         label = run._labelled
-        total, agreed, right, count = 0.0, 0, 0, 0
+        total, agreed, right, count = 0.0, 0.0, 0, 0
         for start, stop in samples.spans(_BATCH):
             positions = np.arange(start, stop)
             feed = samples.read(positions)
@@ -733,7 +733,8 @@ class _Judge:
                 total += (1 - run.alpha) * head.distance(out, rows) * size
                 guess = out.reshape(len(out), -1)
                 if number == 0 and head.classes:
-                    agreed += int((guess.argmax(axis=1) == head.best(rows)).sum())
+                    same = guess.argmax(axis=1) == head.best(rows)
+                    agreed += float(same.mean()) * size
                 if self._labels is not None and head is label:
                     wanted = self._labels[positions]
                     logs = log_softmax(guess, axis=1)[np.arange(size), wanted]

@@ -186,6 +186,21 @@ def test_what_is_minimised_is_what_is_judged(
     assert loss == pytest.approx(judged, rel=1e-4)
 
 
+def test_samples_may_be_whole_feeds() -> None:
+    text = (
+        "g (float[5,6] x) => (float[5,4] y) "
+        "{ h = Gemm(x, w1)  r = Relu(h)  y = Gemm(r, w2) }"
+    )
+    model = model_of(text, w1=draw(2, 6, 12), w2=draw(4, 12, 4))
+    student = damaged(model)
+    x = draw(1, 40, 5, 6)
+    before = gap(model, student, x[0])
+    said = run(student, context(model, x), epochs=12)
+    assert gap(model, student, x[0]) < 0.7 * before
+    agreement = float(said.splitlines()[0].rpartition("agreement ")[2].rstrip("%"))
+    assert 50 < agreement <= 100
+
+
 def test_the_same_seed_gives_the_same_bytes() -> None:
     model = classifier()
     made = []
