@@ -126,6 +126,9 @@ def _row(effect: Effect) -> list[str]:
 
 # --- measuring --------------------------------------------------------------------
 
+_BATCH = 4
+"""Samples in a run: every measurement opens a session, whose memory is new each time,
+and pages of it cost more than larger batches save."""
 Place = tuple[str, str, int]
 """Where, kind, and bytes saved."""
 Act = Callable[[Model, Sequence[int]], None]
@@ -156,6 +159,7 @@ class _Probe:
             Budget(),
             threads=ctx.threads,
             providers=ctx.providers,
+            batch_size=_BATCH,
         )
 
     def together(self, indices: Sequence[int]) -> Verdict:
