@@ -147,7 +147,10 @@ def decoder_of(model: Model, weight: Weight) -> Decoder | str:
     """
     found: list[Decoder] = []
     for node, index in weight.uses:
-        one = _Walk(model, weight).decoder(node, index)
+        try:
+            one = _Walk(model, weight).decoder(node, index)
+        except (IndexError, ValueError):  # as a file may say anything
+            one = "its shape does not fit what decodes it"
         if isinstance(one, str):
             return one
         found.append(one)

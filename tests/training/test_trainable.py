@@ -698,6 +698,24 @@ def test_codes_that_cannot_be_trained_say_why(decode: str, why: str) -> None:
     assert why in whys(model)["q"]
 
 
+@pytest.mark.parametrize("broken", ["s", "z", "shape"])
+def test_parameters_that_do_not_fit_are_refused_in_words(broken: str) -> None:
+    model = model_of(
+        LINEAR.format(
+            decode="r = Reshape(q, shape)  "
+            "w = DequantizeLinear<axis = 0, block_size = 4>(r, s, z)"
+        ),
+        **coded(draw(1, 8, 6), "int4", 0, 4),
+        shape=np.array([8, 6]),
+    )
+    wrong: dict[str, Array] = {
+        "s": np.ones((2, 5), np.float32),
+        "z": np.zeros(3, np.int8),
+    }
+    model.set_weight(broken, wrong.get(broken, np.array([5, -1, 7])))
+    assert "fit" in whys(model)["q"]
+
+
 def test_the_same_training_gives_the_same_bytes() -> None:
     model = model_of(
         LINEAR.format(decode="w = DequantizeLinear<axis = 1>(q, s, z)"),
