@@ -320,7 +320,7 @@ class _Static:
         else:
             codes = rounding.nearest(rows, grid)
         if self._clips(layer):
-            order = targets._order(layer)
+            order = targets.kernel_order(layer)
             codes[:, order] = dynamic.safe_codes(codes[:, order])
         shift = None
         if mean is not None:

@@ -390,9 +390,6 @@ def kernel_order(layer: Layer) -> NDArray[np.intp]:
     return np.arange(inputs).reshape(inputs // taps, taps).T.reshape(-1)
 
 
-_order = kernel_order
-
-
 def _paired(rows: Codes) -> Codes:
     """Cut [n, inputs] into [n, pairs, 2]; an odd input has a partner of 0."""
     odd = rows.shape[1] % 2
