@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from onnxshrink import runtime, testing
+from onnxshrink.base import Context
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model
+from onnxshrink.passes.quantize import Quantize
+from onnxshrink.pipeline import Pipeline
+from onnxshrink.samples import Samples, Splits
+
+Array = np.ndarray[Any, Any]
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def model(body: str, inputs: str = "float[N,3,8,8] x", **weights: Array) -> Model:
+    """A graph of the given nodes with output y of the rank of x."""
+    dims = "A, B" if "Gemm" in body or "[N,8]" in inputs else "A, B, C, D"
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]>\n'
+        f"g ({inputs}) => (float[{dims}] y) {{ {body} }}"
+    )
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items()
+    )
+    return Model.load(proto)
+
+
+def draw(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def quantized(pass_: str, made: Model, **arrays: Array) -> tuple[Model, Context]:
+    """Apply a pass with these calibration samples."""
+    samples = Samples.from_arrays(arrays).bind(made.inputs)
+    (step,) = Pipeline.parse(pass_).passes
+    return testing.apply(step, made, splits=Splits(calibration=samples))
+
+
+def run(made: Model, optimize: runtime.Optimize = "all", **feeds: Array) -> Array:
+    session = runtime.session(made, threads=1, optimize=optimize)
+    return np.asarray(session.run(feeds)["y"])
+
+
+def snr(wanted: Array, got: Array) -> float:
+    """Signal over noise in dB."""
+    return float(10 * np.log10(np.square(wanted).sum() / np.square(wanted - got).sum()))
+
+
+def types(made: Model) -> set[int]:
+    return {weight.data_type for weight in made.weights()}
+
+
+CONVS = "a = Conv<pads = [1, 1, 1, 1]>(x, w, b) r = Relu(a) y = Conv(r, v)"
+
+
+def convolutions(**options: Array) -> Model:
+    weights = {"w": draw(16, 3, 3, 3), "b": draw(16), "v": draw(8, 16, 1, 1, seed=1)}
+    weights |= options
+    return model(CONVS, "float[N,3,8,8] x", **weights)
+
+
+def test_convolutions_run_on_codes_close_to_floats() -> None:
+    x = draw(16, 3, 8, 8, seed=2)
+    after, context = quantized("quantize", convolutions(), x=x)
+    assert [node.op for node in after.graph.nodes].count("QuantizeLinear") == 3
+    assert snr(run(convolutions(), x=x), run(after, x=x)) > 32
+    assert not context.left
+    assert any("target" in what for _, what in context.done)
+
+
+@pytest.mark.parametrize("target", ["avx2", "any"])
+def test_sums_never_clip_whatever_the_processor(target: str) -> None:
+    # All products are large and of one sign: 8-bit codes would clip every sum.
+    made = convolutions(w=np.abs(draw(16, 3, 3, 3)) + 3, b=np.zeros(16, np.float32))
+    x = np.abs(draw(8, 3, 8, 8, seed=2))
+    after, context = quantized(f"quantize:target={target}", made, x=x)
+    exact, seen = run(after, "off", x=x), run(after, x=x)
+    step = float(np.abs(exact).max()) / 255
+    assert np.abs(exact - seen).max() < 1.5 * step
+    assert any("fit 16 bits" in what for _, what in context.done)
+
+
+def test_biases_take_up_the_shift_of_the_mean() -> None:
+    x = np.abs(draw(64, 3, 8, 8, seed=2)) + 2
+    wanted = run(convolutions(), x=x).mean(axis=(0, 2, 3))
+    shifts = []
+    for answer in ("true", "false"):
+        text = f"quantize:rounding=nearest,weights=int4,bias_correction={answer}"
+        after, _ = quantized(text, convolutions(), x=x)
+        shifts.append(np.abs(run(after, x=x).mean(axis=(0, 2, 3)) - wanted).mean())
+    assert shifts[0] < 0.5 * shifts[1]
+
+
+def test_gptq_is_closer_than_nearest() -> None:
+    mixed = np.einsum("nchw,cd->ndhw", draw(64, 3, 8, 8, seed=2), draw(3, 3, seed=3))
+    x = np.ascontiguousarray(mixed, np.float32)
+    wanted = run(convolutions(), x=x)
+    found = [
+        snr(wanted, run(quantized(text, convolutions(), x=x)[0], x=x))
+        for text in (
+            "quantize:weights=int4",
+            "quantize:weights=int4,rounding=nearest,bias_correction=false",
+        )
+    ]
+    assert found[0] > found[1] + 1
+
+
+@pytest.mark.parametrize(
+    "method", ["minmax", "moving-average", "percentile", "entropy", "mse"]
+)
+def test_every_way_to_calibrate_gives_a_usable_range(method: str) -> None:
+    x = draw(16, 3, 8, 8, seed=2)
+    after, _ = quantized(f"quantize:calibration={method}", convolutions(), x=x)
+    assert snr(run(convolutions(), x=x), run(after, x=x)) > 15
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "uint16", "int16"])
+def test_activations_have_the_type_asked_for(kind: str) -> None:
+    x = draw(16, 3, 8, 8, seed=2)
+    text = f"quantize:activation_type={kind}"
+    after, _ = quantized(text, convolutions(), x=x)
+    assert getattr(TensorProto, kind.upper()) in types(after)
+    assert after.opset >= (21 if "16" in kind else 13)
+    least = 38 if "16" in kind else 32
+    assert snr(run(convolutions(), x=x), run(after, "off", x=x)) > least
+
+
+def test_zero_points_are_zero_on_a_gpu() -> None:
+    x = draw(16, 3, 8, 8, seed=2) + 1
+    after, _ = quantized("quantize:target=gpu", convolutions(), x=x)
+    points = [w for w in after.weights() if w.name.startswith("zero_point")]
+    assert points
+    assert not any(point.read().any() for point in points)
+
+
+def test_a_row_of_zeros_keeps_its_bias() -> None:
+    weight = draw(16, 3, 3, 3)
+    weight[3] = 0
+    x = draw(16, 3, 8, 8, seed=2)
+    made = model("y = Conv(x, w, b)", w=weight, b=np.full(16, 0.25, np.float32))
+    after, _ = quantized("quantize:activations=static", made, x=x)
+    step = float(np.ptp(run(made, x=x))) / 255
+    assert np.abs(run(after, x=x)[:, 3] - 0.25).max() <= 0.51 * step
+
+
+def test_values_that_are_always_zero_stay_float() -> None:
+    made = convolutions(b=np.full(16, -1e3, np.float32))
+    after, context = quantized("quantize", made, x=draw(8, 3, 8, 8))
+    assert any("is 0 in all calibration samples" in why for _, why in context.left)
+    x = draw(8, 3, 8, 8)
+    assert np.isfinite(run(after, x=x)).all()
+
+
+def test_float_weights_never_stay_in_the_file() -> None:
+    made = model(
+        "a = Conv<pads = [1, 1, 1, 1]>(x, w) y = Conv<pads = [1, 1, 1, 1]>(a, w)",
+        w=draw(3, 3, 3, 3),
+    )
+    after, _ = quantized("quantize", made, x=draw(8, 3, 8, 8))
+    big = [w for w in after.weights() if w.size == 81]
+    assert [w.data_type for w in big] == [TensorProto.INT8]
+
+
+def test_only_and_skip_choose_weights() -> None:
+    x = draw(8, 3, 8, 8)
+    after, _ = quantized("quantize:skip=w", convolutions(), x=x)
+    assert after.weight("w").data_type == TensorProto.FLOAT
+    assert "v" not in {weight.name for weight in after.weights()}
+
+
+def test_static_without_data_says_what_to_give() -> None:
+    with pytest.raises(UsageError, match=r"give --data.*allow_random=true"):
+        testing.apply(Quantize(activations="static"), convolutions())
+    after, context = testing.apply(
+        Quantize(activations="static", allow_random=True), convolutions()
+    )
+    assert TensorProto.INT8 in types(after)
+    assert ("calibration", "random inputs: ranges are those of noise") in context.left
+
+
+@pytest.mark.parametrize("equalize", ["smooth", "awq"])
+def test_equalization_of_activations_needs_data(equalize: str) -> None:
+    (step,) = Pipeline.parse(f"quantize:equalize={equalize}").passes
+    with pytest.raises(UsageError, match="give --data"):
+        testing.apply(step, convolutions())
+
+
+def test_without_data_weights_alone_become_codes() -> None:
+    made = model("y = Conv(x, w)", w=draw(64, 3, 3, 3))
+    after, _ = testing.apply(Quantize(), made)
+    assert TensorProto.INT8 in types(after)
+    assert not [node for node in after.graph.nodes if "Quantize" in node.op]
+    x = draw(4, 3, 8, 8)
+    assert snr(run(made, x=x), run(after, x=x)) > 35
+
+
+def test_matmul_has_the_form_asked_for() -> None:
+    made = model("y = MatMul(x, w)", "float[N,8] x", w=draw(8, 200))
+    for text, operator in (
+        ("quantize:activations=dynamic", "MatMulInteger"),
+        ("quantize:activations=static", "QuantizeLinear"),
+        ("quantize:activations=none", "Mul"),
+    ):
+        after, _ = quantized(text, made, x=draw(32, 8))
+        assert operator in [node.op for node in after.graph.nodes], text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("quantize:block=8", "from 16 to 256"),
+        ("quantize:percentile=20", "above 50"),
+        ("quantize:activations=static,granularity=block", "no blocks"),
+        ("quantize:activations=static,weights=binary", "code for 0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        Pipeline.parse(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["quantize:activations=static", "quantize"])
+def test_a_trained_network_keeps_its_answers(text: str) -> None:
+    data = np.load(MODELS / "mnist.npz")
+    made = Model.load(MODELS / "residual-cnn.onnx")
+    (info,) = made.inputs
+    assert info.shape is not None
+    rest = [dim for dim in info.shape[1:] if isinstance(dim, int)]
+
+    def images(part: Array) -> Array:
+        return (part.astype(np.float32) / 255).reshape(-1, *rest)
+
+    after, _ = quantized(text, made, **{info.name: images(data["train_x"][:128])})
+    test = {info.name: images(data["test_x"][:2000])}
+    right = [
+        float((next(iter(found.values())).argmax(1) == data["test_y"][:2000]).mean())
+        for found in (runtime.session(m, threads=1).run(test) for m in (made, after))
+    ]
+    assert right[1] >= right[0] - 0.003
+    assert len(after.to_bytes()) < 0.4 * len(made.to_bytes())
