@@ -207,8 +207,8 @@ class Recover(SitePass):
     """Bring altered layers back to what they gave in the reference, without labels.
 
     The reference is the model the run started from. Of each Conv, ConvTranspose, Gemm
-    and MatMul whose weight is no longer the reference's, weights and bias become those that give
-    its outputs best: the least squares of ``Y_reference - X W - b`` over samples, with
+    and MatMul whose weight is no longer the reference's, weights and bias become those
+    that give its outputs best: the least squares of ``Y_reference - X W - b`` over samples, with
     ``X`` what the layer reads in the model as it is now (layer-wise reconstruction:
     He, Zhang and Sun 2017, "Channel Pruning", section 3.1).
     Zeros stay zero. Samples are those for calibration and training; labels are not
