@@ -208,9 +208,9 @@ class Recover(SitePass):
 
     The reference is the model the run started from. Of each Conv, ConvTranspose, Gemm
     and MatMul whose weight is no longer the reference's, weights and bias become those
-    that give its outputs best: the least squares of ``Y_reference - X W - b`` over samples, with
-    ``X`` what the layer reads in the model as it is now (layer-wise reconstruction:
-    He, Zhang and Sun 2017, "Channel Pruning", section 3.1).
+    that give its outputs best: the least squares of ``Y_reference - X W - b`` over
+    samples, with ``X`` what the layer reads in the model as it is now (layer-wise
+    reconstruction: He, Zhang and Sun 2017, "Channel Pruning", section 3.1).
     Zeros stay zero. Samples are those for calibration and training; labels are not
     looked at, and memory does not grow with the samples.
 
