@@ -19,7 +19,7 @@ import onnx
 from onnxshrink import runtime
 from onnxshrink._topology import is_onnx
 from onnxshrink.errors import ModelError
-from onnxshrink.model import Node
+from onnxshrink.model import Model, Node
 from onnxshrink.training.gradients import GradContext, Tensor, attribute, given
 from onnxshrink.training.rules_conv import Window, window
 
@@ -72,8 +72,21 @@ def block_convolutions(ctx: GradContext) -> int:
         rewrite = _forward if node.op == "Conv" else _backward
         count += rewrite(ctx, node, size)
     if count:
+        _join(ctx.model)
         ctx.model.import_domain(_DOMAIN, 1)
     return count
+
+
+def _join(model: Model) -> None:
+    """Read what is in blocks already as it is, where it was put in order in between."""
+    for node in list(model.graph.nodes):
+        if node.op != "ReorderInput" or node.domain != _DOMAIN:
+            continue
+        makers = node.inputs[0].inputs
+        if makers and makers[0].op == "ReorderOutput":
+            model.replace_uses(node.outputs[0], makers[0].inputs[0])
+            model.remove(node, model.graph)
+    model.drop_unused()
 
 
 def _forward(ctx: GradContext, node: Node, size: int) -> bool:
