@@ -31,7 +31,7 @@ from onnxshrink.training.augment import crop
 
 MNIST = Path(__file__).resolve().parent.parent.parent / "models" / "mnist.npz"
 HELD_OUT = 55_000
-BATCH = 128
+BATCH = 256
 UNSEEN = 3
 
 Array = np.ndarray[Any, Any]
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     """Train teacher and students, print test errors."""
     parser = argparse.ArgumentParser(prog="hinton", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-epochs", type=int, default=40)
-    parser.add_argument("--epochs", type=int, default=20, help="of a student")
+    parser.add_argument("--teacher-epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=12, help="of a student")
     parser.add_argument("--temperature", type=float, default=20.0)
     parser.add_argument("--alpha", type=float, default=0.1, help="share of labels")
     parser.add_argument("--samples", type=int, default=HELD_OUT, help="to train on")
@@ -167,7 +167,7 @@ def _teacher(given: argparse.Namespace, training: Digits, held: Digits) -> Model
             batch = training.take(order[at * BATCH : (at + 1) * BATCH])
             moved = crop({"image": batch.images}, 2, random)
             done = (epoch * steps + at) / total
-            rate = 1e-3 * min(1.0, done * 20) * (1 + math.cos(math.pi * done)) / 2
+            rate = 2e-3 * min(1.0, done * 20) * (1 + math.cos(math.pi * done)) / 2
             step({**moved, "labels": batch.labels.astype(np.int64)}, rate)
         now = model.copy()
         step.store(now)
@@ -201,7 +201,7 @@ def _students(
             temperature=given.temperature,
             epochs=given.epochs,
             batch=BATCH,
-            lr=1e-3,
+            lr=2e-3,
         )
         # The validation samples must not show what the student shall never see.
         kinds = np.isin(held.labels, np.unique(seen.labels))
