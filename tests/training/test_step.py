@@ -28,6 +28,7 @@ from onnxshrink.training import (
     weighted,
 )
 from onnxshrink.training.layout import block_size
+from onnxshrink.training.step import value_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -199,7 +200,8 @@ def test_a_temperature_is_positive(temperature: float) -> None:
 
 def test_targets_of_another_shape_are_refused() -> None:
     other = np.zeros((2, 4), np.float32)
-    for loss in (mse, cosine, soft_cross_entropy):
+    kinds: list[Any] = [mse, cosine, soft_cross_entropy]
+    for loss in kinds:
         with pytest.raises(UsageError, match="cannot be compared"):
             value_and_gradient(lambda c, v, f=loss: f(c, v["y"], v["t"]), ("t", other))
     with pytest.raises(UsageError, match="do not go with labels"):
@@ -390,3 +392,12 @@ def test_the_blocked_layout_changes_nothing(
     used = {node.op for node in steps[1].model.nodes()}
     assert ("ReorderOutput" in used) == bool(block_size())
     assert "ReorderOutput" not in {node.op for node in steps[0].model.nodes()}
+
+
+def test_bytes_of_values_are_those_of_every_tensor_that_is_computed() -> None:
+    model = model_of(
+        "g (float[N,3] x) => (int64[N] z) <float[3,5] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,"
+        "5,6}> { h = MatMul(x, w)  z = ArgMax<axis=1,keepdims=0>(h) }"
+    )
+    # Of two samples: 2 x 3 and 2 x 5 floats, 2 integers of 8 bytes.
+    assert value_bytes(model, {"x": (2, 3)}) == 4 * (6 + 10) + 2 * 8
