@@ -25,6 +25,8 @@ from onnxshrink.quantization.dynamic import (
     safe_scale,
 )
 from onnxshrink.quantization.rounding import Grid
+from onnxshrink.samples import Splits
+from onnxshrink.testing import example_models
 
 MODELS = Path(__file__).parent.parent / "models"
 Array = np.ndarray[Any, Any]
@@ -310,3 +312,24 @@ def test_a_trained_transformer_keeps_its_answers() -> None:
     same = run(plain, image=x)[0].argmax(1) == run(model, image=x)[0].argmax(1)
     assert same.mean() >= 0.985
     assert len(model.to_bytes()) < len(plain.to_bytes()) / 2.5
+
+
+@pytest.mark.parametrize("name", sorted(example_models()))
+def test_any_model_computes_nearly_the_same(name: str) -> None:
+    plain = Model.load(example_models()[name])
+    model = plain.copy()
+    calibration = Splits.build(model, seed=0).calibration
+    assert calibration is not None
+    for layer in list(find(model, roles=("weight", "table"))):
+        if not dynamic.why_not(model, layer):
+            grid, codes = quantized(layer.layout.matrices(layer.weight.read())[0])
+            rewrite(model, layer, grid, codes)
+    model.drop_unused()
+    feeds = next(calibration.batches(8))
+    found = runtime.session(model, threads=1).run(feeds)
+    for key, value in runtime.session(plain, threads=1).run(feeds).items():
+        wanted = np.asarray(value)
+        assert found[key].shape == wanted.shape
+        if wanted.dtype.kind == "f":
+            error = np.abs(found[key] - wanted).max(initial=0)
+            assert error <= 0.05 * np.abs(wanted).max(initial=0)

@@ -17,6 +17,8 @@ from onnxshrink.model import Model
 from onnxshrink.quantization import weightonly
 from onnxshrink.quantization.rounding import Grid, decode
 from onnxshrink.quantization.weightonly import LEVELS, block_of, quantized, rewrite
+from onnxshrink.samples import Splits
+from onnxshrink.testing import example_models
 
 MODELS = Path(__file__).parent.parent / "models"
 Array = np.ndarray[Any, Any]
@@ -297,3 +299,29 @@ def test_a_file_takes_the_bits_of_its_codes(
     parameters = entries // 32 * 3 if bits < 8 else 0
     size = (tmp_path / "it.onnx").stat().st_size
     assert size < entries * bits / 8 + parameters + 8_000
+
+
+@pytest.mark.parametrize("form", ["folded", "auto"])
+@pytest.mark.parametrize("name", sorted(example_models()))
+def test_any_model_computes_what_its_codes_say(
+    name: str, form: weightonly.Form
+) -> None:
+    plain = Model.load(example_models()[name])
+    model = plain.copy()
+    calibration = Splits.build(model, seed=0).calibration
+    assert calibration is not None
+    for layer in list(find(model, roles=("weight", "table"))):
+        if weightonly.why_not(layer):
+            continue
+        grid, codes, real = coded(layer)
+        rewrite(model, layer, grid, codes, form=form)
+        plain.set_weight(layer.name, real)
+    model.drop_unused()
+    feeds = next(calibration.batches(8))
+    found = runtime.session(model, threads=1).run(feeds)
+    wanted = runtime.session(plain, threads=1).run(feeds)
+    for key, value in wanted.items():
+        if np.asarray(value).dtype.kind == "f":
+            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(found[key], value)
