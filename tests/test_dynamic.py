@@ -246,7 +246,7 @@ REFUSED = {
     "conv": (
         "(float[1,4,8,8] x) => (float y) { y = Conv(x, w) }",
         (4, 4, 3, 3),
-        "slower",
+        "no faster",
     ),
     "lstm": (
         "(float[5,2,8] x) => (float y) { y, h, c = LSTM<hidden_size = 4>(x, w, r) }",
