@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxshrink.analysis import layers
 from onnxshrink.analysis.layers import Layer
 from onnxshrink.base import Context, Promise, Site, SitePass
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.fold import Fold
 from onnxshrink.quantization import (
@@ -87,7 +87,7 @@ class Quantize(SitePass):
             a row (weights alone); auto: each channel.
         block: Values in a block, 16 to 256.
         calibration: How ranges of activations are found: minmax, moving-average,
-            percentile, entropy or mse; auto: minmax.
+            percentile, entropy or mse; auto: mse.
         percentile: Percent of the values within the range, for that method.
         rounding: How weights are rounded: nearest, mse or hqq (scales that lose least),
             gptq, adaround; auto: gptq with data, mse without.
@@ -187,7 +187,7 @@ class Quantize(SitePass):
         symmetric = target.symmetric_activations
         if symmetric and low < 0:
             low += 1
-        method: Method = "minmax" if self.calibration == "auto" else self.calibration
+        method: Method = "mse" if self.calibration == "auto" else self.calibration
         rounded = "gptq" if self.rounding == "auto" else self.rounding
         return Recipe(
             activation=Scheme(data_type, low, high, symmetric),
@@ -333,6 +333,7 @@ class Quantize(SitePass):
         wanted = {*names["dynamic"], *names["none"]}
         if not wanted:
             return
+        self._raise_opset(model, names["none"], ctx)
         chosen = [
             layer
             for layer in layers.find(model, roles=("weight", "table"))
@@ -352,6 +353,20 @@ class Quantize(SitePass):
                 grid, codes = self._coded(rows, gram)
                 done = weightonly.rewrite(model, layer, grid, codes)
             ctx.did(layer.name, done)
+
+    def _raise_opset(self, model: Model, names: Sequence[str], ctx: Context) -> None:
+        """Let large matrices stay packed at run time, if that is a matter of opset."""
+        levels = weightonly.LEVELS[self._weights]
+        needed = model.opset
+        for layer in layers.find(model):
+            if layer.name in names and not layer.why_not:
+                width = layer.layout.matrices_shape[2]
+                block = weightonly.block_of(width, self.block * self._in_blocks)
+                needed = max(needed, weightonly.opset_for(layer, levels, block))
+        try:
+            model.require_opset(needed)
+        except ModelError as error:
+            ctx.skipped("model", f"large matrices are decoded at load: {error}")
 
     def _coded(
         self, rows: NDArray[Any], gram: NDArray[np.float64] | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
+from onnxshrink.analysis.activations import gather
 from onnxshrink.analysis.layers import Layer
 from onnxshrink.analysis.statistics import Multi, Statistic
 from onnxshrink.base import Context
@@ -12,8 +13,10 @@ from onnxshrink.model import Model
 
 __all__ = ["groups", "watch"]
 
-_HELD = 192 << 20
+_HELD = 128 << 20
 """Bytes of Gram matrices that are held at the same time."""
+_SLICE = 32 << 20
+"""Bytes of activations that are held at the same time."""
 _LARGEST = 256 << 20
 """Bytes of a Gram matrix from which a layer is not watched."""
 
@@ -76,8 +79,11 @@ def watch(
     alone = dataclasses.replace(ctx, cache={})
     found = {
         name: one
-        for name, one in alone.statistics(
-            model, {name: Multi(**parts) for name, parts in wanted.items()}
+        for name, one in gather(
+            model,
+            {name: Multi(**parts) for name, parts in wanted.items()},
+            alone,
+            slice_bytes=_SLICE,
         ).items()
         if isinstance(one, Multi)
     }
