@@ -325,3 +325,41 @@ def test_any_model_computes_what_its_codes_say(
             np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5)
         else:
             np.testing.assert_array_equal(found[key], value)
+
+
+def test_large_matrices_of_few_codes_stay_packed_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(weightonly, "PACKED_FROM", 64 * 24)
+    model, _ = reader("matmul", opset=17)
+    assert weightonly.opset_for(layer_of(model), LEVELS["int4"], 16) == 21
+    assert weightonly.opset_for(layer_of(model), LEVELS["int2"]) == 25
+    assert weightonly.opset_for(layer_of(model), LEVELS["int8"]) == 0
+    model.require_opset(21)
+    layer = layer_of(model)
+    grid, codes, _ = coded(layer, "int4", 16)
+    rewrite(model, layer, grid, codes)
+    model.drop_unused()
+    assert optimized(model, tmp_path) == ["MatMulNBits"]
+
+
+@pytest.mark.parametrize("first", ["MatMul(x, w)", "Gemm(x, w, b)"])
+@pytest.mark.parametrize("clip", ["Relu", "Clip"])
+def test_codes_in_front_of_a_relu_are_decoded_at_load(
+    clip: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weightonly, "PACKED_FROM", 1)
+    model = model_of(
+        f"(float[5,64] x) => (float[5,64] y) "
+        f"{{ a = {first} r = {clip}(a) y = MatMul(r, v) }}",
+        w=values(64, 64),
+        v=values(64, 64, seed=1),
+        b=values(64, seed=2),
+    )
+    for layer in list(find(model)):
+        grid, codes, _ = coded(layer, "int4", 32)
+        rewrite(model, layer, grid, codes)
+    model.drop_unused()
+    ran = optimized(model, tmp_path)
+    assert "DequantizeLinear" not in ran
+    assert "MatMulNBits" in ran

@@ -54,6 +54,7 @@ __all__ = [
     "chosen_form",
     "half_scales",
     "home",
+    "opset_for",
     "quantized",
     "rewrite",
     "why_not",
@@ -228,11 +229,26 @@ def why_not_packed(layer: Layer, levels: Levels, block: int = 0) -> str:
             return "the kernel wants codes on the right"
         if use.node.op == "Gemm" and _plain_gemm(use.node) != "":
             return _plain_gemm(use.node)
+        if _is_clipped(use.node):
+            return "onnxruntime does not fuse codes whose product goes into a Relu"
     if block and (block < MIN_BLOCK or block & (block - 1)):
         return f"blocks of {block} are not a power of two from {MIN_BLOCK} on"
     if not _fits(levels):
         return f"codes from {levels.low} to {levels.high} fit no packed type"
     return ""
+
+
+def _is_clipped(node: Node) -> bool:
+    """Whether a product, with or without a bias, goes into Relu or Clip.
+
+    onnxruntime 1.31 leaves DequantizeLinear as it is where such a Relu feeds another
+    product of codes, and decodes the weight at every run.
+    """
+    readers = list(node.outputs[0].outputs)
+    for reader in list(readers):
+        if reader.op == "Add":
+            readers += reader.outputs[0].outputs
+    return any(reader.op in {"Clip", "Relu"} for reader in readers)
 
 
 def _plain_gemm(node: Node) -> str:
@@ -278,20 +294,30 @@ def chosen_form(
     reason = why_not_packed(layer, levels, block)
     if not reason and not all(within_reach(model, layer, use) for use in layer.uses):
         reason = "it is handed to a function"
-    needed = 0 if reason else MIN_OPSET[_fits(levels)]
-    needed = max(needed, 21 if block else 13)
+    needed = 0 if reason else _opset(levels, block)
     if not reason and model.opset < needed:
         reason = f"the type of its codes needs opset {needed}, not {model.opset}"
     if form == "packed":
         if reason:
             raise UsageError(f"{layer.name} cannot stay packed: {reason}")
         return "packed"
+    return "packed" if not reason and _packing_pays(layer, levels) else "folded"
+
+
+def opset_for(layer: Layer, levels: Levels, block: int = 0) -> int:
+    """Return the opset from which ``auto`` keeps a layer packed; 0: it never does."""
+    if why_not_packed(layer, levels, block) or not _packing_pays(layer, levels):
+        return 0
+    return _opset(levels, block)
+
+
+def _opset(levels: Levels, block: int) -> int:
+    return max(MIN_OPSET[_fits(levels)], 21 if block else 13)
+
+
+def _packing_pays(layer: Layer, levels: Levels) -> bool:
     few = levels.high - levels.low < _FEW_CODES
-    return "packed" if not reason and few and _large(layer) else "folded"
-
-
-def _large(layer: Layer) -> bool:
-    return layer.weight.size >= PACKED_FROM
+    return few and layer.weight.size >= PACKED_FROM
 
 
 # --- writing --------------------------------------------------------------------------
