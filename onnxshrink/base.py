@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 if TYPE_CHECKING:
     from onnxshrink.analysis.statistics import Statistic
     from onnxshrink.model import Model
-    from onnxshrink.samples import Splits
+    from onnxshrink.samples import Samples, Splits
 
 __all__ = ["Context", "Pass", "Progress", "Promise", "Site", "SitePass", "selected"]
 
@@ -181,6 +181,25 @@ class Pass(ABC):
     def options(self) -> dict[str, object]:
         """Return the options by name, in declaration order."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def answers(
+        self, model: Model, samples: Samples, ctx: Context
+    ) -> Mapping[str, Any] | None:
+        """Return what outputs should be, if not what they were when the run began.
+
+        A pass that teaches a model something else (distill, by the file of another
+        teacher) cannot keep its outputs; it is accepted if it brings them nearer to
+        these. The passes after it are held to the taught model.
+
+        Args:
+            model: The model before the pass.
+            samples: Evaluation samples.
+            ctx: Of the step.
+
+        Returns:
+            An array by output name, its first axis the samples; or ``None``.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,8 @@ class _Attempt:
     left: list[tuple[str, str]]
     plan: _backoff.Plan | None = None
     """How strongly it acted at each site, where that is not as listed."""
+    is_taught: bool = False
+    """Whether it was accepted for what its pass taught, not for what it kept."""
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,7 @@ class _Run:
         self.name = target.name if target is not None else "model.onnx"
         self.reference = source.copy()
         self.reference.fit_runtime()
-        self.baseline_path = self._baseline()
+        self.baseline_path = self.standard = self._baseline()
         self.judge = self._validator(self.splits)
         self.scout: Validator | None = None
         self.steps: list[Step] = []
@@ -383,10 +385,12 @@ class _Run:
         self.reference.save(path, storage="plain")
         return path
 
-    def _validator(self, splits: Splits) -> Validator:
+    def _validator(
+        self, splits: Splits, answers: Mapping[str, Any] | None = None
+    ) -> Validator:
         manager = self.manager
         return Validator(
-            self.baseline_path,
+            self.standard,
             splits,
             self.budget,
             metric=manager.metric,
@@ -394,6 +398,7 @@ class _Run:
             providers=manager.providers,
             seed=manager.seed,
             progress=manager.progress,
+            answers=answers,
         )
 
     # --- the whole run ------------------------------------------------------------
@@ -557,6 +562,8 @@ class _Run:
                 stats = self._measure(attempt.path)
                 stats = dataclasses.replace(stats, metric=one.verdict.quality())
                 state = _State(attempt.model, attempt.path, stats)
+                if attempt.is_taught:
+                    self._hold_to(attempt.path)
             changes: list[tuple[str, str]] = []
             if attempt.plan is not None and isinstance(one.pass_, SitePass):
                 changes = attempt.plan.changes(one.pass_)
@@ -579,6 +586,11 @@ class _Run:
         self._tidy(tries, state)
         self._remember(tries[-1].index, state)
         return state
+
+    def _hold_to(self, path: Path) -> None:
+        """Measure what follows against another model than the run started from."""
+        self.standard = path
+        self.judge, self.scout = self._validator(self.splits), None
 
     def _tidy(self, tries: Sequence[_Try], state: _State) -> None:
         """Delete the files of attempts that came to nothing, which can be large."""
@@ -650,7 +662,36 @@ class _Run:
             pass_.apply(candidate, ctx)
         attempt = self._judged(index, pass_, candidate, before_path, ctx, tag)
         attempt.plan = plan
+        if attempt.verdict.problem == "budget":
+            self._forgive_taught(attempt, pass_, prepared, before_path, ctx)
         return attempt
+
+    def _forgive_taught(
+        self,
+        attempt: _Attempt,
+        pass_: Pass,
+        before: Model,
+        before_path: Path,
+        ctx: Context,
+    ) -> None:
+        """Accept a model that came nearer to what its pass was to teach."""
+        samples = self.splits.evaluation
+        answers = None if samples is None else pass_.answers(before, samples, ctx)
+        if not answers:
+            return
+        judge = self._validator(self.splits, answers)
+        first, last = judge.check(before_path), judge.check(attempt.path)
+        if last.keepable and last.damage < first.damage:
+            changes = [
+                f"{name} {first.quality()[name]:.4g} -> {figure:.4g}"
+                for name, figure in last.quality().items()
+                if name in first.quality()
+            ]
+            words = f"nearer to what was taught: {', '.join(changes)}"
+            attempt.verdict = dataclasses.replace(
+                last, ok=True, problem="", reason=words
+            )
+            attempt.is_taught = True
 
     def _rewritten(
         self,
@@ -802,6 +843,9 @@ class _Run:
             "run": self._fingerprint,
             "next": index + 1,
             "path": path.name if inside else None,
+            "standard": self.standard.name
+            if self.standard.parent == self.folder
+            else None,
             "stats": accepted.stats.to_json(),
             "steps": [step.to_json() for step in self.steps],
         }
@@ -826,6 +870,8 @@ class _Run:
             path = self.baseline_path if name is None else self.folder / Path(name).name
             model = self.source if name is None else Model.load(path)
             self.steps = [Step.from_json(step) for step in state["steps"]]
+            if state["standard"] is not None:
+                self._hold_to(self.folder / Path(state["standard"]).name)
             stats = Stats.from_json(state["stats"])
             return _State(model, path, stats), int(state["next"])
         except (KeyError, TypeError, ValueError, ModelError) as error:
@@ -863,6 +909,11 @@ class _Run:
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
         stats = dataclasses.replace(self._measure(path), metric=verdict.quality())
         notes = list(self.splits.describe())
+        if self.standard != self.baseline_path:
+            notes.append(
+                "agreement and SQNR of what follows the training are against the model "
+                "that was taught, since another teacher changed what it answers"
+            )
         if costs := self._loading(self.baseline_path, path):
             first, last = costs
             baseline = dataclasses.replace(

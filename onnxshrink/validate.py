@@ -287,6 +287,7 @@ class Validator:
         batch_size: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        answers: Mapping[str, Array] | None = None,
     ) -> None:
         """Take what is judged by.
 
@@ -304,6 +305,8 @@ class Validator:
             batch_size: Samples in a run; by default as many as fit 8 MB, at most 32.
             seed: Kept for the report; nothing is drawn here.
             progress: Receives progress.
+            answers: What outputs should be, by name, the first axis evaluation samples;
+                by default what the reference gives. Other outputs do not count then.
 
         Raises:
             UsageError: No evaluation samples, or a metric that does not exist.
@@ -319,6 +322,7 @@ class Validator:
         self._providers = tuple(providers)
         self._batch_size = batch_size
         self._progress = progress
+        self._answers = answers
         self._labels = self.samples.labels
         self._metric = metric
         if isinstance(metric, str) and ":" in metric:
@@ -383,6 +387,8 @@ class Validator:
 
     def _run_reference(self) -> _Reference:
         reference = self._observe(self._source, "reference")
+        if self._answers is not None:
+            reference = _answering(reference, self._answers)
         task = self._task(reference)
         if task is not None:
             reference.task = task
@@ -844,6 +850,21 @@ class Validator:
                 found[name] = (difference.max_abs / scale, level)
             start.noise = found
         return start.noise
+
+
+def _answering(reference: _Reference, answers: Mapping[str, Array]) -> _Reference:
+    """Return a reference that gives other answers; what has none is left out."""
+    store, seen = Store(), {name: Seen() for name in reference.seen if name in answers}
+    for index, (start, stop) in enumerate(reference.spans):
+        own = reference.store.read(index)
+        batch = {
+            name: np.asarray(answers[name][start:stop], own[name].dtype)
+            for name in seen
+        }
+        for name, value in batch.items():
+            seen[name].update(name, value, stop - start)
+        store.add(batch)
+    return dataclasses.replace(reference, store=store, seen=seen)
 
 
 def _identity(source: Source) -> object:

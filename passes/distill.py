@@ -238,6 +238,22 @@ class Distill(Pass):
         own = type(self).augment is not Distill.augment
         return own or bool(self.shift or self.crop or self.flip or self.mixup)
 
+    def answers(
+        self, model: Model, samples: Samples, ctx: Context
+    ) -> Mapping[str, Array] | None:
+        """Return what the teacher's file says of these samples, if it has them."""
+        if self.teacher is None or samples.whole:
+            return None
+        file = FileTeacher(self.teacher, model, ctx)
+        try:
+            file.check(samples)
+        except UsageError:  # samples of their own, --eval, that no teacher answered
+            return None
+        names = [
+            n for n, theirs in file.shared.items() if theirs in file.recorded.outputs
+        ]
+        return {name: rows[""] for name, rows in file.ask(samples, names).items()}
+
     def apply(self, model: Model, ctx: Context) -> None:
         """Train, and set the weights to the best that were seen.
 

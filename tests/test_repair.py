@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from onnxshrink import (
     Pipeline,
     Promise,
     PromiseError,
+    Samples,
     Site,
     SitePass,
     Splits,
@@ -41,14 +42,16 @@ def classifier() -> Model:
     return Model.load(proto)
 
 
-def manager(*passes: Pass, on_breach: OnBreach = "back-off") -> PassManager:
+def manager(
+    *passes: Pass, on_breach: OnBreach = "back-off", budget: Budget | None = None
+) -> PassManager:
     labels = np.arange(400) % 4
     noise = 0.1 * np.random.default_rng(0).normal(size=(400, 4))
     samples = {"x": (np.eye(4)[labels] + noise).astype(np.float32), "labels": labels}
     return PassManager(
         Pipeline(passes),
         splits=Splits.build(classifier(), samples),
-        budget=Budget(max_drop=1.0),
+        budget=budget or Budget(max_drop=1.0),
         on_breach=on_breach,
         jobs=1,
         measure_latency=False,
@@ -278,3 +281,44 @@ def test_a_blend_of_strengths_lies_between() -> None:
     plan = Plan((Site("w1", "Gemm"),), (0.4,), (0,))
 
     assert blend(Turn(), plan, 0.5).strengths == pytest.approx((0.7,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teach(Pass):
+    """Teach another order of the classes than the model knew."""
+
+    name: ClassVar[str] = "test-teach"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    turn: float = 1.0
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        Turn().rewrite(model, Site("w1", "MatMul", detail={"turn": self.turn}), ctx)
+
+    def answers(
+        self, model: Model, samples: Samples, ctx: Context
+    ) -> Mapping[str, Any] | None:
+        x = samples.read(np.arange(len(samples)))["x"]
+        return {"logits": np.roll(x, 1, axis=1)}
+
+
+def test_what_another_teacher_taught_is_accepted_and_holds_for_what_follows() -> None:
+    model = classifier()
+
+    report = manager(Teach(), Scale(), Turn()).run(model).report
+
+    assert [step.accepted for step in report.steps] == [True, True, True]
+    assert report.steps[0].reason.startswith("nearer to what was taught: ")
+    assert report.steps[2].verdict is not None
+    assert report.steps[2].verdict.quality()["agreement"] == 1
+    assert any("another teacher" in note for note in report.notes)
+
+
+def test_what_moves_away_from_the_teacher_is_rolled_back() -> None:
+    model = classifier()
+
+    passes = Teach(turn=1.0), Teach(turn=0.0)
+    budget = Budget(min_agreement=0.98)
+
+    report = manager(*passes, budget=budget).run(model).report
+
+    assert [step.accepted for step in report.steps] == [True, False]
