@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
 from onnxshrink import runtime
 from onnxshrink.analysis.shapes import macs
 from onnxshrink.errors import ModelError
-from onnxshrink.model import Model, Weight
+from onnxshrink.model import Model, Node, Weight
 from onnxshrink.runtime import file_bytes
 from onnxshrink.samples import Samples, Splits
 
@@ -155,6 +156,11 @@ _FLOATS = frozenset(
     )
     if hasattr(onnx.TensorProto, name)
 )
+_CODES = frozenset(
+    getattr(onnx.TensorProto, name)
+    for name in ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+    if hasattr(onnx.TensorProto, name)
+)
 _QUANTIZED: Mapping[str, Mapping[int, int]] = {
     "DequantizeLinear": {0: 2},
     "QLinearConv": {3: 5},
@@ -194,7 +200,8 @@ def count_parameters(model: Model) -> tuple[int, int]:
             continue
         if weight.data_type in _FLOATS:
             if uses and all(
-                index in _SCALES.get(node.op, frozenset()) for node, index in uses
+                index in _SCALES.get(node.op, frozenset()) or _scales_codes(node, index)
+                for node, index in uses
             ):
                 continue
             parameters += weight.size
@@ -211,7 +218,42 @@ def count_parameters(model: Model) -> tuple[int, int]:
                 parameters += weight.size
                 nonzeros += _quantized_nonzeros(model, node, zero, weight)
                 break
+            if _is_decoded_by_cast(node, index, weight):
+                parameters += weight.size
+                nonzeros += sum(_nonzeros(chunk) for chunk in weight.chunks())
+                break
     return parameters, nonzeros
+
+
+def _scales_codes(node: Node, index: int) -> bool:
+    """Whether an input of Mul is the scale of codes that Cast made floats of."""
+    if node.op != "Mul":
+        return False
+    made = node.inputs[1 - index].inputs
+    if made and made[0].op == "Sub":
+        made = made[0].inputs[0].inputs
+    if not made or made[0].op != "Cast":
+        return False
+    cast = made[0].inputs[0]
+    codes = cast.inputs[0].inputs[0] if cast.inputs else cast
+    kind = codes.dtype
+    return isinstance(codes, gs.Constant) and np.dtype(kind) in (np.int8, np.uint8)
+
+
+def _is_decoded_by_cast(node: Node, index: int, weight: Weight) -> bool:
+    """Whether codes become floats by Cast, all of them or the rows that are asked for.
+
+    That is how codes are written that fold to floats when a model is loaded.
+    """
+    if index or weight.data_type not in _CODES:
+        return False
+    if node.op == "Gather":
+        return any(
+            _is_decoded_by_cast(reader, 0, weight)
+            for reader in node.outputs[0].outputs
+            if reader.op != "Gather"
+        )
+    return node.op == "Cast" and node.attrs.get("to") in _FLOATS
 
 
 def _nonzeros(values: Array) -> int:

@@ -252,6 +252,26 @@ def test_constants_and_weights_of_subgraphs_count_once():
     assert count_parameters(m) == (6, 4)
 
 
+def test_codes_that_cast_decodes_count_without_their_scales():
+    made = model(
+        """
+        g (float[N, 2] x, int64[N] ids) => (float[N, 3] y, float[N, 2] rows)
+        <int8[2, 3] w = {1, 0, 2, 0, 0, 3}, float[1, 3] s = {1, 2, 3},
+         int8[4, 2] table = {1, 0, 0, 0, 0, 0, 0, 2}, float[1] t = {2}>
+        {
+          f = Cast<to = 1>(w)
+          m = Mul(f, s)
+          y = MatMul(x, m)
+          some = Gather(table, ids)
+          g = Cast<to = 1>(some)
+          rows = Mul(g, t)
+        }
+        """
+    )
+
+    assert count_parameters(made) == (14, 5)
+
+
 def test_quantized_weights_count_without_their_scales():
     m = model(
         """
