@@ -2,7 +2,7 @@
 
 Every damage is followed by least squares alone, by distillation without and with
 labels, by labels alone, and by least squares before distillation. Training images are
-drawn from the first 55,000 by seed, the last 5,000 choose the best epoch, test images
+drawn from the first 55,000 by seed, some after them choose the best epoch, test images
 only count.
 """
 
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="repair", description=__doc__)
     parser.add_argument("--models", default="residual-cnn,vit")
     parser.add_argument("--damage", action="append", help="passes; may be repeated")
-    parser.add_argument("--samples", type=int, default=5_000, help="to train on")
+    parser.add_argument("--samples", type=int, default=3_000, help="to train on")
+    parser.add_argument("--held", type=int, default=1_500, help="to choose by")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=0.5, help="share of labels")
@@ -94,7 +95,7 @@ def _table(
             splits = Splits(
                 calibration=training.take(slice(0, 1024)),
                 training=training,
-                validation=samples.take(slice(HELD_OUT, None)),
+                validation=samples.take(slice(HELD_OUT, HELD_OUT + given.held)),
             )
             damaged = _after(model, damage, model, splits, seed, given.threads)
             for way, passes in remedies.items():
