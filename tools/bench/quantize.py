@@ -38,7 +38,8 @@ from onnxshrink.samples import Splits
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
 CALIBRATION = 128
 BATCH = 32
-FAILED = 300
+SENTENCES = 300
+"""Sentences whose embeddings are compared one by one."""
 
 Array = np.ndarray[Any, Any]
 Feed = Mapping[str, Array]
@@ -396,7 +397,7 @@ def _minilm(folder: Path, samples: Path, passes: Sequence[str] | None) -> Task:
 
     def judge(wanted: Sequence[Array], found: Sequence[Array]) -> dict[str, float]:
         fp32, other = np.concatenate(wanted), np.concatenate(found)
-        some, same = fp32[half : half + FAILED], other[half : half + FAILED]
+        some, same = fp32[half : half + SENTENCES], other[half : half + SENTENCES]
         near = [(a @ a.T - 4 * np.eye(len(a))).argmax(1) for a in (some, same)]
         alike = (other[:half] * other[half:]).sum(1)
         return {
@@ -405,14 +406,13 @@ def _minilm(folder: Path, samples: Path, passes: Sequence[str] | None) -> Task:
             "Spearman": float(spearmanr(alike, score).statistic),
         }
 
-    wide = max(one.shape[1], two.shape[1])
-    padded = [np.pad(a, ((0, 0), (0, wide - a.shape[1]))) for a in (one, two)]
     return Task(
-        f"{folder.name}, {CALIBRATION} sentences to calibrate, {FAILED} others to "
-        f"measure (Spearman: {half:,} pairs)",
+        f"{folder.name}, {CALIBRATION} sentences to calibrate, {SENTENCES} others "
+        f"to measure (Spearman: {half:,} pairs)",
         folder / "model.onnx",
         feed(one[:CALIBRATION]),
-        _batches(feed(np.concatenate(padded)), BATCH),
+        # Alone: what is coded at run time depends on what else is in the batch.
+        [feed(row[None, : np.count_nonzero(row)]) for row in (*one, *two)],
         "sentence_embedding",
         judge,
         feed(np.where(two[:1, :1] > 0, np.arange(1000, 1032)[None], 0)),
