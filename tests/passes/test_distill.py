@@ -46,6 +46,12 @@ COMMON = {"convolutions", "transformer", "unnamed_and_fixed", "opset_9", "no_wei
 QUICK: dict[str, Any] = {"epochs": 8, "batch": 16, "lr": 0.01}
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a test leaves behind, stay out of the source tree."""
+    monkeypatch.chdir(tmp_path)
+
+
 def model_of(text: str, opset: int = 17, **weights: Array) -> Model:
     header = f'<ir_version: 8, opset_import: ["" : {opset}]>\n'
     proto = onnx.parser.parse_model(header + text)
