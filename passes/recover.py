@@ -26,10 +26,11 @@ from onnxshrink.analysis.cross import (
 from onnxshrink.analysis.layers import Layer, Use
 from onnxshrink.analysis.statistics import ConvGram, ConvWindow
 from onnxshrink.analysis.surgeon import Curvature, refit
+from onnxshrink.analysis.walk import HELD_BYTES, Span, Walk
+from onnxshrink.analysis.walk import batches as cut_into
 from onnxshrink.base import Context, Promise, Site, SitePass, selected
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
-from onnxshrink.samples import Samples
 from onnxshrink.tensors import LazyTensor
 from onnxshrink.training.fakequant import CODES, Decoder, decoder_of
 from onnxshrink.training.norms import why_fixed
@@ -39,6 +40,7 @@ __all__ = ["Recover"]
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 Mode = Literal["weights", "bias", "norm", "scale"]
+Seen = tuple[dict[str, Moments], dict[str, Moments]]
 
 MAX_INPUTS = 8192
 """Layers with more inputs get their bias corrected only: 512 MB of Gram matrix."""
@@ -226,8 +228,8 @@ class Recover(SitePass):
             is added to each.
         samples: Samples to use at most; a fifth of them judges.
         order: ``sequential`` lets each layer make up for what is left of the error of
-            those before it, at a run of both models for each; ``parallel`` lets it read
-            what it read in the reference, in one run for all.
+            those before it, at about two runs of the model for all; ``parallel`` lets
+            it read what it read in the reference, in one run.
         bias: Adjust biases, and give a Conv or Gemm without one a bias.
         norms: Estimate mean and variance of each BatchNormalization behind an altered
             layer again, from what it reads now. It helps where weights are left alone:
@@ -278,7 +280,8 @@ class Recover(SitePass):
         ]
 
     def _works(self, model: Model, ctx: Context) -> list[_Work]:
-        finder = _Finder(model, ctx.reference, self, len(_pool(ctx, self.samples)))
+        count = sum(map(len, _pool(ctx, self.samples)))
+        finder = _Finder(model, ctx.reference, self, count)
         found = finder.find(ctx)
         if not found and not ctx.left:
             what = "only and skip choose" if self.only or self.skip else "there is"
@@ -296,26 +299,35 @@ class Recover(SitePass):
         chosen = {site.where for site in sites}
         quiet = replace(ctx, left=[])
         works = [w for w in self._works(model, quiet) if w.where in chosen]
-        batches = [works] if self.order == "parallel" else [[work] for work in works]
-        for index, some in enumerate(batches):
-            self._recover(model, some, ctx)
-            ctx.progress(index + 1, len(batches), self.name)
+        if self.order == "parallel":
+            self._recover(model, works, self._together(model, ctx), ctx)
+            return
+        look = _InSequence(model, works, self.samples, ctx)
+        for index, work in enumerate(works):
+            self._recover(model, [work], look, ctx)
+            ctx.progress(index + 1, len(works), self.name)
 
-    def _recover(self, model: Model, works: Sequence[_Work], ctx: Context) -> None:
+    def _together(self, model: Model, ctx: Context) -> _Look:
+        def look(works: Mapping[str, _Work]) -> Seen:
+            count = min(self.samples, max(work.samples for work in works.values()))
+            parts = [
+                [span.samples.take(slice(span.start, span.stop)) for span in spans]
+                for spans in _divided(_pool(ctx, count))
+            ]
+            requests = {where: work.request for where, work in works.items()}
+            fit, held = cross.gather(model, ctx.reference, requests, parts, ctx)
+            return fit, held
+
+        return look
+
+    def _recover(
+        self, model: Model, works: Sequence[_Work], look: _Look, ctx: Context
+    ) -> None:
         memo: _Memo = ctx.cache.setdefault(("recover", "results"), _Memo())
         mark = (fingerprint(model), self.ridge, self.samples, self.bias)
         new = {w.where: w for w in works if (*mark, w.where) not in memo.results}
         if new:
-            count = min(self.samples, max(work.samples for work in new.values()))
-            fit, held = _divided(_pool(ctx, count))
-            moments, judged = cross.gather(
-                model,
-                ctx.reference,
-                {where: work.request for where, work in new.items()},
-                [fit, held],
-                # Moments are large, and outcomes are what is worth remembering.
-                replace(ctx, cache={}),
-            )
+            moments, judged = look(new)
             tasks = [
                 self._task(model, work, moments[where], judged[where])
                 for where, work in new.items()
@@ -841,43 +853,103 @@ def _why_frozen(weight: Weight, inputs: int) -> str:
 # --- samples --------------------------------------------------------------------------
 
 
-def _pool(ctx: Context, count: int) -> _Pool:
+def _pool(ctx: Context, count: int) -> list[Span]:
     """Return at most so many samples for calibration and training."""
     parts = []
     for samples in (ctx.samples.calibration, ctx.samples.training):
         if samples is not None and count > 0 and samples.used:
-            some = samples.take(slice(0, max(count, samples.batch or 1)))
-            parts.append(some)
-            count -= len(some)
-    return _Pool(parts)
+            unit = samples.batch or 1
+            some = min(max(count, unit), samples.used) // unit * unit
+            parts.append(Span(samples, 0, some))
+            count -= some
+    return parts
 
 
-@dataclass(frozen=True)
-class _Pool:
-    parts: Sequence[Samples]
-
-    def __len__(self) -> int:
-        return sum(samples.used for samples in self.parts)
-
-
-def _divided(pool: _Pool) -> tuple[list[Samples], list[Samples]]:
+def _divided(pool: Sequence[Span]) -> tuple[list[Span], list[Span]]:
     """Divide samples into those to fit and those to judge; one sample does both."""
-    total = len(pool)
-    unit = pool.parts[0].batch or 1
+    total = sum(map(len, pool))
+    unit = pool[0].samples.batch or 1
     held = max(1, total // unit // HELD) * unit
     if total <= held:
-        return list(pool.parts), list(pool.parts)
-    fit: list[Samples] = []
-    judge: list[Samples] = []
-    for samples in reversed(pool.parts):
-        some = min(held, samples.used)
-        cut = samples.used - some
-        held -= some
-        if some:
-            judge.insert(0, samples.take(slice(cut, cut + some)))
-        if cut:
-            fit.insert(0, samples.take(slice(0, cut)))
+        return list(pool), list(pool)
+    fit: list[Span] = []
+    judge: list[Span] = []
+    for span in reversed(pool):
+        cut = max(span.start, span.stop - held)
+        held -= span.stop - cut
+        if cut < span.stop:
+            judge.insert(0, replace(span, start=cut))
+        if cut > span.start:
+            fit.insert(0, replace(span, stop=cut))
     return fit, judge
+
+
+class _Look(Protocol):
+    """How moments are gathered."""
+
+    def __call__(self, works: Mapping[str, _Work]) -> Seen:
+        """Return moments of the samples to fit, and of those that judge."""
+
+
+class _InSequence:
+    """Looks at layers one after the other, in the order of the graph.
+
+    Either model runs once for all of them, a layer's operator twice: before and after
+    it is recovered.
+    """
+
+    def __init__(
+        self, model: Model, works: Sequence[_Work], samples: int, ctx: Context
+    ) -> None:
+        self._parts = {
+            work.where: _divided(_pool(ctx, min(samples, work.samples)))
+            for work in works
+        }
+        self._left = list(works)
+        everything = [s for both in self._parts.values() for part in both for s in part]
+        requests = {work.where: work.request for work in works}
+        size = 1
+        if everything:
+            size = cross.batch_size(model, requests, everything[0].samples)
+        self._batches = cut_into(everything, size)
+        half = HELD_BYTES // 2
+        self._ours, self._theirs = (
+            Walk(model, ctx, half),
+            Walk(ctx.reference, ctx, half),
+        )
+
+    def __call__(self, works: Mapping[str, _Work]) -> Seen:
+        """Look at one layer; all before it are as they will be."""
+        (work,) = works.values()
+        at = next(i for i, other in enumerate(self._left) if other is work)
+        self._left = self._left[at + 1 :]
+        request = work.request
+        parts = self._parts[work.where]
+        # What later layers read of other samples may wait.
+        mine = [b for b in self._batches if any(b.is_in(s) for p in parts for s in p)]
+        later = [other.request for other in self._left]
+        names = [name for name in (request.inputs, request.outputs) if name]
+        ours = self._ours.values(
+            names,
+            [tensor.name for tensor in work.node.inputs],
+            [name for r in later for name in (r.inputs, r.outputs) if name],
+            mine,
+        )
+        theirs = self._theirs.values(
+            [request.wanted], [request.wanted], [r.wanted for r in later], mine
+        )
+        fit, held = Moments(), Moments()
+        for batch, now, wanted in zip(mine, ours, theirs, strict=True):
+            outputs = now[request.outputs]
+            for spans, moments in zip(parts, (fit, held), strict=True):
+                if any(batch.is_in(span) for span in spans):
+                    moments.update(
+                        request.rows,
+                        now[request.inputs] if request.inputs else outputs,
+                        outputs,
+                        wanted[request.wanted],
+                    )
+        return {work.where: fit}, {work.where: held}
 
 
 # --- one layer ------------------------------------------------------------------------

@@ -37,6 +37,7 @@ __all__ = [
     "OutputRows",
     "Request",
     "Rows",
+    "batch_size",
     "gather",
 ]
 
@@ -341,7 +342,7 @@ def gather(
     first = next((s for part in parts for s in part if s.used), None)
     if first is None or not requests:
         return found
-    size = first.batch or _batch_size(model, requests, first)
+    size = first.batch or batch_size(model, requests, first)
     feed = first.read(np.arange(min(size, first.used)))
     sizes = {name: value.shape for name, value in feed.items()}
     shapes = value_shapes(model, sizes)
@@ -391,7 +392,7 @@ def gather(
     return found
 
 
-def _batch_size(model: Model, requests: Mapping[Key, Request], samples: Samples) -> int:
+def batch_size(model: Model, requests: Mapping[Key, Request], samples: Samples) -> int:
     """Return samples in a run: many, as each costs an update of the moments."""
     feed = samples.read([0])
     shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
