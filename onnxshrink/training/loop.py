@@ -31,6 +31,9 @@ Ending = Literal["", "early", "diverged", "interrupted"]
 
 RATES = tuple(float(f"{r:.1e}") for r in np.geomspace(1e-4, 3.2e-2, 6))
 """Rates that ``find_rate`` tries: a factor of about three from one to the next."""
+STATE_FORMAT = 2
+"""Grows when what the numbers of kept state mean changes: 2 holds Adam's moments
+divided by one minus their decay."""
 _PROBE = 60
 _EXPLODED = 10.0
 """Times the loss at the start, or 1 where that is less, from which training is lost."""
@@ -299,7 +302,7 @@ class _Keeper:
         self, checkpoint: Checkpoint, step: TrainingStep, plan: Plan, count: int
     ) -> None:
         self._checkpoint, self._step = checkpoint, step
-        self._key = f"{checkpoint.key} {plan} {count}"
+        self._key = f"{STATE_FORMAT} {checkpoint.key} {plan} {count}"
         self._saved = time.monotonic()
 
     def save_if_due(self, state: _State) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from onnxshrink.errors import ModelError, OutputError, UsageError
 from onnxshrink.model import Model
-from onnxshrink.training import Optimizer, Sgd, TrainingStep, mse
+from onnxshrink.training import Optimizer, Sgd, TrainingStep, loop, mse
 from onnxshrink.training.loop import (
     Checkpoint,
     Outcome,
@@ -254,6 +254,24 @@ def test_state_of_another_training_is_ignored(
         kept(tmp_path / "state", 13)
     found = kept(tmp_path / "state", None, **change)
     assert same(found, kept(tmp_path / "fresh", None, **change))
+
+
+def test_state_of_another_format_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "STATE_FORMAT", loop.STATE_FORMAT - 1)
+        with pytest.raises(KilledError):
+            kept(tmp_path / "state", 13)
+    steps: list[int] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        steps.append(done)
+
+    plan = Plan(epochs=6, batch=4, rates=(1e-2, 1e-1))
+    checkpoint = Checkpoint(path=tmp_path / "state", key="k", seconds=0.0)
+    fit(step_of(), noisy, len(X), distance, plan, progress, checkpoint)
+    assert len(steps) > 30  # from the beginning, the search of a rate included
 
 
 @pytest.mark.parametrize("size", [0, 40, 1000])
