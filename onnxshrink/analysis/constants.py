@@ -170,15 +170,14 @@ def fold_constants(rewriter: Rewriter) -> int:
     if not plan.wanted:
         return done
     results = _evaluate(rewriter, plan.nodes, plan.wanted)
-    live = set(plan.nodes)
-    growth = _growth(rewriter, plan, live)
+    freed = _freed(rewriter, plan)
     for tensor in plan.wanted:
         array = results.get(tensor)
         if array is None or not tensor.inputs:
             continue
         node = tensor.inputs[0]
         values = _tensor_of_result(rewriter, tensor, array)
-        added = stored_bytes(values) - growth.get(tensor, 0)
+        added = stored_bytes(values) - freed[tensor]
         if not budget.take(added):
             why = f"its constant result would add {added} bytes, more than allowed"
             rewriter.refuse(node, why)
@@ -356,23 +355,41 @@ def _output_bytes(rewriter: Rewriter, node: Node, read: int) -> list[int] | None
     return bounds
 
 
-def _growth(
-    rewriter: Rewriter, plan: _Plan, planned: set[Node]
-) -> dict[gs.Tensor, int]:
+def _freed(rewriter: Rewriter, plan: _Plan) -> dict[gs.Tensor, int]:
     """Return the bytes that go when each wanted value is computed.
 
-    A constant or a value that has another reader is not counted.
+    These are the nodes and constants that serve no other value: a weight that four
+    Slices read to put its parts into another order goes with them.
     """
-    freed: dict[gs.Tensor, int] = {}
+    wanted = set(plan.wanted)
+    serves: dict[Node, gs.Tensor | None] = {}
+
+    def only(readers: Sequence[Node]) -> gs.Tensor | None:
+        """Return the one value that all these nodes serve."""
+        found = {serves.get(reader) for reader in readers}
+        return found.pop() if len(found) == 1 else None
+
+    freed = dict.fromkeys(plan.wanted, 0)
+    counted: set[gs.Tensor] = set()
+    for node in reversed(plan.nodes):
+        ends = {
+            tensor if tensor in wanted else only(tensor.outputs)
+            for tensor in node.outputs
+            if tensor in wanted or tensor.outputs
+        }
+        serves[node] = ends.pop() if len(ends) == 1 else None
     for node in plan.nodes:
-        total = _NODE
+        end = serves[node]
+        if end is None:
+            continue
+        freed[end] += _NODE
         for tensor in node.inputs:
-            if len(tensor.outputs) != 1 or rewriter.is_result(tensor):
-                continue
             values = rewriter.constant(tensor)
-            total += freed.get(tensor, 0) if values is None else stored_bytes(values)
-        for tensor in node.outputs:
-            freed[tensor] = total
+            if values is None or tensor in counted or rewriter.is_result(tensor):
+                continue
+            if only(tensor.outputs) is end:
+                counted.add(tensor)
+                freed[end] += stored_bytes(values)
     return freed
 
 

@@ -546,6 +546,39 @@ def test_folding_twice_changes_nothing_more() -> None:
     assert twice.to_bytes() == once.to_bytes()
 
 
+_PARTS = """(float[N,64] x) => (float[N,64] y) {
+    zero = Constant<value = int64[1] {0}>()
+    half = Constant<value = int64[1] {32}>()
+    full = Constant<value = int64[1] {64}>()
+    first = Slice(w, zero, half, zero)
+    second = Slice(w, half, full, zero)
+    swapped = Concat<axis = 0>(second, first)
+    y = MatMul(x, swapped)
+    %s
+}"""
+
+
+def test_parts_of_a_weight_in_another_order_take_its_place() -> None:
+    rng = draws(3)
+    before = model(
+        _PARTS % "", weights={"w": rng.normal(size=(64, 64)).astype(np.float32)}
+    )
+    after = check_same(
+        before, {"x": rng.normal(size=(2, 64)).astype(np.float32)}, limit=0
+    )
+    assert ops(after) == ["MatMul"]
+
+
+def test_parts_of_a_weight_with_another_reader_would_add_to_the_file() -> None:
+    rng = draws(3)
+    text = (_PARTS % "z = MatMul(x, w)").replace("y) {", "y, float[N,64] z) {")
+    before = model(text, weights={"w": rng.normal(size=(64, 64)).astype(np.float32)})
+    after = check_same(
+        before, {"x": rng.normal(size=(2, 64)).astype(np.float32)}, limit=0
+    )
+    assert sorted(ops(after)) == ["Concat", "MatMul", "MatMul", "Slice", "Slice"]
+
+
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(UsageError, match="limit is a number of bytes"):
         Fold(limit=-1)
