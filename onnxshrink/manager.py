@@ -32,7 +32,7 @@ from onnxshrink.model import External, Model, Storage, SupportsModelProto
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.report import Report, Step
 from onnxshrink.samples import Splits
-from onnxshrink.validate import Budget, Metric, Validator, Verdict
+from onnxshrink.validate import Budget, Metric, Validator, Verdict, grown
 
 __all__ = ["OnBreach", "PassManager", "Planned", "Result", "shrink"]
 
@@ -97,6 +97,8 @@ class _Attempt:
     left: list[tuple[str, str]]
     plan: _backoff.Plan | None = None
     """How strongly it acted at each site, where that is not as listed."""
+    grown: str = ""
+    """How the file grew, whatever else the verdict says."""
     is_taught: bool = False
     """Whether it was accepted for what its pass taught, not for what it kept."""
 
@@ -124,6 +126,11 @@ class _Try:
     @property
     def verdict(self) -> Verdict:
         return self.attempt.verdict
+
+    @property
+    def may_be_repaired(self) -> bool:
+        """Whether it breaks the budget and nothing that no repair can mend."""
+        return self.verdict.problem == "budget" and not self.attempt.grown
 
     @property
     def label(self) -> str:
@@ -441,7 +448,7 @@ class _Run:
             return [first]
         last = self._last_repairer(index)
         failed = first
-        if last is not None and first.verdict.problem == "budget":
+        if last is not None and first.may_be_repaired:
             together = self._repaired(first, last)
             if together[-1].verdict.ok:
                 return together
@@ -462,7 +469,7 @@ class _Run:
         if not isinstance(pass_, SitePass) or pass_.promise is Promise.SAME:
             return [first]
         alone = self._backed_off(first, state)
-        if last is not None and first.verdict.problem == "budget":
+        if last is not None and first.may_be_repaired:
             plan = alone.attempt.plan if alone is not None else None
             stronger = self._weakened_before_repair(first, plan, last, state)
             if stronger is not None:
@@ -531,7 +538,7 @@ class _Run:
             one = self._tried(index, state.model, state.path, tag=tag)
             verdict = one.verdict
             helps = verdict.damage < state.verdict.damage
-            waits = verdict.problem == "budget" and not one.pass_.repairs
+            waits = one.may_be_repaired and not one.pass_.repairs
             if verdict.keepable and (helps or waits):
                 one.kept = True
             elif not one.kept:
@@ -720,14 +727,22 @@ class _Run:
         path = self.folder / f"{index}{tag}-{self.name}"
         candidate.fit_runtime()
         files = self._save(candidate, path)
+        sizes = _bytes(before_path), sum(file.stat().st_size for file in files)
         verdict = self.judge.check(
             path,
             _judged_by(pass_),
             before=before_path,
-            before_bytes=_bytes(before_path),
-            after_bytes=sum(file.stat().st_size for file in files),
+            before_bytes=sizes[0],
+            after_bytes=sizes[1],
         )
-        return _Attempt(candidate, path, verdict, list(ctx.done), list(ctx.left))
+        return _Attempt(
+            candidate,
+            path,
+            verdict,
+            list(ctx.done),
+            list(ctx.left),
+            grown=grown(*sizes),
+        )
 
     def _save(self, model: Model, path: Path) -> tuple[Path, ...]:
         manager = self.manager

@@ -54,6 +54,7 @@ __all__ = [
     "OutputMetrics",
     "Validator",
     "Verdict",
+    "grown",
 ]
 
 Metric = str | Callable[[Mapping[str, Any], Any], float] | None
@@ -715,7 +716,7 @@ class Validator:
             if reason:
                 problem = "budget"
         if not problem:
-            reason = _grown(*sizes) if promise is not Promise.SIGNATURE else ""
+            reason = grown(*sizes) if promise is not Promise.SIGNATURE else ""
             problem = "bytes" if reason else ""
         limit = self.budget.max_latency_ratio
         if not problem and limit is not None and latency_ratio is not None:
@@ -900,7 +901,8 @@ def _damage(usage: float, noise: float) -> float:
     return 0.99 * usage + 0.01 * tail if usage <= 1 else usage + 0.01 * tail
 
 
-def _grown(before: int | None, after: int | None) -> str:
+def grown(before: int | None, after: int | None) -> str:
+    """Return how much a file grew, if by more than metadata and nodes take."""
     if before is None or after is None:
         return ""
     if after <= before + max(_GROWTH, before * _GROWTH_SHARE):

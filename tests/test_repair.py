@@ -322,3 +322,27 @@ def test_what_moves_away_from_the_teacher_is_rolled_back() -> None:
     report = manager(*passes, budget=budget).run(model).report
 
     assert [step.accepted for step in report.steps] == [True, False]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swell(Turn):
+    """Do damage and make the file larger."""
+
+    name: ClassVar[str] = "test-swell"
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        return None if strength < 1 else site
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        super().rewrite(model, site, ctx)
+        model.metadata["ballast"] = "x" * 10_000
+
+
+@pytest.mark.parametrize("before", [(), (Turn(),)])
+def test_a_file_that_grew_does_not_wait_for_repair(before: tuple[Pass, ...]) -> None:
+    model = classifier()
+
+    report = manager(*before, Swell(), Mend()).run(model).report
+
+    accepted = [step.accepted for step in report.steps]
+    assert accepted == [True] * len(before) + [False, True]

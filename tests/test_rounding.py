@@ -421,3 +421,17 @@ def test_pieces_of_bounded_size_give_the_same(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("onnxshrink.quantization.rounding._CHUNK", 45)
     for one, other in zip(whole, everything(), strict=True):
         assert np.allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [gptq, descend, adaround])
+@pytest.mark.parametrize(("low", "high", "symmetric"), [(-7, 7, True), (0, 15, False)])
+def test_pruned_weights_stay_zero(method, low, high, symmetric):
+    weight, gram = layer(8, 48)
+    weight[np.random.default_rng(1).random(weight.shape) < 0.8] = 0
+    grid = fit(weight, low, high, symmetric=symmetric, block=16)
+
+    codes = method(weight, gram, grid)
+
+    assert np.all(decode(codes, grid)[weight == 0] == 0)
+    plain = nearest(weight, grid)
+    assert error(weight, codes, grid, gram) <= error(weight, plain, grid, gram)

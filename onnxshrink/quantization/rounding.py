@@ -675,7 +675,7 @@ def gptq(
 
     Returns:
         Codes, int32 [rows, inputs]. A row that has a larger error than rounded to
-        nearest is rounded to nearest.
+        nearest is rounded to nearest. Weights that are zero stay zero.
 
     Raises:
         ModelError: A weight or an entry of ``gram`` is not finite.
@@ -745,11 +745,15 @@ def _upper(gram: Float64, damping: float) -> Float64:
 def _columnwise(
     weight: Array, upper: Float64, order: NDArray[np.intp], grid: Grid
 ) -> Int32:
-    """Round [stacks, rows, inputs] column by column in the given order."""
+    """Round [stacks, rows, inputs] column by column in the given order.
+
+    A weight that is zero was pruned: it stays so, and the others make up for it too.
+    """
     stacks, rows, inputs = weight.shape
     # Columns lie one behind the other, so that one is worked on in one go.
     turned = np.swapaxes(weight, 1, 2).astype(np.float64)
     left = np.take_along_axis(turned, order[:, :, None], axis=1)
+    held = left == 0
     groups = order // grid.block if grid.block else np.zeros_like(order)
     scales = np.swapaxes(grid.scale.reshape(stacks, rows, -1), 1, 2)
     zeros = np.swapaxes(grid.zero.reshape(stacks, rows, -1), 1, 2)
@@ -762,6 +766,7 @@ def _columnwise(
             scale = scales[which, groups[:, at]].astype(np.float64)
             zero = zeros[which, groups[:, at]]
             code = _codes(left[:, at], scale, zero, grid)
+            np.copyto(code, zero, where=held[:, at] & _has_zero(zero, grid))
             codes[:, at] = code
             lost = left[:, at] - (code - zero) * scale
             lost /= upper[:, at, at, None]
@@ -774,6 +779,12 @@ def _columnwise(
     found = np.empty_like(codes)
     np.put_along_axis(found, order[:, :, None], codes, axis=1)
     return np.swapaxes(found, 1, 2)
+
+
+def _has_zero(zero: Array, grid: Grid) -> Array:
+    """Whether a code stands for zero."""
+    inside = (grid.low <= zero) & (zero <= grid.high)
+    return np.asarray(inside & ((zero - grid.low) % grid.step == 0))
 
 
 def _no_worse(weight: Array, codes: Int32, grid: Grid, gram: Float64) -> Int32:
@@ -813,7 +824,7 @@ def descend(
 
     Returns:
         Codes, int32 [rows, inputs]. A row that has a larger error than rounded to
-        nearest is rounded to nearest.
+        nearest is rounded to nearest. Weights that are zero stay zero.
 
     Raises:
         ModelError: A weight or an entry of ``gram`` is not finite.
@@ -848,6 +859,7 @@ def _descended(
     )
     target = np.swapaxes(weight, 1, 2).astype(np.float64)
     now = np.swapaxes(codes, 1, 2).astype(np.float64)
+    held = target == 0
     width = grid.block or inputs
     wide = np.arange(inputs) // width
     change = (now - zeros[:, wide]) * scales[:, wide] - target
@@ -865,7 +877,8 @@ def _descended(
                 pull = sent[:, at] / np.where(curve > 0, curve, 1.0)
                 best = target[:, at] + change[:, at] - pull
                 code = _codes(best, scale, zero, grid)
-                move = np.where(curve > 0, (code - now[:, at]) * scale, 0.0)
+                free = (curve > 0) & ~(held[:, at] & _has_zero(zero, grid))
+                move = np.where(free, (code - now[:, at]) * scale, 0.0)
                 # Ties would move back and forth for ever.
                 gain = -move * (2 * sent[:, at] + curve * move)
                 move[gain <= 1e-12 * curve * scale**2] = 0.0
@@ -915,7 +928,7 @@ def adaround(
 
     Returns:
         Codes, int32 [rows, inputs]. A row that has a larger error than rounded to
-        nearest is rounded to nearest.
+        nearest is rounded to nearest. Weights that are zero stay zero.
 
     Raises:
         ModelError: A weight or an entry of ``gram`` is not finite.
@@ -996,5 +1009,5 @@ def _learned_rounding(
         count = iteration + 1
         size = schedule.rate * math.sqrt(1 - 0.999**count) / (1 - 0.9**count)
         learned -= np.float32(size) * first / (np.sqrt(second) + np.float32(1e-8))
-    codes = floor + (learned >= 0)
+    codes = np.where(weight == 0, 0, floor + (learned >= 0))
     return np.asarray(np.clip(codes + zero, grid.low, grid.high), np.int32)
