@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -100,6 +101,8 @@ class Quantize(SitePass):
         target: The processor: avx2 (x86 without VNNI), vnni, arm, gpu or any; auto:
             this machine's. What that means is in the report.
         allow_random: Calibrate with random inputs where there is no data.
+        cache: Folder to keep what calibration saw in, which a later run of the same
+            model and samples reads; nothing is kept if it is not given.
     """
 
     name: ClassVar[str] = "quantize"
@@ -123,6 +126,7 @@ class Quantize(SitePass):
     equalize: Literal["auto", "none", "cross-layer", "smooth", "awq"] = "auto"
     target: Literal["auto", "avx2", "vnni", "arm", "gpu", "any"] = "auto"
     allow_random: bool = False
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -198,6 +202,7 @@ class Quantize(SitePass):
             rounding=rounded,
             bias_correction=self.bias_correction != "false",
             target=target,
+            cache=self.cache,
         )
 
     # --- places ---------------------------------------------------------------------
@@ -387,7 +392,8 @@ class Quantize(SitePass):
         wants = self.rounding in ("auto", "gptq") and self._has_data(ctx)
         left = {layer.name: layer for layer in chosen}
         for group in inputs.groups(chosen) if wants else ():
-            for name, seen in inputs.watch(model, group, ctx)[0].items():
+            seen_by, _ = inputs.watch(model, group, ctx, cache=self.cache)
+            for name, seen in seen_by.items():
                 layer = left.pop(name)
                 yield layer, layers.gram(layer, seen)[0]
         for layer in left.values():

@@ -83,8 +83,8 @@ def test_values_are_asked_for_in_slices(monkeypatch: pytest.MonkeyPatch):
     made = sessions(monkeypatch)
     m = model()
     wanted = {name: Gram(exact=True) for name in ("y", "r", "h")}
-    # A batch of 4 samples takes 32 bytes a value: two fit 64 bytes, three do not.
-    found = gather(m, wanted, context(m), slice_bytes=64)
+    # A batch of 2 samples takes 16 bytes a value: two fit 32 bytes, three do not.
+    found = gather(m, wanted, context(m), slice_bytes=32)
     assert made == [("h", "r"), ("y",)]
     np.testing.assert_allclose(found["h"].matrix, H.T @ H)  # type: ignore[attr-defined]
     assert found["y"].rows == 5  # type: ignore[attr-defined]
@@ -177,6 +177,26 @@ def test_a_fixed_batch_size_is_kept():
     m = model(CHAIN.replace("N, 2", "2, 2"))
     found = gather(m, {"h": Sample(size=9)}, context(m, X[:4]))["h"]
     assert np.array_equal(found.values, H[:4])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("limit", "first"), [(1, 2), (160, 5), (1 << 20, 32)])
+def test_a_batch_is_as_large_as_its_bytes_allow(
+    monkeypatch: pytest.MonkeyPatch, limit: int, first: int
+):
+    fed: list[int] = []
+    real = runtime.Session.run
+
+    def run(self: Any, feeds: Any, *rest: Any) -> Any:
+        fed.append(len(feeds["x"]))
+        return real(self, feeds, *rest)
+
+    monkeypatch.setattr(runtime.Session, "run", run)
+    m = model()
+    # One sample: 8 bytes wanted, 8 fed, and 16 that Relu reads and makes.
+    x = np.zeros((40, 2), np.float32)
+    found = gather(m, {"h": Gram()}, context(m, x), slice_bytes=limit)
+    assert fed[0] == first
+    assert sum(fed) == found["h"].rows == 40  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("samples", [1, 5])

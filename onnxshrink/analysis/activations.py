@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxshrink import runtime
+from onnxshrink.analysis import padding
 from onnxshrink.analysis.shapes import value_shapes
 from onnxshrink.analysis.statistics import Statistic
 from onnxshrink.errors import ModelError
@@ -29,6 +30,10 @@ After = Callable[[Iterable[str], int], None]
 SLICE_BYTES = 128 << 20
 """Bytes of exposed activations of one batch that are held at a time."""
 _BATCH = 32
+"""Samples in a run at most, so that progress is reported and kept now and then."""
+_FEWEST = 2
+"""Samples in a run at least, unless all that is wanted then fits: with fewer, sums cost
+more than the sessions that are saved."""
 _UNKNOWN_BYTES = 16 << 20
 
 
@@ -47,7 +52,7 @@ def gather(
     activations for one batch fit ``slice_bytes``; each group is a session that computes
     no more than the group needs, and one run over the samples. Known values (weights)
     are fed once. What was gathered before for the same model, samples and statistic is
-    taken from ``ctx.cache``.
+    taken from ``ctx.cache``. Padding that a mask covers does not count (``padding``).
 
     Args:
         model: The model; it is not changed.
@@ -157,7 +162,9 @@ def _run(
 ) -> None:
     size = _batch_size(model, wanted, samples, slice_bytes)
     feed = samples.read(np.arange(size))
-    groups = list(_groups(_sizes(model, wanted, feed), slice_bytes))
+    sizes = _sizes(model, feed)
+    exposed = {name: size for name, size in sizes.items() if name in wanted}
+    groups = list(_groups(exposed, slice_bytes))
     inputs = {name: s for name, s in wanted.items() if name in feed}
     total = max(1, len(groups)) * -(-samples.used // size)
     done = 0
@@ -174,16 +181,20 @@ def _run(
         for (_, stop), batch in zip(
             samples.spans(size), samples.batches(size), strict=True
         ):
+            at = padding.places(batch)
             if number == 0:
                 for name, statistic in inputs.items():
-                    _feed(statistic, name, batch[name])
+                    _feed(statistic, name, padding.without(batch[name], at))
             if session is not None:
                 try:
                     values = session.run(batch)
                 except ModelError as error:
                     raise ModelError(f"{error}{samples.hint}") from error
                 for name in group:
-                    _feed(wanted[name], name, values.pop(name))
+                    value = values.pop(name)
+                    if isinstance(value, np.ndarray):
+                        value = padding.without(value, at)
+                    _feed(wanted[name], name, value)
             done += 1
             if after is not None:
                 after([*group, *(inputs if number == 0 else ())], stop)
@@ -204,29 +215,35 @@ def _feed(statistic: Statistic, name: str, value: Any) -> None:
 def _batch_size(
     model: Model, wanted: Mapping[str, Statistic], samples: Samples, limit: int
 ) -> int:
-    """Return samples in a run: at most 32, fewer if all that is wanted then fits.
+    """Return how many samples' values fit the limit, within bounds.
 
-    Four samples at least: below that, several sessions cost less than many runs.
+    Counted are what is wanted, what is fed, and what the run itself holds: the values
+    that the largest node reads and makes.
     """
     if samples.batch:
         return samples.batch
     feed = samples.read([0])
-    one = sum(_sizes(model, wanted, feed).values())
+    sizes = _sizes(model, feed)
+    one = sum(sizes[name] for name in wanted if name in sizes)
     one += sum(value.nbytes for value in feed.values())
-    return max(min(4, samples.used), min(_BATCH, limit // max(1, one), samples.used))
+    one += max(
+        (
+            sum(sizes.get(tensor.name, 0) for tensor in (*node.inputs, *node.outputs))
+            for node in model.graph.nodes
+        ),
+        default=0,
+    )
+    fit = min(_BATCH, limit // max(1, one))
+    return min(max(_FEWEST, fit), samples.used)
 
 
-def _sizes(
-    model: Model,
-    wanted: Mapping[str, Statistic],
-    feed: Mapping[str, np.ndarray[Any, Any]],
-) -> dict[str, int]:
-    """Return the bytes of each value to expose for one feed, in graph order."""
+def _sizes(model: Model, feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, int]:
+    """Return the bytes of each value that nodes make of one feed, in graph order."""
     shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
     types = {name: info.data_type for name, info in model.infer_shapes().items()}
     sizes: dict[str, int] = {}
     for name in (t.name for node in model.graph.nodes for t in node.outputs):
-        if name not in wanted or name in feed:
+        if not name or name in feed:
             continue
         sizes[name] = _UNKNOWN_BYTES
         if name in shapes and types.get(name):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxshrink.analysis.activations import fingerprint, gather
+from onnxshrink.analysis.activations import SLICE_BYTES, fingerprint, gather
 from onnxshrink.analysis.statistics import Statistic, Stored
 from onnxshrink.errors import OutputError, UsageError
 from onnxshrink.model import Model
@@ -46,7 +46,13 @@ _PROBES = 64
 
 
 def gather_cached(
-    model: Model, wanted: Mapping[str, Stored], ctx: Context, folder: Path
+    model: Model,
+    wanted: Mapping[str, Stored],
+    ctx: Context,
+    folder: Path,
+    *,
+    slice_bytes: int = SLICE_BYTES,
+    least: float = 0.0,
 ) -> dict[str, Statistic]:
     """Feed statistics as ``Context.statistics`` does, and keep them in a folder.
 
@@ -55,6 +61,8 @@ def gather_cached(
         wanted: A fresh statistic for each tensor name.
         ctx: Samples, session options, progress and notes.
         folder: Where the file is kept; made if it is missing.
+        slice_bytes: Bytes of activations held at a time.
+        least: Seconds a run must have taken for its end to be kept.
 
     Returns:
         The statistics under the same names, fed; tensors that cannot be watched are
@@ -67,7 +75,7 @@ def gather_cached(
     """
     samples = ctx.samples.calibration
     if samples is None or not samples.used:
-        return gather(model, wanted, ctx)
+        return gather(model, wanted, ctx, slice_bytes=slice_bytes)
     for name, statistic in wanted.items():
         if not isinstance(statistic, Stored):
             raise UsageError(
@@ -76,7 +84,7 @@ def gather_cached(
         statistic.state()
     file = _File.of(model, wanted, samples, folder)
     run = file.read(wanted, samples.used, ctx)
-    run.complete(model, samples, ctx, file)
+    run.complete(model, samples, ctx, file, slice_bytes, least)
     return {name: run.fed[name] for name in wanted if name in run.fed}
 
 
@@ -97,10 +105,17 @@ class _Run:
     pause: float = field(default_factory=lambda: SAVE_SECONDS)
 
     def complete(
-        self, model: Model, samples: Samples, ctx: Context, file: _File
+        self,
+        model: Model,
+        samples: Samples,
+        ctx: Context,
+        file: _File,
+        slice_bytes: int,
+        least: float,
     ) -> None:
         """Feed what each statistic has not seen, saving now and then."""
         total = samples.used
+        begun = time.monotonic()
         for start in sorted(set(self.seen.values())):
             names = [name for name, seen in self.seen.items() if seen == start]
             if start >= total:
@@ -120,6 +135,7 @@ class _Run:
                 {name: self.fed[name] for name in names},
                 # Half-fed statistics must not be remembered as whole ones.
                 replace(ctx, cache={}),
+                slice_bytes=slice_bytes,
                 samples=samples.take(slice(start, None)),
                 after=after,
             )
@@ -128,7 +144,8 @@ class _Run:
                     self.seen[name] = total
                 else:
                     del self.fed[name], self.seen[name]
-            file.write(self)
+            if time.monotonic() - begun >= least:
+                file.write(self)
 
 
 @dataclass(frozen=True)

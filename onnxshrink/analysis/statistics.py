@@ -528,14 +528,13 @@ class Gram(_Products):
         channels = view.shape[1]
         _refuse_large((channels, channels), self.limit_bytes)
         rows = np.moveaxis(view, 1, 2).reshape(-1, channels)
-        matrix = np.zeros((channels, channels))
+        sums = rows.sum(axis=0, dtype=np.float64)
+        self.sums = _grown(self.sums, sums, "a Gram matrix") + sums
+        if self.matrix is None:
+            self.matrix = np.zeros((channels, channels))
         step = max(1, min(4096, _CHUNK // max(channels, 1)))
         for start in range(0, len(rows), step):
-            matrix += _product(rows[start : start + step], self.exact)
-        sums = rows.sum(axis=0, dtype=np.float64)
-        self.matrix = _grown(self.matrix, matrix, "a Gram matrix")
-        self.matrix += matrix
-        self.sums = _grown(self.sums, sums, "a Gram matrix") + sums
+            self.matrix += _product(rows[start : start + step], self.exact)
         self.rows += len(rows)
 
     def _merge(self, other: Gram) -> None:
@@ -555,15 +554,15 @@ def _refuse_large(shape: tuple[int, ...], limit: int) -> None:
         )
 
 
-def _product(rows: Array, exact: bool) -> Float64:
-    """``X^T X`` of [..., rows, channels], in float64."""
+def _product(rows: Array, exact: bool) -> Array:
+    """``X^T X`` of [..., rows, channels], in float64 where asked for or needed."""
     if not exact:
         narrow = rows.astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
             product = np.swapaxes(narrow, -1, -2) @ narrow
         # Squares of values beyond 1e19 do not fit float32.
         if np.isfinite(product).all():
-            return product.astype(np.float64)
+            return product
     wide = rows.astype(np.float64, copy=False)
     return np.asarray(np.swapaxes(wide, -1, -2) @ wide)
 
@@ -790,17 +789,14 @@ class ConvGram(_Products):
         group = self.window.group
         width = values.shape[1] // group * math.prod(self.window.kernel)
         _refuse_large((group, width, width), self.limit_bytes)
-        matrix = np.zeros((group, width, width))
         sums = np.zeros((group, width))
-        rows = 0
+        self.sums = _grown(self.sums, sums, "a convolution's Gram matrix")
+        if self.matrix is None:
+            self.matrix = np.zeros((group, width, width))
         for patches in self._rows(values):
-            matrix += _product(patches, self.exact)
-            sums += patches.sum(axis=1, dtype=np.float64)
-            rows += patches.shape[1]
-        self.matrix = _grown(self.matrix, matrix, "a convolution's Gram matrix")
-        self.matrix += matrix
-        self.sums = _grown(self.sums, sums, "a convolution's Gram matrix") + sums
-        self.rows += rows
+            self.matrix += _product(patches, self.exact)
+            self.sums += patches.sum(axis=1, dtype=np.float64)
+            self.rows += patches.shape[1]
 
     def _rows(self, values: Array) -> Iterator[Array]:
         """Patches as [group, rows, in / group * kernel], in pieces of bounded size."""

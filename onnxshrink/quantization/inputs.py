@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
+from onnxshrink.analysis import calibration_cache
 from onnxshrink.analysis.activations import gather
 from onnxshrink.analysis.layers import Layer
-from onnxshrink.analysis.statistics import Multi, Statistic
+from onnxshrink.analysis.statistics import Multi, Statistic, Stored
 from onnxshrink.base import Context
 from onnxshrink.model import Model
 
@@ -48,7 +50,9 @@ def watch(
     model: Model,
     layers: Iterable[Layer],
     ctx: Context,
-    beside: Mapping[str, Statistic] | None = None,
+    beside: Mapping[str, Stored] | None = None,
+    *,
+    cache: Path | None = None,
 ) -> tuple[dict[str, list[Statistic]], dict[str, Statistic]]:
     """Gather the Gram matrices of layers in one run over the calibration samples.
 
@@ -59,6 +63,8 @@ def watch(
         layers: The layers, as ``groups`` gives them.
         ctx: Samples and session options.
         beside: Further statistics, by the name of their tensor, for the same run.
+        cache: Folder to keep what is gathered in. Without one it is kept in the folder
+            of the context until the step is done, if there is such.
 
     Returns:
         Statistics as ``layers.gram`` takes them, by the name of the weight; a layer
@@ -66,7 +72,9 @@ def watch(
     """
     samples = ctx.samples.calibration
     count = len(samples) if samples is not None else 1
-    wanted = {name: {"beside": one} for name, one in (beside or {}).items()}
+    wanted: dict[str, dict[str, Statistic]] = {
+        name: {"beside": one} for name, one in (beside or {}).items()
+    }
     places: dict[str, list[tuple[str, str]]] = {}
     for layer in layers:
         for tensor, statistic in layer.watched("gram", count) or ():
@@ -76,15 +84,10 @@ def watch(
             places.setdefault(layer.name, []).append((tensor.name, label))
     if not wanted:
         return {}, {}
-    alone = dataclasses.replace(ctx, cache={})
+    asked = {name: Multi(**parts) for name, parts in wanted.items()}
     found = {
         name: one
-        for name, one in gather(
-            model,
-            {name: Multi(**parts) for name, parts in wanted.items()},
-            alone,
-            slice_bytes=_SLICE,
-        ).items()
+        for name, one in _gathered(model, asked, ctx, cache).items()
         if isinstance(one, Multi)
     }
     seen = {
@@ -94,3 +97,19 @@ def watch(
     }
     others = {name: found[name]["beside"] for name in beside or {} if name in found}
     return seen, others
+
+
+def _gathered(
+    model: Model, asked: Mapping[str, Multi], ctx: Context, cache: Path | None
+) -> dict[str, Statistic]:
+    """Run over the samples, or read what an earlier run has kept."""
+    samples = ctx.samples.calibration
+    folder = cache or ctx.folder
+    if folder is None or samples is None or samples.random:
+        alone = dataclasses.replace(ctx, cache={})
+        return gather(model, asked, alone, slice_bytes=_SLICE)
+    # What is deleted with the step is worth writing only where it took long.
+    least = 0.0 if cache is not None else calibration_cache.SAVE_SECONDS
+    return calibration_cache.gather_cached(
+        model, asked, ctx, folder, slice_bytes=_SLICE, least=least
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from onnxshrink.analysis import layers
 from onnxshrink.analysis.activations import fingerprint
 from onnxshrink.analysis.layers import Layer
-from onnxshrink.analysis.statistics import Range, Statistic
+from onnxshrink.analysis.statistics import Range, Statistic, Stored
 from onnxshrink.base import Context
 from onnxshrink.model import Model
 from onnxshrink.quantization import (
@@ -55,6 +56,8 @@ LEVELS: Mapping[str, tuple[int, int, int]] = {
 }
 """Type, smallest and largest code of weights. Integer kernels take 8-bit types only;
 what stores few distinct codes in few bits is the file format."""
+_TOGETHER = 8
+"""Layers that are rounded at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Recipe:
         rounding: How weights are rounded.
         bias_correction: Whether biases take up the shift of the mean.
         target: What the codes will run on.
+        cache: Folder to keep what calibration saw in.
     """
 
     activation: Scheme
@@ -80,6 +84,7 @@ class Recipe:
     rounding: Rounding
     bias_correction: bool
     target: Target
+    cache: Path | None = None
 
     @property
     def needs_gram(self) -> bool:
@@ -187,13 +192,13 @@ class _Static:
         """Return what calibration saw; ``watched`` are watched in the same run."""
         tensors = [tensor for group in plan.ranges.values() for tensor in group]
         simple = self.recipe.method == "minmax"
-        unknown: dict[str, Statistic] = {
+        unknown: dict[str, Stored] = {
             tensor.name: Range() if simple else calibration.observer()
             for tensor in tensors
             if self._known(tensor) is None
         }
         if unknown:
-            self._grams, found = inputs.watch(self.model, watched, self.ctx, unknown)
+            self._grams, found = self._watch(watched, unknown)
             for name, statistic in found.items():
                 self.ctx.cache[self._range_key(name)] = self._seen(statistic)
         unseen = _Seen(0, 0, "its values cannot be watched")
@@ -281,10 +286,13 @@ class _Static:
                 if layer.name in todo and layer.name not in found
             ]
             grams = self._of_group([todo[n].layer for n in missing if n in watched])
-            tasks = [(todo[name], coded[name], grams.get(name)) for name in missing]
-            results = self.ctx.map(self._round, tasks, "rounding")
-            for name, one in zip(missing, results, strict=True):
-                found[name] = self.ctx.cache[keys[name]] = one
+            for start in range(0, len(missing), _TOGETHER):
+                part = missing[start : start + _TOGETHER]
+                # Matrices that were used make room for what rounding needs.
+                tasks = [(todo[n], coded[n], grams.pop(n, None)) for n in part]
+                results = self.ctx.map(self._round, tasks, "rounding")
+                for name, one in zip(part, results, strict=True):
+                    found[name] = self.ctx.cache[keys[name]] = one
         return found
 
     def _of_group(self, group: Sequence[Layer]) -> dict[str, list[Statistic]]:
@@ -292,7 +300,14 @@ class _Static:
         grams, self._grams = self._grams, {}
         if all(layer.name in grams for layer in group):
             return grams
-        return inputs.watch(self.model, group, self.ctx)[0]
+        return self._watch(group, {})[0]
+
+    def _watch(
+        self, group: Sequence[Layer], beside: Mapping[str, Stored]
+    ) -> tuple[dict[str, list[Statistic]], dict[str, Statistic]]:
+        return inputs.watch(
+            self.model, group, self.ctx, beside, cache=self.recipe.cache
+        )
 
     def _round(
         self, task: tuple[Linear, Coded, Sequence[Statistic] | None]

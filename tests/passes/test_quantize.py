@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from onnxshrink import runtime, testing
+from onnxshrink.analysis import calibration_cache
 from onnxshrink.base import Context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
@@ -201,6 +202,79 @@ def test_without_data_weights_alone_become_codes() -> None:
     assert not [node for node in after.graph.nodes if "Quantize" in node.op]
     x = draw(4, 3, 8, 8)
     assert snr(run(made, x=x), run(after, x=x)) > 35
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note the runs of sessions."""
+    made: list[str] = []
+    real = runtime.Session.run
+
+    def run(self: Any, feeds: Any, *rest: Any) -> Any:
+        made.append("run")
+        return real(self, feeds, *rest)
+
+    monkeypatch.setattr(runtime.Session, "run", run)
+    return made
+
+
+@pytest.mark.parametrize("form", ["static", "dynamic", "none"])
+def test_a_kept_calibration_is_read_by_a_later_run(
+    tmp_path: Path, runs: list[str], form: str
+) -> None:
+    made = model("y = MatMul(x, w)", "float[N,8] x", w=draw(8, 200))
+    made = convolutions() if form == "static" else made
+    x = draw(16, 3, 8, 8, seed=2) if form == "static" else draw(32, 8)
+    text = f"quantize:activations={form},equalize=none"
+    plain, _ = quantized(text, made, x=x)
+    first, _ = quantized(f"{text},cache={tmp_path}", made, x=x)
+    assert list(tmp_path.glob("calibration-*.npz"))
+    runs.clear()
+    second, _ = quantized(f"{text},cache={tmp_path}", made, x=x)
+    assert not runs
+    assert plain.to_bytes() == first.to_bytes() == second.to_bytes()
+    other, context = quantized(f"{text},cache={tmp_path}", made, x=x + 1)
+    assert other.to_bytes() != first.to_bytes()
+    assert not [where for where, _ in context.left if "calibration" in where]
+
+
+def test_an_interrupted_calibration_goes_on(
+    tmp_path: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SAVE_SECONDS", "SAVE_SHARE"):
+        monkeypatch.setattr(calibration_cache, name, 0.0)
+    made, x = convolutions(), draw(80, 3, 8, 8, seed=2)
+    samples = Samples.from_arrays({"x": x}).bind(made.inputs)
+    wanted, _ = quantized("quantize", made, x=x)
+    ahead = len(runs)
+    runs.clear()
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "calibration" and done == total - 1:
+            raise KeyboardInterrupt
+
+    def apply(progress: Any) -> Model:
+        copied = made.copy()
+        Quantize().apply(
+            copied,
+            Context(
+                samples=Splits(calibration=samples),
+                reference=made,
+                folder=tmp_path,
+                progress=progress,
+            ),
+        )
+        return copied
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(stop)
+    assert len(runs) == ahead - 1
+    runs.clear()
+    after = apply(lambda done, total, what: None)
+    assert len(runs) == 1
+    assert [w.read().tobytes() for w in after.weights()] == [
+        w.read().tobytes() for w in wanted.weights()
+    ]
 
 
 def test_matmul_has_the_form_asked_for() -> None:
