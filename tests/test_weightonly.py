@@ -363,3 +363,14 @@ def test_codes_in_front_of_a_relu_are_decoded_at_load(
     ran = optimized(model, tmp_path)
     assert "DequantizeLinear" not in ran
     assert "MatMulNBits" in ran
+
+
+def test_zeros_of_a_pruned_matrix_are_code_zero():
+    weight = np.random.default_rng(0).normal(1, 1, (8, 64)).astype(np.float32)
+    weight[:, ::2] = 0
+    weight[0, :8] = 0
+
+    grid, codes = weightonly.quantized(weight, weightonly.LEVELS["int4"], block=32)
+
+    assert np.all(codes[weight == 0] == 0)
+    assert np.all(grid.zero == 0)

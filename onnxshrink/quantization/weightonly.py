@@ -74,6 +74,7 @@ MIN_BLOCK = 16
 MAX_BLOCK = 256
 _FEW_CODES = 16
 """Codes of a four-bit type."""
+_PRUNED = 0.5
 _DESCENDED = 4
 """Numbers of codes up to which coordinate descent after GPTQ is worth its time: of 16
 it took as long as all else for a hundredth of the error."""
@@ -166,7 +167,7 @@ def quantized(
         weight,
         levels.low,
         levels.high,
-        symmetric=levels.symmetric,
+        symmetric=levels.symmetric or _is_pruned(weight, levels),
         block=block,
         step=levels.step,
         method=method,
@@ -180,6 +181,14 @@ def quantized(
     if levels.high - levels.low < _DESCENDED:
         codes = descend(weight, gram, grid, codes)
     return grid, codes
+
+
+def _is_pruned(weight: Array, levels: Levels) -> bool:
+    """Whether zeros are so many that code 0 should stand for them, to store small.
+
+    With a zero point of its own in each row, zeros are another code in each.
+    """
+    return levels.low < 0 < levels.high and bool((weight == 0).mean() > _PRUNED)
 
 
 # --- what form ------------------------------------------------------------------------
