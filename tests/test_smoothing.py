@@ -226,6 +226,18 @@ def test_smoothing_makes_room_for_channels_beside_an_outlier() -> None:
     assert error(model) < 0.02 * error(plain)
 
 
+def test_a_channel_that_is_quiet_in_the_samples_is_not_amplified() -> None:
+    model = model_of(LINEAR, w=np.sign(values(32, 16)))
+    x = values(128, 32, seed=8) * np.geomspace(0.1, 60, 32, dtype=np.float32)
+    x[:, 20] *= 1e-6
+    ctx = context(model, x=x)
+    assert smooth(model, ctx) == 1
+    mul = next(node for node in model.nodes() if node.op == "Mul")
+    factors = model.constant(mul.inputs[1]).read()  # type: ignore[union-attr]
+    assert factors.max() > 5 * factors.min()
+    assert factors[20] < 1.1 * np.median(factors)
+
+
 def test_even_activations_are_left_alone() -> None:
     model = model_of(LINEAR, w=values(32, 16))
     before = model.to_bytes()
