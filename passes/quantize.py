@@ -29,7 +29,7 @@ from onnxshrink.quantization import (
 )
 from onnxshrink.quantization.calibration import Method
 from onnxshrink.quantization.placement import Planner
-from onnxshrink.quantization.rounding import Fit, Grid
+from onnxshrink.quantization.rounding import Fit, Grid, adaround
 from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
 from onnxshrink.quantization.static import Recipe
 from onnxshrink.quantization.targets import Target
@@ -83,7 +83,7 @@ class Quantize(SitePass):
             or int16 (16 bits are computed in float, at full accuracy); auto: what is
             fast on the target.
         weights: Codes of weights: int8, uint8, int4, int2, ternary (-1, 0, 1) or binary
-            (-1, 1); auto: int8.
+            (-1, 1); auto: int8. Layers whose form is dynamic always have int8.
         granularity: What shares a scale: the whole tensor, each channel, or blocks of
             a row (weights alone); auto: each channel.
         block: Values in a block, 16 to 256.
@@ -167,10 +167,12 @@ class Quantize(SitePass):
                 "none; allow_random=true takes random inputs, whose ranges are those "
                 "of noise"
             )
-        if self.equalize in ("smooth", "awq") and (random or not usable):
-            raise UsageError(
-                f"equalize={self.equalize} looks at activations: give --data"
-            )
+        for option, value, looks in (
+            ("equalize", self.equalize, ("smooth", "awq")),
+            ("rounding", self.rounding, ("gptq", "adaround")),
+        ):
+            if value in looks and (random or not usable):
+                raise UsageError(f"{option}={value} looks at activations: give --data")
         return usable and not random
 
     def _form(
@@ -278,6 +280,13 @@ class Quantize(SitePass):
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
         self._equalized(model, names, target, ctx)
+        if names["dynamic"] and self._weights != "int8":
+            ctx.skipped(
+                "weights",
+                f"{self._weights} is not for layers whose activations are coded at run "
+                f"time, of which there are {len(names['dynamic'])}: MatMulInteger "
+                "multiplies int8",
+            )
         if names["static"]:
             if ctx.samples.random:
                 ctx.skipped("calibration", "random inputs: ranges are those of noise")
@@ -383,13 +392,19 @@ class Quantize(SitePass):
         method: Fit = "hqq" if self.rounding == "hqq" else "mse"
         if self.rounding == "nearest":
             method = "minmax"
-        return weightonly.quantized(rows, levels, block=block, method=method, gram=gram)
+        if self.rounding != "adaround" or levels.step != 1:
+            return weightonly.quantized(
+                rows, levels, block=block, method=method, gram=gram
+            )
+        grid, codes = weightonly.quantized(rows, levels, block=block)
+        return grid, codes if gram is None else adaround(rows, gram, grid)
 
     def _with_grams(
         self, model: Model, chosen: Sequence[Layer], ctx: Context
     ) -> Iterator[tuple[Layer, NDArray[np.float64] | None]]:
         """Yield layers with the Gram matrix of their inputs where rounding wants it."""
-        wants = self.rounding in ("auto", "gptq") and self._has_data(ctx)
+        by_inputs = self.rounding in ("auto", "gptq", "adaround")
+        wants = by_inputs and self._has_data(ctx)
         left = {layer.name: layer for layer in chosen}
         for group in inputs.groups(chosen) if wants else ():
             seen_by, _ = inputs.watch(model, group, ctx, cache=self.cache)

@@ -115,6 +115,28 @@ def test_gptq_is_closer_than_nearest() -> None:
     assert found[0] > found[1] + 1
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_weights_alone_are_rounded_by_what_they_multiply(rounding: str) -> None:
+    mixed = draw(256, 8, seed=2) @ draw(8, 64, seed=3)
+    x = mixed + 0.1 * draw(256, 64, seed=4)
+    made = model("y = Gemm(x, w)", "float[N,64] x", w=draw(64, 32, seed=5))
+    found = [
+        snr(run(made, x=x), run(quantized(text, made, x=x)[0], x=x))
+        for text in (
+            f"quantize:activations=none,weights=int4,rounding={rounding}",
+            "quantize:activations=none,weights=int4,rounding=mse",
+        )
+    ]
+    assert found[0] > found[1] + 3
+
+
+@pytest.mark.parametrize("option", ["rounding=gptq", "rounding=adaround"])
+def test_rounding_by_activations_without_any_is_refused(option: str) -> None:
+    (step,) = Pipeline.parse(f"quantize:activations=none,{option}").passes
+    with pytest.raises(UsageError, match=f"{option} looks at activations: give --data"):
+        testing.apply(step, convolutions())
+
+
 @pytest.mark.parametrize(
     "method", ["minmax", "moving-average", "percentile", "entropy", "mse"]
 )
@@ -286,6 +308,15 @@ def test_matmul_has_the_form_asked_for() -> None:
     ):
         after, _ = quantized(text, made, x=draw(32, 8))
         assert operator in [node.op for node in after.graph.nodes], text
+
+
+def test_integer_kernels_that_cannot_take_few_bits_say_so() -> None:
+    made = model("y = MatMul(x, w)", "float[N,8] x", w=draw(8, 200))
+    after, ctx = quantized(
+        "quantize:activations=dynamic,weights=int4", made, x=draw(32, 8)
+    )
+    assert "MatMulInteger" in [node.op for node in after.graph.nodes]
+    assert any("int4 is not for layers" in why for _, why in ctx.left)
 
 
 @pytest.mark.parametrize(
