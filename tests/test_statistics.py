@@ -164,6 +164,11 @@ def test_gram_of_huge_values_does_not_overflow():
     np.testing.assert_allclose(g.matrix, [[2e50]], rtol=1e-6)
 
 
+def test_gram_of_an_infinite_value_is_not_finite():
+    g = fed(Gram(), np.array([[np.inf, 0.0]], np.float32))
+    assert not np.isfinite(g.matrix).all()
+
+
 def test_a_gram_matrix_beyond_the_limit_is_refused():
     with pytest.raises(ModelError, match="more than the limit"):
         fed(Gram(limit_bytes=100), np.zeros((1, 4)))

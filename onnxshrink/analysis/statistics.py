@@ -564,7 +564,8 @@ def _product(rows: Array, exact: bool) -> Array:
         if np.isfinite(product).all():
             return product
     wide = rows.astype(np.float64, copy=False)
-    return np.asarray(np.swapaxes(wide, -1, -2) @ wide)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.swapaxes(wide, -1, -2) @ wide)
 
 
 @dataclass(frozen=True)
