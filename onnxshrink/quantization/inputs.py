@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from onnxshrink.analysis import calibration_cache
 from onnxshrink.analysis.activations import gather
 from onnxshrink.analysis.layers import Layer
 from onnxshrink.analysis.statistics import Multi, Statistic, Stored
 from onnxshrink.base import Context
+from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 
 __all__ = ["groups", "watch"]
@@ -69,6 +72,9 @@ def watch(
     Returns:
         Statistics as ``layers.gram`` takes them, by the name of the weight; a layer
         whose inputs cannot be seen from outside is absent. And those of ``beside``.
+
+    Raises:
+        ModelError: A layer reads NaN or infinity on a sample.
     """
     samples = ctx.samples.calibration
     count = len(samples) if samples is not None else 1
@@ -95,8 +101,19 @@ def watch(
         for name, at in places.items()
         if all(tensor in found for tensor, _ in at)
     }
+    for name, parts in seen.items():
+        if not all(_is_finite(part) for part in parts):
+            raise ModelError(
+                f"{name} multiplies NaN or infinity on the calibration data; "
+                f"skip={name} leaves it alone"
+            )
     others = {name: found[name]["beside"] for name in beside or {} if name in found}
     return seen, others
+
+
+def _is_finite(statistic: Statistic) -> bool:
+    matrix = getattr(statistic, "matrix", None)
+    return matrix is None or bool(np.isfinite(matrix).all())
 
 
 def _gathered(
