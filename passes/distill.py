@@ -480,7 +480,7 @@ class _Run:
             why = "the samples have no labels"
         elif self.training.whole or head is None:
             why = "no output is class scores"
-        elif labels.size != len(labels) or not np.array_equal(labels, np.rint(labels)):
+        elif not _are_whole(labels):
             why = "labels are not one whole number for each sample"
         elif labels.min() < 0 or labels.max() >= head.classes:
             why = (
@@ -666,6 +666,13 @@ class _Run:
             parts.append((self.alpha, cross_entropy(ctx, logits, values[_LABELS])))
         parts += [(one.pair.weight, one.loss(ctx, values)) for one in self.links]
         return weighted(ctx, *parts)
+
+
+def _are_whole(labels: Array) -> bool:
+    """Whether labels are one whole number for each sample."""
+    if labels.size != len(labels) or labels.dtype.kind not in "iubf":
+        return False
+    return bool(np.array_equal(labels, np.rint(labels)))
 
 
 class _Feed:

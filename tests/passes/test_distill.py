@@ -837,6 +837,7 @@ def test_nan_in_a_sample_is_refused_and_the_model_is_as_it_was() -> None:
         (np.full(160, 4), "labels go from 4 to 4, and 'y' has 4 classes"),
         (np.full(160, 0.5), "not one whole number"),
         (np.zeros((160, 2)), "not one whole number"),
+        (np.full(160, "cat"), "not one whole number"),
     ],
 )
 def test_alpha_needs_labels_that_fit(labels: Array | None, says: str) -> None:
