@@ -399,6 +399,14 @@ class Spool:
         return Stored(self.whole())
 
 
+def _missing(path: str) -> ModelError:
+    siblings = []
+    parent = Path(path).parent
+    if parent.is_dir():
+        siblings = [str(parent / p.name) for p in parent.iterdir()]
+    return ModelError(f"{path} does not exist.{nearest(path, siblings)}")
+
+
 def split_path(text: str) -> tuple[Path, str | None]:
     """Split ``path:words`` where the path exists; a colon may be part of it."""
     if Path(text).exists():
@@ -407,15 +415,12 @@ def split_path(text: str) -> tuple[Path, str | None]:
         path = Path(text[: match.start()])
         if match.start() and path.exists():
             return path, text[match.end() :]
-    name = text.partition(":")[0]
-    siblings = []
-    parent = Path(name).parent
-    if parent.is_dir():
-        siblings = [str(parent / p.name) for p in parent.iterdir()]
-    raise ModelError(f"{name} does not exist.{nearest(name, siblings)}")
+    raise _missing(text.partition(":")[0])
 
 
 def open_arrays(path: Path) -> dict[str, Column]:
+    if not path.exists():
+        raise _missing(str(path))
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".npy":

@@ -202,13 +202,21 @@ class Report:
         """Return what the figures do not say: rejections, weakened places, notes.
 
         Args:
-            most: Weakened places that are named for each pass; 0 names all.
+            most: Places that are named for each pass, weakened or left alone by one
+                that did nothing; 0 names all of the former and, as ``details`` has
+                them, none of the latter.
         """
         lines = []
         for step in self.steps:
             if step.reason != "ok":
                 lines.append(f"{step.pass_name}: {step.reason}")
+            # Of a step that did nothing one wants to know why.
             shown = [
+                f"{step.pass_name}: left {where} alone: {why}"
+                for where, why in step.skipped
+                if most and step.accepted and not step.did
+            ]
+            shown += [
                 f"{step.pass_name}, to stay within the budget: {where}: {how}"
                 for where, how in step.left_out
             ]

@@ -187,6 +187,17 @@ def test_what_was_refused_or_weakened_is_named() -> None:
     assert "samples: evaluation 10,000" in lines
 
 
+def test_a_step_that_did_nothing_says_why() -> None:
+    idle = dataclasses.replace(report().steps[1], did=(), left_out=())
+    made = report(steps=(idle,))
+    assert "prune: left fc2 alone: too small" in rendered(made)
+    assert rendered(made, verbose=True).count("left fc2 alone") == 1
+    assert "left fc2 alone" not in rendered(report())
+    places = tuple((f"w{index}", "too small") for index in range(50))
+    long = report(steps=(dataclasses.replace(idle, skipped=places),))
+    assert "... and 38 more; -v names all" in rendered(long)
+
+
 def test_many_weakened_places_are_cut_short_and_all_named_with_verbose() -> None:
     places = tuple((f"w{index}", "left out") for index in range(50))
     step = dataclasses.replace(report().steps[1], left_out=places)

@@ -438,6 +438,13 @@ def test_a_file_that_does_not_fit_is_refused(
         run(damaged(model), context(model), teacher=tmp_path / "t.npz")
 
 
+def test_a_teacher_that_does_not_exist_is_said_not_to(tmp_path: Path) -> None:
+    model = classifier()
+    missing = tmp_path / "t.npz"
+    with pytest.raises(ModelError, match=r"t\.npz does not exist"):
+        run(damaged(model), context(model), teacher=missing)
+
+
 # --- images -----------------------------------------------------------------------
 
 
