@@ -455,8 +455,8 @@ class _Static:
         if narrowed:
             self.ctx.did(
                 "weights",
-                f"scales of {narrowed} of {outputs} outputs raised so that sums of "
-                "two products fit 16 bits",
+                f"codes of {narrowed} of {outputs} outputs narrowed so that sums of "
+                "two products fit 16 bits, whatever the activations",
             )
 
 

@@ -72,9 +72,12 @@ class Target:
         activation: Data type of activations, as in ``TensorProto``.
         weight: Data type of weights.
         symmetric_activations: Whether the zero point of activations has to be 0.
-        saturation: ``never``: sums are exact; ``data``: they may clip, test the
-            layer's own activations; ``bound``: leave no weights that could clip
-            anywhere.
+        saturation: ``never``: sums are exact; ``data``: they may clip, and
+            ``saturates`` tests the layer's own activations; ``bound``: there it leaves
+            no weights that could clip anywhere. The static and dynamic forms keep to
+            the bound for both: each output gives up what it must and no more, which
+            lost no accuracy against the test on data, and holds for inputs that
+            calibration did not see.
         slow: Pairs (activation, weight) of types that run, but slowly.
         note: What was taken for granted, for a report.
     """
@@ -127,8 +130,8 @@ TARGETS: Mapping[str, Target] = {
             "avx2",
             _UINT8,
             "data",
-            "x86 without VNNI: uint8 activations, int8 weights, narrowed where 16-bit "
-            "sums clip on the calibration data",
+            "x86 without VNNI: uint8 activations, int8 weights, narrowed where a "
+            "16-bit sum could clip for any activations",
         ),
         _target("vnni", _UINT8, "never", "x86 with VNNI: uint8 activations, 8 bits"),
         # MLAS has kernels of signed activations and weights with SDOT, and of

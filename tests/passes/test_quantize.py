@@ -11,11 +11,13 @@ from onnx import TensorProto, numpy_helper
 from onnxshrink import runtime, testing
 from onnxshrink.analysis import calibration_cache
 from onnxshrink.base import Context
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.manager import PassManager
 from onnxshrink.model import Model
 from onnxshrink.passes.quantize import Quantize
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
+from onnxshrink.validate import Budget
 
 Array = np.ndarray[Any, Any]
 MODELS = Path(__file__).parents[2] / "models"
@@ -128,6 +130,15 @@ def test_weights_alone_are_rounded_by_what_they_multiply(rounding: str) -> None:
         )
     ]
     assert found[0] > found[1] + 3
+
+
+@pytest.mark.parametrize("form", ["static", "none"])
+def test_a_layer_that_reads_infinity_is_named(form: str) -> None:
+    x = draw(16, 3, 8, 8, seed=2)
+    x[3, 1] = np.inf
+    made = convolutions(w=draw(64, 3, 3, 3), b=draw(64), v=draw(8, 64, 1, 1))
+    with pytest.raises(ModelError, match=r"^w multiplies NaN or infinity.*skip=w"):
+        quantized(f"quantize:activations={form}", made, x=x)
 
 
 @pytest.mark.parametrize("option", ["rounding=gptq", "rounding=adaround"])
@@ -331,6 +342,103 @@ def test_integer_kernels_that_cannot_take_few_bits_say_so() -> None:
 def test_options_that_cannot_be_meant_are_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         Pipeline.parse(text)
+
+
+IMAGES, ROWS = "float[N,3,8,8] x", "float[N,64] x"
+BEHIND = {
+    "nothing": (IMAGES, "y = Conv(a, v)"),
+    "AveragePool": (IMAGES, "r = AveragePool<kernel_shape=[2,2]>(a) y = Conv(r, v)"),
+    "MaxPool": (IMAGES, "r = MaxPool<kernel_shape=[2,2]>(a) y = Conv(r, v)"),
+    "Resize": (IMAGES, "r = Resize(a, , double) y = Conv(r, v)"),
+    "Resize, linear": (IMAGES, 'r = Resize<mode="linear">(a, , double) y = Conv(r, v)'),
+    "Add of a constant": (IMAGES, "r = Add(a, one) y = Conv(r, v)"),
+    "Mul": (IMAGES, "s = Sigmoid(a) r = Mul(a, s) y = Conv(r, v)"),
+    "Concat": (IMAGES, "b = Conv(x, w) r = Concat<axis=1>(a, b) y = Conv(r, v2)"),
+    "Transpose": (IMAGES, "r = Transpose<perm=[0,1,3,2]>(a) y = Conv(r, v)"),
+    "HardSwish": (IMAGES, "r = HardSwish(a) y = Conv(r, v)"),
+    "ConvTranspose": (IMAGES, "y = ConvTranspose(a, v3)"),
+    "Softmax": (ROWS, "r = Softmax(a) y = MatMul(r, m)"),
+    "LayerNormalization": (ROWS, "r = LayerNormalization(a, g) y = MatMul(r, m)"),
+    "Erf": (ROWS, "r = Erf(a) y = MatMul(r, m)"),
+}
+"""What stands between two layers: the input, and the nodes behind the first layer."""
+WEIGHTS = {
+    "w": draw(16, 3, 3, 3),
+    "v": draw(8, 16, 3, 3, seed=1),
+    "v2": draw(8, 32, 3, 3, seed=1),
+    "v3": draw(16, 8, 3, 3, seed=1),
+    "m": draw(64, 64, seed=3) / 8,
+    "g": np.ones(64, np.float32),
+    "one": np.ones((16, 1, 1), np.float32),
+    "double": np.array([1, 1, 2, 2], np.float32),
+}
+
+
+@pytest.mark.parametrize("form", ["auto", "static", "dynamic", "none"])
+@pytest.mark.parametrize("name", BEHIND)
+def test_layers_become_codes_whatever_stands_between_them(name: str, form: str) -> None:
+    inputs, behind = BEHIND[name]
+    first = "a = Conv(x, w)" if inputs == IMAGES else "a = MatMul(x, m)"
+    body = f"{first} {behind}"
+    dims = "A, B, C, D" if inputs == IMAGES else "A, B"
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]>\n'
+        f"g ({inputs}) => (float[{dims}] y) {{ {body} }}"
+    )
+    read = {name for node in proto.graph.node for name in node.input}
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(WEIGHTS[name], name)
+        for name in sorted(read.intersection(WEIGHTS))
+    )
+    made = Model.load(proto)
+    x = draw(16, 64, seed=2) if inputs == ROWS else draw(16, 3, 8, 8, seed=2)
+    after, context = quantized(f"quantize:activations={form}", made, x=x)
+    assert snr(run(made, x=x), run(after, x=x)) > 27
+    left = dict(context.left)
+    for weight in ("w", "v", "v2", "v3", "m"):
+        kept = any(w.name == weight and w.data_type == 1 for w in after.weights())
+        # What stays as it was is named, and why.
+        assert not kept or left[weight]
+
+
+def test_recurrent_weights_and_tables_become_codes() -> None:
+    recurrent = model(
+        "h, last = GRU<hidden_size = 32>(x, w, r) y = Identity(h)",
+        "float[5,N,32] x",
+        w=draw(1, 96, 32) / 4,
+        r=draw(1, 96, 32, seed=1) / 4,
+    )
+    after, _ = testing.apply(Quantize(), recurrent)
+    assert [w.data_type for w in after.weights()].count(TensorProto.INT8) == 2
+    x = draw(5, 4, 32)
+    assert snr(run(recurrent, x=x), run(after, x=x)) > 30
+
+
+def test_only_the_layer_that_hurts_is_left_out() -> None:
+    # The weight that stretches the one scale of w2 meets an input that is always 0.
+    w1, w2 = draw(64, 64), draw(64, 64, seed=1)
+    bias = np.zeros(64, np.float32)
+    bias[0], w2[0, 0] = -100, 1000
+    made = model(
+        "a = Gemm(x, w1, b) h = Relu(a) y = Gemm(h, w2)",
+        "float[N,64] x",
+        w1=w1,
+        w2=w2,
+        b=bias,
+    )
+    manager = PassManager(
+        Pipeline.parse("quantize:granularity=tensor"),
+        splits=Splits.build(made, {"x": draw(400, 64, seed=2)}),
+        budget=Budget(min_sqnr=25),
+        jobs=1,
+        measure_latency=False,
+        measure_memory=False,
+    )
+    result = manager.run(made)
+    types = {w.name: w.data_type for w in result.model.weights()}
+    assert types["w2"] == TensorProto.FLOAT
+    assert "w1" not in types
+    assert "w2" in str(result.report.to_json())
 
 
 @pytest.mark.slow
