@@ -138,7 +138,7 @@ def answers(
                         (total, *piece.shape[1:]),
                         wanted or piece.dtype,
                     )
-                _store(name, kept[key], piece, start)
+                _store(name, kept[key], piece, start, samples)
         if progress is not None:
             progress(stop, total, "teacher")
     return kept
@@ -156,18 +156,27 @@ def _counted(name: str, value: Any, count: int, whole: bool) -> Array:
     return rows
 
 
-def _store(name: str, kept: Array, value: Array, start: int) -> None:
+def _store(name: str, kept: Array, value: Array, start: int, samples: Samples) -> None:
     if kept.shape[1:] != value.shape[1:]:
         raise ModelError(f"output {name!r} changes its shape between samples")
     with np.errstate(over="ignore"):
         stored = value.astype(kept.dtype)
     if not np.isfinite(stored).all():
         bad = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
+        place = start + int(bad.argmax())
         raise ModelError(
             f"output {name!r} is not finite in {stored.dtype} for sample "
-            f"{start + int(bad.argmax())}"
+            f"{samples.positions[place]} of {samples.source}"
+            f"{_infinite(samples.read([place]))}"
         )
     kept[start : start + len(value)] = stored
+
+
+def _infinite(feed: Mapping[str, Array]) -> str:
+    """Say which inputs hold infinity."""
+    floats = {name: v for name, v in feed.items() if v.dtype.kind == "f"}
+    found = [repr(name) for name, value in floats.items() if np.isinf(value).any()]
+    return f", whose {' and '.join(found)} holds infinity" if found else ""
 
 
 def are_shares(scores: Array, axis: int = -1) -> bool:

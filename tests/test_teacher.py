@@ -60,6 +60,15 @@ def test_an_output_that_is_not_finite_is_refused() -> None:
         teacher.answers(model, samples_of(X, model), ["y"])
 
 
+def test_infinity_in_the_data_is_found_by_its_place_there() -> None:
+    model = doubling()
+    x = X.copy()
+    x[7, 1] = np.inf
+    chosen = samples_of(x, model).take([3, 9, 7, 5])
+    with pytest.raises(ModelError, match="sample 7 of arrays, whose 'x' holds inf"):
+        teacher.answers(model, chosen, ["y"])
+
+
 def test_half_precision_that_overflows_is_refused() -> None:
     model = doubling()
     samples = samples_of(X * 1e4, model)
