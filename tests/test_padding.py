@@ -9,8 +9,14 @@ import onnx
 import pytest
 
 from onnxshrink.analysis.activations import gather
-from onnxshrink.analysis.padding import places, without
-from onnxshrink.analysis.statistics import ChannelRange, Gram, Multi, Sample
+from onnxshrink.analysis.padding import feed, mask
+from onnxshrink.analysis.statistics import (
+    ChannelRange,
+    Gram,
+    Multi,
+    Sample,
+    Statistic,
+)
 from onnxshrink.base import Context
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples, Splits
@@ -34,44 +40,63 @@ g (int64[N, S] ids, int64[N, S] attention_mask) => (float[N, 3] y)
 """
 
 
-def test_padding_stands_for_the_real_positions_in_turn() -> None:
-    at = places({"attention_mask": MASK})
-    assert at is not None
-    assert at.tolist() == [[0, 1, 0, 1, 0], [0, 1, 2, 3, 4], [1, 1, 2, 3, 2]]
+class Seen(Statistic):
+    """Keeps what it is fed; without ``axis`` or with another, shapes matter to it."""
+
+    def __init__(self, axis: int | None = None) -> None:
+        self.axis = axis
+        self.value = np.zeros(0)
+
+    def update(self, array: Array) -> None:
+        self.value = array
+
+    def _merge(self, other: Seen) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_where_axes_mean_something_padding_repeats_what_is_real(
+    axis: int | None,
+) -> None:
     value = np.arange(30.0).reshape(3, 5, 2)
-    seen = without(value, at)
-    assert np.array_equal(seen[0], value[0][[0, 1, 0, 1, 0]])
-    assert np.array_equal(seen[1], value[1])
+    statistic = Seen(axis)
+    feed(Multi(one=statistic), value, mask({"attention_mask": MASK}))
+    assert np.array_equal(statistic.value[0], value[0][[0, 1, 0, 1, 0]])
+    assert np.array_equal(statistic.value[1], value[1])
+    assert np.array_equal(statistic.value[2], value[2][[1, 1, 2, 3, 2]])
+
+
+def test_rows_count_once_each() -> None:
+    value = np.arange(30.0).reshape(3, 5, 2)
+    statistic = Seen(-1)
+    feed(statistic, value, mask({"attention_mask": MASK}))
+    wanted = [*value[0, :2], *value[1], *value[2, 1:4]]
+    assert np.array_equal(statistic.value, [wanted])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2, 5), (5, 3, 2), (15, 2)])
-def test_values_without_a_row_for_each_position_stay(
-    shape: tuple[int, ...],
-) -> None:
+def test_values_without_a_row_for_each_position_stay(shape: tuple[int, ...]) -> None:
     value = np.arange(float(np.prod(shape))).reshape(shape)
-    assert without(value, places({"attention_mask": MASK})) is value
+    statistic = Seen(-1)
+    feed(statistic, value, mask({"attention_mask": MASK}))
+    assert statistic.value is value
 
 
 @pytest.mark.parametrize(
-    "feed",
+    "inputs",
     [
         {"mask": MASK},
         {"attention_mask": np.ones((3, 5), np.int64)},
         {"attention_mask": MASK * 2},
         {"attention_mask": MASK[:, None]},
         {"attention_mask": MASK, "other_attention_mask": MASK},
+        {"input_mask": MASK * np.array([[0], [1], [1]])},
     ],
 )
 def test_what_is_no_mask_of_padding_is_not_taken_for_it(
-    feed: dict[str, Array],
+    inputs: dict[str, Array],
 ) -> None:
-    assert places(feed) is None
-
-
-def test_a_sample_that_is_all_padding_stays_as_it_is() -> None:
-    at = places({"bert/input_mask": MASK * np.array([[0], [1], [1]])})
-    assert at is not None
-    assert at[0].tolist() == [0, 1, 2, 3, 4]
+    assert mask(inputs) is None
 
 
 def test_statistics_do_not_see_padding() -> None:
@@ -83,7 +108,7 @@ def test_statistics_do_not_see_padding() -> None:
     wanted = Multi(gram=Gram(), rows=Sample(), range=ChannelRange(-1))
     seen = gather(model, {"rows": wanted}, ctx)["rows"]
     assert isinstance(seen, Multi)
-    rows = np.array([1, 2, 1, 2, 1, 1, 1, 1, 2, 3, 1, 2])
+    rows = np.array([1, 2, 1, 2, 3, 1, 2])
     table = np.array([[9, 9, 9], [1, 2, 3], [4, 5, 6], [7, 8, -9]], np.float32)
     used = table[rows]
     assert np.array_equal(seen["rows"].values, used)  # type: ignore[attr-defined]

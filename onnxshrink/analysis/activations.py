@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxshrink import runtime
 from onnxshrink.analysis import padding
@@ -181,33 +182,35 @@ def _run(
         for (_, stop), batch in zip(
             samples.spans(size), samples.batches(size), strict=True
         ):
-            at = padding.places(batch)
+            real = padding.mask(batch)
             if number == 0:
                 for name, statistic in inputs.items():
-                    _feed(statistic, name, padding.without(batch[name], at))
+                    _feed(statistic, name, batch[name], real)
             if session is not None:
                 try:
                     values = session.run(batch)
                 except ModelError as error:
                     raise ModelError(f"{error}{samples.hint}") from error
                 for name in group:
-                    value = values.pop(name)
-                    if isinstance(value, np.ndarray):
-                        value = padding.without(value, at)
-                    _feed(wanted[name], name, value)
+                    _feed(wanted[name], name, values.pop(name), real)
             done += 1
             if after is not None:
                 after([*group, *(inputs if number == 0 else ())], stop)
             ctx.progress(min(done, total), total, "calibration")
 
 
-def _feed(statistic: Statistic, name: str, value: Any) -> None:
+def _feed(
+    statistic: Statistic,
+    name: str,
+    value: Any,
+    real: NDArray[np.bool_] | None = None,
+) -> None:
     if not isinstance(value, np.ndarray):
         raise ModelError(
             f"{name!r} holds a {type(value).__name__}, and statistics are of tensors"
         )
     try:
-        statistic.update(value)
+        padding.feed(statistic, value, real)
     except ModelError as error:
         raise ModelError(f"{name!r}: {error}") from error
 

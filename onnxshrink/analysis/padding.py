@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["places", "without"]
+from onnxshrink.analysis.statistics import Multi, Statistic
+
+__all__ = ["feed", "mask"]
 
 Array = NDArray[Any]
 
@@ -22,36 +24,51 @@ _MASKS = ("attention_mask", "input_mask")
 """How names of masks end that are 1 for what counts (Hugging Face, Google's BERT)."""
 
 
-def places(feed: Mapping[str, Array]) -> NDArray[np.int64] | None:
-    """Return for each position which one of its sample to look at instead.
-
-    Real positions stand for themselves; those of padding for the real ones in turn. So
-    shapes stay as they are and every sample weighs the same, however long.
+def mask(inputs: Mapping[str, Array]) -> NDArray[np.bool_] | None:
+    """Return which positions of each sample are real.
 
     Args:
-        feed: Inputs of a run by name; the mask is [samples, positions] of 0 and 1.
+        inputs: Inputs of a run by name; the mask is [samples, positions] of 0 and 1.
 
     Returns:
-        [samples, positions], or ``None`` if there is no mask or nothing is padded.
+        bool [samples, positions], or ``None`` if there is no mask, nothing is padded,
+        or a sample is nothing but padding.
     """
-    masks = [array for name, array in feed.items() if name.endswith(_MASKS)]
+    masks = [array for name, array in inputs.items() if name.endswith(_MASKS)]
     if len(masks) != 1 or masks[0].ndim != 2 or not np.isin(masks[0], (0, 1)).all():
         return None
     real = masks[0] != 0
-    if real.all():
-        return None
-    at = np.tile(np.arange(real.shape[1]), (len(real), 1))
-    for row, mask in zip(at, real, strict=True):
-        if mask.any():
-            row[~mask] = np.resize(np.flatnonzero(mask), np.count_nonzero(~mask))
-    return at
+    return None if real.all() or not real.any(axis=1).all() else real
 
 
-def without(value: Array, at: NDArray[np.int64] | None) -> Array:
-    """Return [samples, positions, ...] with padding replaced, as ``places`` says.
+def feed(
+    statistic: Statistic, value: Array, real: NDArray[np.bool_] | None = None
+) -> None:
+    """Update a statistic with the real positions of a value.
 
-    Values of other shapes are returned as they are.
+    One whose rows are all axes but the last sees the real ones, each once. To others
+    the axes mean something, so shapes stay: in the place of padding they see the real
+    positions of the same sample in turn.
+
+    Args:
+        statistic: The statistic.
+        value: [samples, positions, ...]; of another shape it is taken as it is.
+        real: As ``mask`` gives it.
     """
-    if at is None or value.ndim < 3 or value.shape[:2] != at.shape:
-        return value
-    return np.asarray(value[np.arange(len(at))[:, None], at])
+    if isinstance(statistic, Multi):
+        for part in statistic.parts.values():
+            feed(part, value, real)
+    elif real is None or value.ndim < 3 or value.shape[:2] != real.shape:
+        statistic.update(value)
+    elif getattr(statistic, "axis", None) == -1:
+        statistic.update(value[real][None])
+    else:
+        statistic.update(value[np.arange(len(real))[:, None], _in_turn(real)])
+
+
+def _in_turn(real: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the real position to look at for each one."""
+    at = np.tile(np.arange(real.shape[1]), (len(real), 1))
+    for row, here in zip(at, real, strict=True):
+        row[~here] = np.resize(np.flatnonzero(here), np.count_nonzero(~here))
+    return at
