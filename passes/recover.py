@@ -663,8 +663,9 @@ class _Finder:
             return None
         if not all(any(n is d for d in decoder.nodes) for n, _ in scale.uses):
             return None
-        if len(list(_linear_behind([end for end, _ in decoder.ends]))) > 1:
-            return None
+        readers = [reader for _, reader in _read([end for end, _ in decoder.ends])]
+        if any(reader is not node for reader in readers):
+            return None  # an embedding, say, would change with it
         has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
         has_bias |= ours != node.outputs[0].name
         if has_bias and not is_bias_free:
@@ -802,16 +803,22 @@ def _output_axis(node: Node) -> int:
     return 0 if straight else -1
 
 
-def _linear_behind(tensors: Iterable[gs.Tensor]) -> Iterator[Node]:
-    """Yield linear operators whose weight is one of these, perhaps reshaped."""
+def _read(tensors: Iterable[gs.Tensor]) -> Iterator[tuple[gs.Tensor, Node]]:
+    """Yield nodes that read these tensors, perhaps reshaped, and what they read."""
     for tensor in tensors:
         for node in dict.fromkeys(tensor.outputs):
-            if node.domain not in _DEFAULT_DOMAINS:
-                continue
-            if node.op in _LINEAR and node.inputs[1] is tensor:
-                yield node
-            elif node.op == "Reshape":
-                yield from _linear_behind(node.outputs)
+            if node.op == "Reshape" and node.domain in _DEFAULT_DOMAINS:
+                yield from _read(node.outputs)
+            else:
+                yield tensor, node
+
+
+def _linear_behind(tensors: Iterable[gs.Tensor]) -> Iterator[Node]:
+    """Yield linear operators whose weight is one of these, perhaps reshaped."""
+    for tensor, node in _read(tensors):
+        is_linear = node.op in _LINEAR and node.domain in _DEFAULT_DOMAINS
+        if is_linear and node.inputs[1] is tensor:
+            yield node
 
 
 def _overlapping_rows(window: ConvWindow, extra: Sequence[int]) -> _OverlappingRows:

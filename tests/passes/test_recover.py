@@ -356,6 +356,18 @@ def test_scales_are_fitted_without_a_bias_too(bias: bool) -> None:
     )
 
 
+def test_a_scale_that_a_lookup_reads_too_stays() -> None:
+    weight = _random(0, 6, 6)
+    text = "g (float[N,6] x, int64[N] i) => (float[N,6] y, float[N,6] z) "
+    reference = _model(text + "{ z = Gather(w, i) y = MatMul(x, w) }", w=weight)
+    decode = "q = DequantizeLinear<axis = 1>(w, s) z = Gather(q, i) y = MatMul(x, q)"
+    model = _model(f"{text} {{ {decode} }}", **_coded(weight, 1))
+    splits = _splits(x=_random(1, 60, 6), i=np.arange(60) % 6)
+    after, context = _recovered(Recover(), model, reference, splits)
+    assert after.to_bytes() == model.to_bytes()
+    assert "no bias or scale that is free" in _whys(context)["w"]
+
+
 def test_biases_of_codes_stay_codes_and_follow_the_scale() -> None:
     weight, shift = _random(0, 4, 6), _random(1, 4)
     reference = _model(GEMM, w=weight, b=shift)
