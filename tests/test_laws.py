@@ -11,6 +11,7 @@ import pytest
 from onnxshrink import registry
 from onnxshrink.base import Context, Pass, Promise, Site, SitePass
 from onnxshrink.model import Model
+from onnxshrink.pipeline import Pipeline
 from onnxshrink.testing import check_laws, example_models
 
 MODELS = example_models()
@@ -20,6 +21,22 @@ MODELS = example_models()
 @pytest.mark.parametrize("name", registry.passes())
 def test_every_pass_keeps_the_laws(name: str, model: str) -> None:
     check_laws(registry.get(name), {model: MODELS[model]})
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quantize:activations=static",
+        pytest.param("quantize", marks=pytest.mark.slow),
+        pytest.param("quantize:activations=dynamic", marks=pytest.mark.slow),
+        pytest.param("half:mode=compute", marks=pytest.mark.slow),
+        pytest.param("distill:epochs=1,lr=0.01", marks=pytest.mark.slow),
+    ],
+)
+def test_passes_that_learn_from_data_keep_the_laws(text: str, model: str) -> None:
+    (pass_,) = Pipeline.parse(text).passes
+    check_laws(pass_, {model: MODELS[model]}, data=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +186,12 @@ class Lazy(Sites):
         (Lazy, "nothing says why"),
     ],
 )
-def test_a_pass_that_breaks_a_law_is_caught(faulty: type[Pass], message: str) -> None:
+@pytest.mark.parametrize("data", [False, True])
+def test_a_pass_that_breaks_a_law_is_caught(
+    faulty: type[Pass], message: str, data: bool
+) -> None:
     with pytest.raises(AssertionError, match=message):
-        check_laws(faulty, {"perceptron": MODELS["perceptron"]})
+        check_laws(faulty, {"perceptron": MODELS["perceptron"]}, data=data)
 
 
 def test_a_pass_that_does_nothing_keeps_the_laws_on_every_model() -> None:
