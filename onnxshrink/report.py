@@ -212,7 +212,7 @@ class Report:
                 lines.append(f"{step.pass_name}: {step.reason}")
             # Of a step that did nothing one wants to know why.
             shown = [
-                f"{step.pass_name}: left {where} alone: {why}"
+                _left(step, where, why)
                 for where, why in step.skipped
                 if most and step.accepted and not step.did
             ]
@@ -275,7 +275,7 @@ class Report:
             for where, what in step.did:
                 lines.append(f"{step.pass_name}: {where}: {what}")
             for where, why in step.skipped:
-                lines.append(f"{step.pass_name}: left {where} alone: {why}")
+                lines.append(_left(step, where, why))
         return lines
 
     def _text(self) -> str:
@@ -593,6 +593,12 @@ def _samples(verdict: Verdict) -> str:
     if verdict.smoke_test:
         return f"{verdict.samples:,} random inputs, a smoke test only"
     return f"{verdict.samples:,} samples no pass has seen"
+
+
+def _left(step: Step, where: str, why: str) -> str:
+    """Say what a step left alone; where it is all, under the name of the pass."""
+    what = "" if where == step.pass_name else f"left {where} alone: "
+    return f"{step.pass_name}: {what}{why}"
 
 
 def _kept(step: Step) -> str:

@@ -193,6 +193,8 @@ def test_a_step_that_did_nothing_says_why() -> None:
     assert "prune: left fc2 alone: too small" in rendered(made)
     assert rendered(made, verbose=True).count("left fc2 alone") == 1
     assert "left fc2 alone" not in rendered(report())
+    none = report(steps=(dataclasses.replace(idle, skipped=(("prune", "no such"),)),))
+    assert "prune: no such" in none.remarks(12)
     places = tuple((f"w{index}", "too small") for index in range(50))
     long = report(steps=(dataclasses.replace(idle, skipped=places),))
     assert "... and 38 more; -v names all" in rendered(long)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,7 @@ STATE_FORMAT = 2
 divided by one minus their decay."""
 _PROBE = 60
 _EXPLODED = 10.0
-"""Times the loss at the start, or 1 where that is less, from which training is lost."""
+"""Times the loss of ten steps, or 1 where that is less, from which training is lost."""
 _FALLING = 0.05
 """Share that the loss loses in the last fifth of the epochs if it is still falling."""
 
@@ -168,6 +169,14 @@ class _State:
     losses: list[float] = field(default_factory=list)
     judged: list[float] = field(default_factory=list)
 
+    @property
+    def limit(self) -> float:
+        """The loss from which training is lost; looser while little was seen."""
+        if not self.first:
+            return sys.float_info.max
+        times = _EXPLODED if len(self.first) == 10 else _EXPLODED**2
+        return times * max(1.0, float(np.mean(self.first)))
+
     def consider(self, value: float, weights: Weights, epoch: int) -> None:
         """Keep the weights if they are judged better than the best."""
         self.judged.append(value)
@@ -282,9 +291,9 @@ def _epoch(
         at = state.epoch * each + len(state.seen)
         rate = state.rate * schedule(at, total, plan.warmup)
         loss = _try(step, feed(positions, state.random), rate)
-        state.first += [loss] if len(state.first) < 10 else []
-        if not loss <= _EXPLODED * max(1.0, float(np.mean(state.first))):
+        if not loss <= state.limit:
             return False
+        state.first += [loss] if len(state.first) < 10 else []
         state.seen.append(loss)
         if progress is not None:
             shown = state.judged[-1] if state.judged else state.start

@@ -158,6 +158,13 @@ def test_whatever_is_finite_is_better_than_a_start_that_is_not() -> None:
     assert run(judge=lambda w: next(judged)).best_epoch == 1
 
 
+def test_an_explosion_in_the_first_steps_is_one_too() -> None:
+    # A loss of 1e10 in one of so few steps must not pass for what is usual.
+    outcome = run(step_of(Sgd()), rate=1e5, epochs=1, warmup=0.0)
+    assert outcome.ending == "diverged"
+    assert outcome.best_epoch == 0
+
+
 @pytest.mark.parametrize("rate", [30.0, 1e30])
 def test_training_that_explodes_ends_with_the_best_so_far(rate: float) -> None:
     outcome = run(step_of(Sgd()), rate=rate, epochs=20, warmup=0.0)
