@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from onnx import TensorProto, numpy_helper
 
-from onnxshrink import runtime, testing
+from onnxshrink import cli, measure, runtime, testing
 from onnxshrink.analysis import calibration_cache
 from onnxshrink.base import Context
 from onnxshrink.errors import ModelError, UsageError
@@ -439,6 +440,111 @@ def test_only_the_layer_that_hurts_is_left_out() -> None:
     assert types["w2"] == TensorProto.FLOAT
     assert "w1" not in types
     assert "w2" in str(result.report.to_json())
+
+
+# On the command line.
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure latency with few runs and no memory: these tests look at neither."""
+    monkeypatch.setattr(measure, "_ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(runtime, "load_cost", lambda *args, **kwargs: None)
+
+
+def shrink(tmp_path: Path, made: Model, text: str, **arrays: Array) -> Result:
+    """Run the bare command; the result is in ``out.onnx``."""
+    made.save(tmp_path / "in.onnx")
+    words = [str(tmp_path / "in.onnx"), "--passes", text, "--on-breach", "keep"]
+    words += ["--output", str(tmp_path / "out.onnx")]
+    words += ["--report", str(tmp_path / "report.json")]
+    if arrays:
+        np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
+        words += ["--data", str(tmp_path / "data.npz")]
+    return CliRunner().invoke(cli.main, words)
+
+
+STATIC = "quantize:activations=static"
+GOOD = draw(10, 3, 8, 8, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "arrays", "says"),
+    [
+        (STATIC, {}, "needs samples of real inputs"),
+        (STATIC, {"x": GOOD[:1]}, "more samples than measuring takes"),
+        (STATIC, {"x": GOOD[:0]}, "holds no samples"),
+        (STATIC, {"x": GOOD[:, :2]}, "do not fit the input"),
+        (STATIC, {"x": GOOD * np.float32(np.nan)}, "holds NaN"),
+        (STATIC, {"x": np.array(["a"] * 10)}, "takes float32"),
+        (STATIC, {"a": GOOD, "b": GOOD}, "nothing for input"),
+        ("quantize:activation_type=int4", {"x": GOOD}, "activation_type takes"),
+    ],
+)
+def test_data_that_cannot_calibrate_is_an_error_in_words(
+    tmp_path: Path, text: str, arrays: dict[str, Array], says: str
+) -> None:
+    result = shrink(tmp_path, convolutions(), text, **arrays)
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert says in " ".join(result.output.split())
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("text", "arrays", "says"),
+    [
+        (f"{STATIC},allow_random=true", {}, "ranges are those of noise"),
+        (STATIC, {"x": 0 * GOOD}, "0 in all calibration samples"),
+    ],
+)
+def test_data_that_says_little_is_named_in_the_report(
+    tmp_path: Path, text: str, arrays: dict[str, Array], says: str
+) -> None:
+    result = shrink(tmp_path, convolutions(v=draw(64, 16, 1, 1)), text, **arrays)
+    assert result.exit_code == 0
+    assert says in (tmp_path / "report.json").read_text()
+    x = GOOD[:2]
+    after = Model.load(tmp_path / "out.onnx")
+    assert np.isfinite(run(after, x=x)).all()
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("opset", "form"), [(7, "auto"), (8, "none"), (10, "none"), (12, "auto")]
+)
+def test_old_opsets_are_raised(tmp_path: Path, opset: int, form: str) -> None:
+    proto = convolutions(v=draw(64, 16, 1, 1)).to_proto()
+    proto.opset_import[0].version, proto.ir_version = opset, 4
+    text = f"quantize:activations={form}"
+    made = Model.load(proto)
+    assert shrink(tmp_path, made, text, x=GOOD).exit_code == 0
+    after = Model.load(tmp_path / "out.onnx")
+    assert after.opset >= 13
+    assert snr(run(made, x=GOOD), run(after, x=GOOD)) > 27
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    "text",
+    [
+        STATIC,
+        "quantize:activations=dynamic",
+        "quantize:activations=none",
+        "quantize:activations=none,weights=int4",
+    ],
+)
+def test_a_model_quantized_before_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    x = draw(16, 64, seed=2)
+    made = model("y = Gemm(x, w)", "float[N,64] x", w=draw(64, 96))
+    once, _ = quantized(text, made, x=x)
+    twice, context = quantized("quantize", once, x=x)
+    assert twice.to_bytes() == once.to_bytes()
+    assert context.left
+    result = shrink(tmp_path, once, "quantize", x=x)
+    assert result.exit_code == 0
+    assert np.array_equal(run(once, x=x), run(Model.load(tmp_path / "out.onnx"), x=x))
 
 
 @pytest.mark.slow
