@@ -924,6 +924,11 @@ class _Run:
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
         stats = dataclasses.replace(self._measure(path), metric=verdict.quality())
         notes = list(self.splits.describe())
+        if self.splits.labelled and not self.judge.reference_metric():
+            notes.append(
+                "labels take no part: they fit no output as classes; --metric names "
+                "what to measure with them"
+            )
         if self.standard != self.baseline_path:
             notes.append(
                 "agreement and SQNR of what follows the training are against the model "

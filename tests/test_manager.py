@@ -386,3 +386,14 @@ def test_a_step_without_an_output_has_no_folder() -> None:
     model = classifier()
     with pytest.raises(PromiseError, match="AssertionError"):
         manager(Patient(), model=model).run(model)
+
+
+def test_labels_that_fit_no_output_are_said_to_take_no_part() -> None:
+    model = classifier()
+    odd = {**samples(), "labels": np.full(400, 99)}
+
+    result = manager(
+        Scale(), model=model, budget=None, splits=Splits.build(model, odd)
+    ).run(model)
+
+    assert any("labels take no part" in note for note in result.report.notes)
