@@ -33,7 +33,7 @@ from onnxshrink._exporter import in_order
 from onnxshrink.analysis.layers import Layer, Layout, find
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, ValueInfo, attribute
-from onnxshrink.quantization.schemes import Scheme, quantize
+from onnxshrink.quantization.schemes import Scheme, limits, quantize
 
 __all__ = [
     "Coded",
@@ -740,8 +740,6 @@ def _clips_alike(bounds: tuple[float, float] | None, coded: Coded) -> bool:
     """Whether codes end where a Clip does, so that it changes none of them."""
     if bounds is None:
         return False
-    from onnxshrink.quantization.schemes import limits
-
     low, high = limits(coded.scheme.data_type)
     edges = np.clip(np.array(bounds, np.float32), -3e38, 3e38)
     whole = Scheme(coded.scheme.data_type, low, high, symmetric=False)
