@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -222,6 +223,9 @@ _EXIT_CODES = """\
 
 def _guarded(work: Callable[[], Any], *, verbose: bool) -> int:
     """Run the command line; return the exit code, having said what went wrong."""
+    with suppress(ValueError):  # not in the main thread
+        # As for an interrupt, what was begun is tidied up.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = work()
     except click.exceptions.NoArgsIsHelpError as error:

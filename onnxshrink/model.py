@@ -694,6 +694,45 @@ class Model:
             }
         tensor.name = name
 
+    def drop_metadata(self, prefix: str) -> int:
+        """Drop what nodes and values say under keys that begin so.
+
+        Args:
+            prefix: Beginning of the keys in ``metadata_props``.
+
+        Returns:
+            Bytes of the entries that are gone.
+        """
+        dropped = 0
+
+        def without(entry: Any) -> Any:
+            nonlocal dropped
+            going = [p for p in entry.metadata_props if p.key.startswith(prefix)]
+            if not going:
+                return entry
+            dropped += sum(p.ByteSize() for p in going)
+            # Copies of a model share what they were read from.
+            kept = type(entry)()
+            kept.CopyFrom(entry)
+            del kept.metadata_props[:]
+            kept.metadata_props.extend(
+                p for p in entry.metadata_props if not p.key.startswith(prefix)
+            )
+            return kept
+
+        for graph in self.graphs():
+            for node in graph.nodes:
+                if node.origin is not None:
+                    node.origin = without(node.origin)
+                for tensor in node.outputs:
+                    if isinstance(tensor.origin, onnx.ValueInfoProto):
+                        tensor.origin = without(tensor.origin)
+            graph.value_infos = [without(info) for info in graph.value_infos]
+            for listed in ("input_info", "output_info"):
+                infos = getattr(graph, listed, {})
+                infos.update({name: without(info) for name, info in infos.items()})
+        return dropped
+
     def drop_unused(self) -> int:
         """Remove nodes and initializers that no output depends on.
 

@@ -27,6 +27,7 @@ from onnxshrink.model import Model
 __all__ = ["Fold"]
 
 _ROUNDS = 12
+_TRACES = "pkg.torch."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class Fold(Pass):
         inline: Inline model-local functions and branches that are always taken.
         keep_defaults: Leave inputs that have a default value as inputs; their default
             is not folded then.
+        keep_traces: Keep what PyTorch's exporter notes about every node (stack traces,
+            names of classes and files): nothing reads it when the model runs, and it
+            can be half of a small file.
     """
 
     name: ClassVar[str] = "fold"
@@ -58,6 +62,7 @@ class Fold(Pass):
     fuse: bool = True
     inline: bool = True
     keep_defaults: bool = False
+    keep_traces: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a limit that means nothing."""
@@ -87,6 +92,10 @@ class Fold(Pass):
                 ctx.did("functions", f"inlined: {_few(inline_functions(model))}")
             except ModelError as error:
                 ctx.skipped("functions", str(error))
+        if not self.keep_traces:
+            traces = model.drop_metadata(_TRACES)
+            if traces:
+                ctx.did("stack traces of the exporter", f"{traces:,} bytes dropped")
         before = sum(1 for _ in model.nodes())
         unused = model.drop_unused()
         rewriter = Rewriter(model, ctx.skipped)

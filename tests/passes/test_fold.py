@@ -650,3 +650,24 @@ def test_random_chains_keep_their_outputs(
     x = rng.standard_normal((2, 2, 4, 3)).astype(np.float32)
     after = check_same(before, {"x": x})
     assert len(after.to_bytes()) <= len(before.to_bytes())
+
+
+def test_notes_of_the_exporter_go_and_others_stay() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 17]> '
+        "g (float[N] x) => (float[N] y) { h = Relu(x) y = Exp(h) }"
+    )
+    for node in proto.graph.node:
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="x" * 999)
+        node.metadata_props.add(key="mine", value="kept")
+    before = Model.load(proto)
+    size = len(before.to_bytes())
+
+    kept, _ = folded(before, keep_traces=True)
+    after, ctx = folded(before)
+
+    assert len(kept.to_bytes()) == size
+    assert len(after.to_bytes()) < size - 2 * 999
+    assert [p.key for p in after.to_proto().graph.node[0].metadata_props] == ["mine"]
+    assert len(before.to_bytes()) == size
+    assert any("stack traces" in where for where, _ in ctx.done)
