@@ -291,6 +291,8 @@ class Quantize(SitePass):
                 f"time, of which there are {len(names['dynamic'])}: MatMulInteger "
                 "multiplies int8",
             )
+        if names["dynamic"] and self.granularity == "block":
+            ctx.skipped("granularity", "dynamic layers have a scale for each channel")
         if names["static"]:
             if ctx.samples.random:
                 ctx.skipped("calibration", "random inputs: ranges are those of noise")
@@ -327,6 +329,11 @@ class Quantize(SitePass):
             levels = weightonly.LEVELS[self._weights]
             block = self.block if self._in_blocks else 0
             smoothing.awq(model, ctx, levels, block=block, only=names["none"])
+        elif self.equalize in ("smooth", "awq"):
+            kind = "coded" if self.equalize == "smooth" else "float"
+            ctx.skipped(
+                "equalize", f"{self.equalize} needs layers whose activations are {kind}"
+            )
 
     @property
     def _weights(self) -> str:
@@ -432,7 +439,7 @@ def _prepare(model: Model, ctx: Context) -> str:
     quiet = dataclasses.replace(ctx, done=[], left=[])
     Fold().apply(model, quiet)
     after = sum(1 for _ in model.nodes())
-    return f"folded first: {before} nodes -> {after}" if quiet.done else ""
+    return f"folded first: {before} nodes -> {after}" if after < before else ""
 
 
 def _bits(weights: str) -> int:
