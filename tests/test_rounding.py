@@ -435,3 +435,21 @@ def test_pruned_weights_stay_zero(method, low, high, symmetric):
     assert np.all(decode(codes, grid)[weight == 0] == 0)
     plain = nearest(weight, grid)
     assert error(weight, codes, grid, gram) <= error(weight, plain, grid, gram)
+
+
+def test_many_small_matrices_are_inverted_as_one_is():
+    draws = np.random.default_rng(0)
+    x = draws.normal(size=(40, 60, 9)) @ draws.normal(size=(9, 9))
+    gram = np.einsum("gri,grj->gij", x, x)
+    gram[3] = 0
+    gram[5, 2] = gram[5, :, 2] = 0
+    weight = draws.normal(size=(80, 9)).astype(np.float32)
+    grid = fit(weight, -7, 7)
+
+    together = gptq(weight, gram, grid)
+
+    alone = [
+        gptq(weight[2 * i : 2 * i + 2], gram[i], grid.rows(slice(2 * i, 2 * i + 2)))
+        for i in range(40)
+    ]
+    np.testing.assert_array_equal(together, np.concatenate(alone))

@@ -45,7 +45,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-ROWS = 64
+ROWS = 32
 """Rows of inputs, for each of them, that a convolution's Gram matrix is made of."""
 POSITIONS = 16
 """Output positions of a sample that are used at least."""

@@ -814,6 +814,11 @@ class ConvGram(_Products):
             few = max(1, count // max(1, len(chosen)))
             for first in range(0, len(view), few):
                 part = view[first : first + few]
+                if count >= len(chosen) == math.prod(out):
+                    # Nothing to choose: indexing would copy once more.
+                    shape = (*part.shape[:2], len(chosen), math.prod(window.kernel))
+                    yield self._by_group(part.reshape(shape))
+                    continue
                 for left in range(0, len(chosen), count):
                     at = np.unravel_index(chosen[left : left + count], out)
                     # Index arrays on adjacent axes: [n, channels, rows, kernel...].

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -53,6 +54,8 @@ R = TypeVar("R")
 
 DAMPING = 0.01
 """Share of the mean diagonal that GPTQ adds to it, as Frantar et al. do."""
+_SMALL = 64
+"""Inputs up to which the matrices of a stack are inverted together."""
 _COLUMNS = 128
 """Columns whose effect on those behind them is summed up before it is applied."""
 _CHUNK = 1 << 21
@@ -708,11 +711,35 @@ def _factors(
     order = np.broadcast_to(np.arange(inputs), (stacks, inputs))
     if act_order:
         order = np.argsort(-diagonal, axis=1, kind="stable")
-    upper = np.empty_like(gram)
-    for index, matrix in enumerate(gram):
-        chosen = order[index]
-        upper[index] = _upper(matrix[np.ix_(chosen, chosen)], damping)
-    return upper, order
+    which = np.arange(stacks)[:, None, None]
+    turned = gram[which, order[:, :, None], order[:, None, :]]
+    if inputs <= _SMALL and stacks > 1:
+        with suppress(np.linalg.LinAlgError):
+            return _uppers(turned, damping), order
+    for index, matrix in enumerate(turned):
+        turned[index] = _upper(matrix, damping)
+    return turned, order
+
+
+def _uppers(gram: Float64, damping: float) -> Float64:
+    """Return what ``_upper`` does, for many small matrices at a time.
+
+    Raises:
+        LinAlgError: One of them needs more damping.
+    """
+    matrix = gram.copy()
+    diagonal = np.einsum("gii->gi", matrix)
+    live = diagonal > 0
+    count = live.sum(axis=1, keepdims=True)
+    mean = diagonal.sum(axis=1, keepdims=True, where=live) / np.maximum(count, 1)
+    mean = np.where(count > 0, mean, 1.0)
+    matrix[~live.any(axis=1)] = 0.0
+    diagonal[...] = np.where(live, diagonal, mean) + damping * mean
+    lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
+    inverse = np.linalg.inv(lower[:, ::-1, ::-1])
+    # Without a live input the order is all there is: each column stands alone.
+    inverse[~live.any(axis=1)] = np.eye(gram.shape[1])
+    return np.triu(inverse)
 
 
 def _upper(gram: Float64, damping: float) -> Float64:
