@@ -29,7 +29,7 @@ from onnxshrink.quantization import (
 )
 from onnxshrink.quantization.calibration import Method
 from onnxshrink.quantization.placement import Planner
-from onnxshrink.quantization.rounding import Fit, Grid, adaround
+from onnxshrink.quantization.rounding import Fit, Grid, adaround, nearest
 from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
 from onnxshrink.quantization.static import Recipe
 from onnxshrink.quantization.targets import Target
@@ -94,8 +94,9 @@ class Quantize(SitePass):
         calibration: How ranges of activations are found: minmax, moving-average,
             percentile, entropy or mse; auto: mse.
         percentile: Percent of the values within the range, for that method.
-        rounding: How weights are rounded: nearest, mse or hqq (scales that lose least),
-            gptq, adaround; auto: gptq with data, mse without.
+        rounding: How weights are rounded: nearest; mse or hqq (scales that lose least);
+            learned (scales that lose least at the outputs); gptq; adaround; auto: gptq
+            with data, mse without.
         bias_correction: Whether biases take up the shift of the mean in the static
             form; auto: yes.
         equalize: What is moved between neighbours first: cross-layer (ranges of weights
@@ -125,7 +126,9 @@ class Quantize(SitePass):
         "auto", "minmax", "moving-average", "percentile", "entropy", "mse"
     ] = "auto"
     percentile: float = 99.99
-    rounding: Literal["auto", "nearest", "mse", "hqq", "gptq", "adaround"] = "auto"
+    rounding: Literal[
+        "auto", "nearest", "mse", "hqq", "learned", "gptq", "adaround"
+    ] = "auto"
     bias_correction: Literal["auto", "true", "false"] = "auto"
     equalize: Literal["auto", "none", "cross-layer", "smooth", "awq"] = "auto"
     target: Literal["auto", "avx2", "vnni", "arm", "gpu", "any"] = "auto"
@@ -173,7 +176,7 @@ class Quantize(SitePass):
             )
         for option, value, looks in (
             ("equalize", self.equalize, ("smooth", "awq")),
-            ("rounding", self.rounding, ("gptq", "adaround")),
+            ("rounding", self.rounding, ("learned", "gptq", "adaround")),
         ):
             if value in looks and (random or not usable):
                 raise UsageError(f"{option}={value} looks at activations: give --data")
@@ -403,6 +406,11 @@ class Quantize(SitePass):
         method: Fit = "hqq" if self.rounding == "hqq" else "mse"
         if self.rounding == "nearest":
             method = "minmax"
+        if self.rounding == "learned" and gram is not None:
+            grid, _ = weightonly.quantized(
+                rows, levels, block=block, method="learned", gram=gram
+            )
+            return grid, nearest(rows, grid)
         if self.rounding != "adaround" or levels.step != 1:
             return weightonly.quantized(
                 rows, levels, block=block, method=method, gram=gram
@@ -414,7 +422,7 @@ class Quantize(SitePass):
         self, model: Model, chosen: Sequence[Layer], ctx: Context
     ) -> Iterator[tuple[Layer, NDArray[np.float64] | None]]:
         """Yield layers with the Gram matrix of their inputs where rounding wants it."""
-        by_inputs = self.rounding in ("auto", "gptq", "adaround")
+        by_inputs = self.rounding in ("auto", "learned", "gptq", "adaround")
         wants = by_inputs and self._has_data(ctx)
         left = {layer.name: layer for layer in chosen}
         for group in inputs.groups(chosen) if wants else ():

@@ -44,7 +44,7 @@ __all__ = ["LEVELS", "Recipe", "write"]
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
-Rounding = Literal["nearest", "mse", "hqq", "gptq", "adaround"]
+Rounding = Literal["nearest", "mse", "hqq", "learned", "gptq", "adaround"]
 
 _T = onnx.TensorProto
 LEVELS: Mapping[str, tuple[int, int, int]] = {
@@ -89,12 +89,13 @@ class Recipe:
     @property
     def needs_gram(self) -> bool:
         """Whether inputs of layers are watched, not only their ranges."""
-        return self.bias_correction or self.rounding in ("gptq", "adaround")
+        by_inputs = self.rounding in ("learned", "gptq", "adaround")
+        return self.bias_correction or by_inputs
 
     @property
     def fit(self) -> Fit:
         """How the scales of weights are found."""
-        return self.rounding if self.rounding in ("mse", "hqq") else "minmax"
+        return self.rounding if self.rounding in ("mse", "hqq", "learned") else "minmax"
 
 
 def write(
@@ -357,7 +358,7 @@ class _Static:
             low,
             high,
             method=self.recipe.fit,
-            gram=gram if self.recipe.fit == "mse" else None,
+            gram=gram if self.recipe.fit in ("mse", "learned") else None,
         )
         used = np.asarray(rows.any(axis=1))[:, None]
         scale: Array = np.where(used, grid.scale, np.float32(0))

@@ -118,7 +118,7 @@ def test_gptq_is_closer_than_nearest() -> None:
     assert found[0] > found[1] + 1
 
 
-@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+@pytest.mark.parametrize("rounding", ["gptq", "adaround", "learned"])
 def test_weights_alone_are_rounded_by_what_they_multiply(rounding: str) -> None:
     mixed = draw(256, 8, seed=2) @ draw(8, 64, seed=3)
     x = mixed + 0.1 * draw(256, 64, seed=4)
@@ -142,7 +142,9 @@ def test_a_layer_that_reads_infinity_is_named(form: str) -> None:
         quantized(f"quantize:activations={form}", made, x=x)
 
 
-@pytest.mark.parametrize("option", ["rounding=gptq", "rounding=adaround"])
+@pytest.mark.parametrize(
+    "option", ["rounding=gptq", "rounding=adaround", "rounding=learned"]
+)
 def test_rounding_by_activations_without_any_is_refused(option: str) -> None:
     (step,) = Pipeline.parse(f"quantize:activations=none,{option}").passes
     with pytest.raises(UsageError, match=f"{option} looks at activations: give --data"):
