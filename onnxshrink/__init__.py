@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from onnxshrink.manager import PassManager, Result, shrink
     from onnxshrink.model import Model, Weight
     from onnxshrink.pipeline import Pipeline
-    from onnxshrink.report import Report
+    from onnxshrink.reporting.report import Report
     from onnxshrink.samples import Samples, Splits
-    from onnxshrink.validate import Budget, Verdict
+    from onnxshrink.validation import Budget, Verdict
 
 _HOME = {
-    "Budget": "validate",
+    "Budget": "validation",
     "Context": "base",
     "Model": "model",
     "ModelError": "errors",
@@ -39,14 +39,14 @@ _HOME = {
     "Pipeline": "pipeline",
     "Promise": "base",
     "PromiseError": "errors",
-    "Report": "report",
+    "Report": "reporting.report",
     "Result": "manager",
     "Samples": "samples",
     "Site": "base",
     "SitePass": "base",
     "Splits": "samples",
     "UsageError": "errors",
-    "Verdict": "validate",
+    "Verdict": "validation",
     "Weight": "model",
     "shrink": "manager",
 }

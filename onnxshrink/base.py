@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import importlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -13,11 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from onnxshrink.analysis.statistics import Statistic
     from onnxshrink.model import Model
     from onnxshrink.samples import Samples, Splits
+    from onnxshrink.statistics import Statistic
 
-__all__ = ["Context", "Pass", "Progress", "Promise", "Site", "SitePass", "selected"]
+__all__ = ["Context", "Pass", "Progress", "Promise", "Site", "SitePass"]
+
+_MOVED = {"selected": "onnxshrink.structure.selection"}
+"""Names that lived here before: (name, where it lives now)."""
+
+
+def __getattr__(name: str) -> Any:
+    """Find a name that moved; it works here for one more release."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"import {name} from {_MOVED[name]}; onnxshrink.base loses it in the next "
+        "release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(importlib.import_module(_MOVED[name]), name)
 
 
 T = TypeVar("T")
@@ -64,6 +81,15 @@ class Progress(Protocol):
         """Report that ``done`` of ``total`` steps of ``what`` are finished."""
 
 
+class Engine(Protocol):
+    """What a context offers from rooms above; handed in by whoever makes it."""
+
+    def statistics(
+        self, ctx: Context, model: Model, wanted: Mapping[str, Statistic]
+    ) -> Mapping[str, Statistic]:
+        """Feed statistics with calibration data, see ``Context.statistics``."""
+
+
 def _silent(done: int, total: int, what: str) -> None:
     """Discard progress."""
 
@@ -101,6 +127,7 @@ class Context:
     left: list[tuple[str, str]] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
     folder: Path | None = None
+    engine: Engine | None = None
 
     def did(self, where: str, what: str) -> None:
         """Record what was done at a weight or node."""
@@ -152,9 +179,15 @@ class Context:
         Returns:
             The statistics under the same names, fed.
         """
-        from onnxshrink.analysis.activations import gather
+        return self._engine().statistics(self, model, wanted)
 
-        return gather(model, wanted, self)
+    def _engine(self) -> Engine:
+        if self.engine is None:
+            raise RuntimeError(
+                "this context has no engine behind it; the manager makes one that has, "
+                "and so does onnxshrink.testing.make_context"
+            )
+        return self.engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,25 +275,3 @@ class SitePass(Pass):
     def apply(self, model: Model, ctx: Context) -> None:
         """Rewrite every site."""
         self.rewrite_all(model, self.sites(model, ctx), ctx)
-
-
-def selected(
-    names: Iterable[str], only: Sequence[str] = (), skip: Sequence[str] = ()
-) -> bool:
-    """Whether something known by these names is chosen by ``only`` and ``skip``.
-
-    Args:
-        names: Everything it answers to: weight name, node name, op type.
-        only: Names or glob patterns; empty chooses everything.
-        skip: Names or glob patterns; wins over ``only``.
-    """
-    known = [name for name in names if name]
-
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(
-            name == pattern or fnmatch.fnmatchcase(name, pattern)
-            for pattern in patterns
-            for name in known
-        )
-
-    return (not only or matches(only)) and not matches(skip)

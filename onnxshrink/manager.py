@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxshrink import _backoff, runtime
+from onnxshrink import runtime
 from onnxshrink._version import __version__
 from onnxshrink.base import Context, Pass, Progress, Promise, Site, SitePass
+from onnxshrink.engine import make_context
 from onnxshrink.errors import (
     ModelError,
     OnnxshrinkError,
@@ -27,12 +28,14 @@ from onnxshrink.errors import (
     PromiseError,
     UsageError,
 )
-from onnxshrink.measure import Stats, measure
+from onnxshrink.measuring.measure import Stats, measure
 from onnxshrink.model import External, Model, Storage, SupportsModelProto
 from onnxshrink.pipeline import Pipeline
-from onnxshrink.report import Report, Step
+from onnxshrink.reporting.plan import Planned
+from onnxshrink.reporting.report import Report, Step
 from onnxshrink.samples import Splits
-from onnxshrink.validate import Budget, Metric, Validator, Verdict, grown
+from onnxshrink.search import backoff
+from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
 
 __all__ = ["OnBreach", "PassManager", "Planned", "Result", "shrink"]
 
@@ -52,23 +55,6 @@ for them: what counts is whether the repaired model holds.
 _TIGHTENINGS = 24
 _REPAIRS = 2
 """Weaker forms of a pass that are repaired and judged, after the full one failed."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a pass would do.
-
-    Attributes:
-        pass_: The pass.
-        sites: Where it would act; ``None`` if it does not list places.
-        skipped: (where, why) of what it would leave alone.
-        note: What the plan cannot say.
-    """
-
-    pass_: Pass
-    sites: tuple[Site, ...] | None
-    skipped: tuple[tuple[str, str], ...] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ class _Attempt:
     verdict: Verdict
     done: list[tuple[str, str]]
     left: list[tuple[str, str]]
-    plan: _backoff.Plan | None = None
+    plan: backoff.Plan | None = None
     """How strongly it acted at each site, where that is not as listed."""
     grown: str = ""
     """How the file grew, whatever else the verdict says."""
@@ -319,7 +305,7 @@ class PassManager:
     def _context(
         self, reference: Model, splits: Splits, executor: Executor | None
     ) -> Context:
-        return Context(
+        return make_context(
             samples=splits,
             reference=reference,
             seed=self.seed,
@@ -477,7 +463,7 @@ class _Run:
         return [alone or first]
 
     def _weakened_before_repair(
-        self, first: _Try, plan: _backoff.Plan | None, last: int, state: _State
+        self, first: _Try, plan: backoff.Plan | None, last: int, state: _State
     ) -> list[_Try] | None:
         """Look for the strongest form of a pass that later passes can repair.
 
@@ -489,12 +475,12 @@ class _Run:
         prepared = self.manager._prepared(state.model, pass_)
         if plan is None:
             sites = pass_.sites(prepared, self._context(first.index))
-            plan = _backoff.nothing(sites)
+            plan = backoff.nothing(sites)
         best: list[_Try] | None = None
         low, high = 0.0, 1.0
         for number in range(_REPAIRS):
             share = (low + high) / 2
-            blended = _backoff.blend(pass_, plan, share)
+            blended = backoff.blend(pass_, plan, share)
             if not blended.chosen(pass_) or blended == plan:
                 break
             tag = f"-weaker{number + 1}"
@@ -614,7 +600,7 @@ class _Run:
         index: int,
         before: Model,
         before_path: Path,
-        plan: _backoff.Plan | None = None,
+        plan: backoff.Plan | None = None,
         *,
         tag: str = "",
     ) -> _Try:
@@ -652,7 +638,7 @@ class _Run:
         before: Model,
         before_path: Path,
         ctx: Context,
-        plan: _backoff.Plan | None,
+        plan: backoff.Plan | None,
         tag: str,
     ) -> _Attempt:
         prepared = self.manager._prepared(before, pass_)
@@ -775,7 +761,7 @@ class _Run:
             trial = self._rewritten(pass_, prepared, some, ctx, listed)
             return scout.check(trial, _judged_by(pass_)).damage
 
-        plan = _backoff.back_off(pass_, sites, damage)
+        plan = backoff.back_off(pass_, sites, damage)
         for _ in range(_TIGHTENINGS):
             if plan is None:
                 break
@@ -787,7 +773,7 @@ class _Run:
             if attempt.verdict.ok:
                 attempt.plan = plan
                 return _Try(index, pass_, attempt, 0.0, kept=True)
-            plan = _backoff.tighten(pass_, plan)
+            plan = backoff.tighten(pass_, plan)
         return None
 
     def _scout(self) -> Validator:
@@ -970,7 +956,7 @@ def _judged_by(pass_: Pass) -> Promise:
 
 def _bytes(path: Path) -> int:
     """Bytes of a model file and the data files it refers to."""
-    from onnxshrink.measure import file_bytes
+    from onnxshrink.measuring.measure import file_bytes
 
     return file_bytes(path)
 

@@ -406,7 +406,7 @@ def _handed_over(
     model: Model, scratch: Path
 ) -> tuple[onnx.ModelProto, Path | None, int]:
     """Return a proto of bounded size, the folder of its data, and bytes of weights."""
-    from onnxshrink._exporter import Piece, export
+    from onnxshrink.model.exporter import Piece, export
     from onnxshrink.tensors import FileTensor
 
     parts = export(model)
@@ -536,7 +536,7 @@ def file_bytes(path: Path) -> int:
         total = path.stat().st_size
         if path.suffix == ".onnxtxt":
             return total
-        from onnxshrink.wire import read_skeleton
+        from onnxshrink.tensors.wire import read_skeleton
 
         graph = read_skeleton(path)[0].graph
         names = {name for tensor in _tensors(graph) for name in _locations(tensor)}

@@ -32,6 +32,7 @@ from onnx import numpy_helper
 from onnxshrink import runtime
 from onnxshrink._examples import EXAMPLES
 from onnxshrink.base import Context, Pass, Promise, Site, SitePass
+from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
 from onnxshrink.options import build, options
@@ -39,6 +40,7 @@ from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
 
 __all__ = [
+    "make_context",
     "Case",
     "apply",
     "check_case",
@@ -164,7 +166,7 @@ def _data(model: Model, seed: int) -> Splits:
 def _context(model: Model, seed: int, splits: Splits | None = None) -> Context:
     if splits is None:
         splits = Splits.build(model, seed=seed)
-    return Context(samples=splits, reference=model.copy(), seed=seed, threads=1)
+    return make_context(samples=splits, reference=model.copy(), seed=seed, threads=1)
 
 
 def _check_options(pass_: Pass) -> None:

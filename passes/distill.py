@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from onnxshrink import runtime, teacher
+from onnxshrink import runtime
 from onnxshrink._version import __version__
-from onnxshrink.analysis.activations import fingerprint
+from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Pass, Promise
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
@@ -30,6 +30,7 @@ from onnxshrink.training import (
     TrainingStep,
     augment,
     cross_entropy,
+    teacher,
     weighted,
 )
 from onnxshrink.training.answers import (

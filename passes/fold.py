@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxshrink.analysis.constants import (
+from onnxshrink.base import Context, Pass, Promise
+from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.model import Model
+from onnxshrink.rewriting.constants import (
     adopt_constant_nodes,
     file_bytes,
     fold_constants,
@@ -15,14 +18,11 @@ from onnxshrink.analysis.constants import (
     merge_values,
     unfold_uniform,
 )
-from onnxshrink.analysis.inlining import inline_branches, inline_functions
-from onnxshrink.analysis.rewriter import Budget, Rewriter, Rule
-from onnxshrink.analysis.rules_arithmetic import ARITHMETIC, FUSION, OUTPUTS
-from onnxshrink.analysis.rules_layout import LAYOUT
-from onnxshrink.analysis.rules_linear import LINEAR
-from onnxshrink.base import Context, Pass, Promise
-from onnxshrink.errors import ModelError, UsageError
-from onnxshrink.model import Model
+from onnxshrink.rewriting.inlining import inline_branches, inline_functions
+from onnxshrink.rewriting.rewriter import Budget, Rewriter, Rule
+from onnxshrink.rewriting.rules_arithmetic import ARITHMETIC, FUSION, OUTPUTS
+from onnxshrink.rewriting.rules_layout import LAYOUT
+from onnxshrink.rewriting.rules_linear import LINEAR
 
 __all__ = ["Fold"]
 

@@ -11,11 +11,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink.analysis.activations import unavailable
-from onnxshrink.analysis.statistics import Range
-from onnxshrink.base import Context, Promise, Site, SitePass, selected
+from onnxshrink.activations.gathering import unavailable
+from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.model import Model, Node, Weight
+from onnxshrink.statistics import Range
 from onnxshrink.storage.encoder import Encoder, Encoding, plain_nbytes
+from onnxshrink.structure.selection import selected
 from onnxshrink.tensors import numpy_type
 
 __all__ = ["Half"]

@@ -14,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxshrink.analysis import layers
-from onnxshrink.analysis.layers import Layer, Layout, Role
-from onnxshrink.analysis.sparsity import (
+from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.errors import UsageError
+from onnxshrink.model import Model, Weight
+from onnxshrink.samples import Splits
+from onnxshrink.solvers.magnitude import (
     Pattern,
     Source,
     choose_smallest,
     smallest,
     zero_smallest,
 )
-from onnxshrink.analysis.statistics import Multi, Statistic
-from onnxshrink.analysis.surgeon import (
+from onnxshrink.solvers.obs import (
     Curvature,
     Removal,
     allocate,
@@ -32,10 +33,9 @@ from onnxshrink.analysis.surgeon import (
     refit,
     removal_order,
 )
-from onnxshrink.base import Context, Promise, Site, SitePass
-from onnxshrink.errors import UsageError
-from onnxshrink.model import Model, Weight
-from onnxshrink.samples import Splits
+from onnxshrink.statistics import Multi, Statistic
+from onnxshrink.structure import layers
+from onnxshrink.structure.layers import Layer, Layout, Role
 from onnxshrink.tensors import ArrayTensor, LazyTensor, bits_of
 
 __all__ = ["Prune"]

@@ -12,8 +12,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxshrink.analysis import layers
-from onnxshrink.analysis.layers import Layer
 from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
@@ -22,17 +20,19 @@ from onnxshrink.quantization import (
     correction,
     dynamic,
     inputs,
+    processors,
     smoothing,
     static,
-    targets,
     weightonly,
 )
 from onnxshrink.quantization.calibration import Method
 from onnxshrink.quantization.placement import Planner
-from onnxshrink.quantization.rounding import Fit, Grid, adaround, nearest
+from onnxshrink.quantization.processors import Target
 from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
 from onnxshrink.quantization.static import Recipe
-from onnxshrink.quantization.targets import Target
+from onnxshrink.solvers.rounding import Fit, Grid, adaround, nearest
+from onnxshrink.structure import layers
+from onnxshrink.structure.layers import Layer
 
 __all__ = ["Quantize"]
 
@@ -283,7 +283,7 @@ class Quantize(SitePass):
         names: dict[str, list[str]] = {"static": [], "dynamic": [], "none": []}
         for site in sites:
             names[str(site.detail["form"])].append(site.where)
-        target, note = targets.resolve(self.target)
+        target, note = processors.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
         self._equalized(model, names, target, ctx)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
-from onnxshrink.analysis import cross, layers
-from onnxshrink.analysis.activations import fingerprint
-from onnxshrink.analysis.cross import (
+from onnxshrink.activations import regression
+from onnxshrink.activations.gathering import fingerprint
+from onnxshrink.activations.regression import (
     Channels,
     ConvRows,
     MatrixRows,
@@ -23,14 +23,16 @@ from onnxshrink.analysis.cross import (
     OutputRows,
     Rows,
 )
-from onnxshrink.analysis.layers import Layer, Use
-from onnxshrink.analysis.statistics import ConvGram, ConvWindow
-from onnxshrink.analysis.surgeon import Curvature, refit
-from onnxshrink.analysis.walk import HELD_BYTES, Span, Walk
-from onnxshrink.analysis.walk import batches as cut_into
-from onnxshrink.base import Context, Promise, Site, SitePass, selected
+from onnxshrink.activations.staged import HELD_BYTES, Span, Walk
+from onnxshrink.activations.staged import batches as cut_into
+from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.solvers.obs import Curvature, refit
+from onnxshrink.statistics import ConvGram, ConvWindow
+from onnxshrink.structure import layers
+from onnxshrink.structure.layers import Layer, Use
+from onnxshrink.structure.selection import selected
 from onnxshrink.tensors import LazyTensor
 from onnxshrink.training.fakequant import CODES, Decoder, decoder_of
 from onnxshrink.training.norms import why_fixed
@@ -108,7 +110,9 @@ class _OverlappingRows(Rows):
     strides: tuple[int, ...]
     rows: ConvRows
 
-    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[cross.Piece]:
+    def pieces(
+        self, inputs: Array, now: Array, wanted: Array
+    ) -> Iterator[regression.Piece]:
         """Yield as many groups as the convolution has."""
         sizes = [
             (size - 1) * stride + 1
@@ -130,7 +134,9 @@ class _StackRows(Rows):
 
     lead: tuple[int, ...]
 
-    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[cross.Piece]:
+    def pieces(
+        self, inputs: Array, now: Array, wanted: Array
+    ) -> Iterator[regression.Piece]:
         """Yield one piece."""
         if now.shape[-2 - len(self.lead) : -2] != self.lead:
             raise ModelError(f"outputs {list(now.shape)} repeat its matrices")
@@ -149,7 +155,9 @@ class _OutputChannels(Rows):
 
     axis: int
 
-    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[cross.Piece]:
+    def pieces(
+        self, inputs: Array, now: Array, wanted: Array
+    ) -> Iterator[regression.Piece]:
         """Yield as many groups as there are outputs; ``inputs`` is not looked at."""
         yield from Channels(self.axis).pieces(now, now, wanted)
 
@@ -193,7 +201,7 @@ class _Work:
     where: str
     mode: Mode
     node: Node
-    request: cross.Request
+    request: regression.Request
     why_bias: str = ""
     layout: _Matrices | None = None
     bias: Weight | None = None
@@ -315,7 +323,7 @@ class Recover(SitePass):
                 for spans in _divided(_pool(ctx, count))
             ]
             requests = {where: work.request for where, work in works.items()}
-            fit, held = cross.gather(model, ctx.reference, requests, parts, ctx)
+            fit, held = regression.gather(model, ctx.reference, requests, parts, ctx)
             return fit, held
 
         return look
@@ -494,7 +502,7 @@ class _Finder:
             if bias is None and not may_add:
                 return f"{why_bias}, and it has no bias that is free to change"
             axis = 1 if node.op == "Conv" else -1
-            request = cross.Request("", *target, OutputRows(axis))
+            request = regression.Request("", *target, OutputRows(axis))
             return _Work(
                 layer.name,
                 "bias",
@@ -514,7 +522,7 @@ class _Finder:
                 None if vector else -1 if use.index else -2,
             )
         nbytes = 16 * groups * inputs * (inputs + outputs)
-        request = cross.Request(tensor.name, *target, rows, nbytes)
+        request = regression.Request(tensor.name, *target, rows, nbytes)
         return _Work(
             layer.name,
             "weights",
@@ -556,7 +564,7 @@ class _Finder:
         if why:
             return why
         nbytes = 16 * groups * inputs * (inputs + outputs)
-        request = cross.Request(source.name, *target, rows, nbytes)
+        request = regression.Request(source.name, *target, rows, nbytes)
         return _Work(
             layer.name,
             "weights",
@@ -613,7 +621,7 @@ class _Finder:
             weight.name,
             "bias" if factor is None else "scale",
             node,
-            cross.Request("", *target, rows),
+            regression.Request("", *target, rows),
             why,
             bias=bias,
             bias_scale=bias_scale,
@@ -718,7 +726,7 @@ class _Finder:
             if why or isinstance(target, str):
                 ctx.skipped(label, why or str(target))
                 continue
-            request = cross.Request(node.inputs[0].name, *target, Channels())
+            request = regression.Request(node.inputs[0].name, *target, Channels())
             found.append(_Work(label, "norm", node, request))
         return found
 
@@ -917,7 +925,7 @@ class _InSequence:
         requests = {work.where: work.request for work in works}
         size = 1
         if everything:
-            size = cross.batch_size(model, requests, everything[0].samples)
+            size = regression.batch_size(model, requests, everything[0].samples)
         self._batches = cut_into(everything, size)
         half = HELD_BYTES // 2
         self._ours, self._theirs = (

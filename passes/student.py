@@ -10,14 +10,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxshrink.analysis import blocks, channels, layers
-from onnxshrink.analysis.blocks import Block, Run
-from onnxshrink.analysis.channels import Group, Slices
-from onnxshrink.analysis.layers import NORMALISATIONS, Layer, is_float
-from onnxshrink.analysis.shapes import macs_by_value
-from onnxshrink.base import Context, Promise, Site, SitePass, selected
+from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight
+from onnxshrink.structure import blocks, channels, layers
+from onnxshrink.structure.blocks import Block, Run
+from onnxshrink.structure.channels import Group, Slices
+from onnxshrink.structure.layers import NORMALISATIONS, Layer, is_float
+from onnxshrink.structure.selection import selected
+from onnxshrink.structure.shapes import macs_by_value
 
 __all__ = ["Student"]
 

@@ -25,8 +25,8 @@ from onnxshrink import (
     SitePass,
     Splits,
 )
-from onnxshrink._backoff import Plan, blend, nothing
 from onnxshrink.manager import OnBreach
+from onnxshrink.search.backoff import Plan, blend, nothing
 
 TEXT = """
 <ir_version: 8, opset_import: ["": 17]>

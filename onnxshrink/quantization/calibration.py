@@ -2,7 +2,7 @@
 
 One statistic, ``observer()``, is fed with calibration data in a single streaming run
 and holds as much after 10,000 images as after 10; ``bounds`` resolves every method from
-it afterwards. ``analysis.calibration_cache`` keeps what was gathered on disk.
+it afterwards. ``activations.kept`` keeps what was gathered on disk.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxshrink.analysis.statistics import ChannelRange, Histogram, Statistic, Stored
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.statistics import ChannelRange, Histogram, Statistic, Stored
 
 __all__ = ["METHODS", "Observer", "bounds", "observer"]
 

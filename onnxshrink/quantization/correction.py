@@ -18,10 +18,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.analysis import cross
-from onnxshrink.analysis.layers import is_float
+from onnxshrink.activations import regression
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.structure.layers import is_float
 
 if TYPE_CHECKING:
     from onnxshrink.base import Context
@@ -442,7 +442,7 @@ def correct_bias(
     parts = [pool.take(slice(0, cut)), pool.take(slice(cut, pool.used))]
     if not cut:
         parts = [pool, pool]
-    fit, held = cross.gather(
+    fit, held = regression.gather(
         quantized,
         float_model,
         requests,
@@ -459,8 +459,8 @@ def _corrected(
     model: Model,
     name: str,
     bias: _Bias,
-    fit: cross.Moments,
-    held: cross.Moments,
+    fit: regression.Moments,
+    held: regression.Moments,
     ctx: Context,
 ) -> bool:
     why = fit.why_not or held.why_not
@@ -482,7 +482,7 @@ def _corrected(
 
 def _requests(
     float_model: Model, quantized: Model, ctx: Context
-) -> tuple[dict[str, cross.Request], dict[str, _Bias]]:
+) -> tuple[dict[str, regression.Request], dict[str, _Bias]]:
     by_name, by_output = _index(float_model)
     visible = {t.name for t in float_model.graph.inputs} | set(by_output)
     at = {id(node): index for index, node in enumerate(quantized.graph.nodes)}
@@ -503,11 +503,11 @@ def _requests(
         source = ""
         if reader is not None and reader.inputs[0].name in visible:
             source = reader.inputs[0].name
-        requests[label] = cross.Request(
+        requests[label] = regression.Request(
             reader.inputs[0].name if reader is not None and source else "",
             node.outputs[0].name,
             theirs.outputs[0].name,
-            cross.OutputRows(1 if node.op.startswith("Conv") else -1),
+            regression.OutputRows(1 if node.op.startswith("Conv") else -1),
             source=source,
             at=(at[id(reader)], 0) if reader is not None and source else (0, 0),
         )

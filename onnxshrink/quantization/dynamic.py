@@ -25,11 +25,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.analysis.layers import Layer, Use
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, attribute
-from onnxshrink.quantization.rounding import Grid, gptq, nearest
 from onnxshrink.quantization.weightonly import home, within_reach
+from onnxshrink.solvers.rounding import Grid, gptq, nearest
+from onnxshrink.structure.layers import Layer, Use
 
 __all__ = [
     "OPSET",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxshrink.analysis import calibration_cache
-from onnxshrink.analysis.activations import gather
-from onnxshrink.analysis.layers import Layer
-from onnxshrink.analysis.statistics import Multi, Statistic, Stored
+from onnxshrink.activations import kept
+from onnxshrink.activations.gathering import gather
 from onnxshrink.base import Context
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
+from onnxshrink.statistics import Multi, Statistic, Stored
+from onnxshrink.structure.layers import Layer
 
 __all__ = ["groups", "watch"]
 
@@ -126,7 +126,7 @@ def _gathered(
         alone = dataclasses.replace(ctx, cache={})
         return gather(model, asked, alone, slice_bytes=_SLICE)
     # What is deleted with the step is worth writing only where it took long.
-    least = 0.0 if cache is not None else calibration_cache.SAVE_SECONDS
-    return calibration_cache.gather_cached(
+    least = 0.0 if cache is not None else kept.SAVE_SECONDS
+    return kept.gather_cached(
         model, asked, ctx, folder, slice_bytes=_SLICE, least=least
     )

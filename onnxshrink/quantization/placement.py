@@ -29,11 +29,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink._exporter import in_order
-from onnxshrink.analysis.layers import Layer, Layout, find
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, ValueInfo, attribute
+from onnxshrink.model.exporter import in_order
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
+from onnxshrink.structure.layers import Layer, Layout, find
 
 __all__ = [
     "Coded",

@@ -22,14 +22,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.analysis.layers import Layer, find, is_float
-from onnxshrink.analysis.statistics import ChannelRange, Multi, Sample
 from onnxshrink.base import Context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.quantization.dynamic import safe_scale
-from onnxshrink.quantization.rounding import Fit, decode, fit, nearest
 from onnxshrink.quantization.weightonly import Levels, block_of
+from onnxshrink.solvers.rounding import Fit, decode, fit, nearest
+from onnxshrink.statistics import ChannelRange, Multi, Sample
+from onnxshrink.structure.layers import Layer, find, is_float
 
 __all__ = ["Group", "apply", "awq", "groups", "smooth"]
 

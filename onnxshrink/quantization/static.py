@@ -20,25 +20,19 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.analysis import layers
-from onnxshrink.analysis.activations import fingerprint
-from onnxshrink.analysis.layers import Layer
-from onnxshrink.analysis.statistics import Range, Statistic, Stored
+from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context
 from onnxshrink.model import Model
-from onnxshrink.quantization import (
-    calibration,
-    dynamic,
-    inputs,
-    placement,
-    rounding,
-    targets,
-)
+from onnxshrink.quantization import calibration, dynamic, inputs, placement, processors
 from onnxshrink.quantization.calibration import Observer
 from onnxshrink.quantization.placement import Coded, Codes, Linear, Plan, Planner
-from onnxshrink.quantization.rounding import Fit, Grid
+from onnxshrink.quantization.processors import Target
 from onnxshrink.quantization.schemes import Scheme, affine
-from onnxshrink.quantization.targets import Target
+from onnxshrink.solvers import rounding
+from onnxshrink.solvers.rounding import Fit, Grid
+from onnxshrink.statistics import Range, Statistic, Stored
+from onnxshrink.structure import layers
+from onnxshrink.structure.layers import Layer
 
 __all__ = ["LEVELS", "Recipe", "write"]
 
@@ -336,7 +330,7 @@ class _Static:
         else:
             codes = rounding.nearest(rows, grid)
         if self._clips(layer):
-            order = targets.kernel_order(layer)
+            order = processors.kernel_order(layer)
             codes[:, order] = dynamic.safe_codes(codes[:, order])
         shift = None
         if mean is not None:
@@ -383,7 +377,7 @@ class _Static:
         """Whether sums of two products could clip on the target."""
         wide = LEVELS[self.recipe.weights] == LEVELS["int8"]
         narrow = self.recipe.target.saturation != "never"
-        return wide and narrow and targets.adds_pairs(layer)
+        return wide and narrow and processors.adds_pairs(layer)
 
     def _headroom(self, layer: Layer, rows: Array, grid: Grid) -> Float64:
         """Return how far to narrow each output's codes: 1 leaves them as they are.
@@ -395,8 +389,8 @@ class _Static:
             return np.ones(len(rows))
         codes = rounding.nearest(rows, grid)
         matrices = codes.reshape(layer.layout.matrices_shape)
-        found = targets.saturation(layer, layer.layout.array(matrices))
-        return targets.headroom(found.peak)
+        found = processors.saturation(layer, layer.layout.array(matrices))
+        return processors.headroom(found.peak)
 
     def _raised(self, grid: Grid, one: Linear, coded: Coded) -> Grid:
         """Raise scales so that the bias fits int32."""

@@ -32,10 +32,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.analysis.layers import Layer, Layout, Use
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, attribute
-from onnxshrink.quantization.rounding import (
+from onnxshrink.quantization.schemes import MIN_OPSET, limits
+from onnxshrink.solvers.rounding import (
     Fit,
     Grid,
     descend,
@@ -43,7 +43,7 @@ from onnxshrink.quantization.rounding import (
     gptq,
     nearest,
 )
-from onnxshrink.quantization.schemes import MIN_OPSET, limits
+from onnxshrink.structure.layers import Layer, Layout, Use
 from onnxshrink.tensors import numpy_type
 
 __all__ = [

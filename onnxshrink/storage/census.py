@@ -137,7 +137,7 @@ class Census:
         """Read the tensor, twice if it has few distinct values."""
         self._tensor = tensor
         self._held: Array | None = None
-        if tensor.nbytes <= _HELD or not _is_cheap_to_reread(tensor):
+        if tensor.nbytes <= _HELD or not tensor.cheap_to_reread:
             self._held = np.ascontiguousarray(tensor.read()).reshape(-1)
         self.size = tensor.size
         self.dtype = tensor.dtype
@@ -248,12 +248,6 @@ class Census:
                 last = int(places[-1])
             start += patterns.size
         return np.concatenate(parts) if parts else np.empty(0, np.uint32)
-
-
-def _is_cheap_to_reread(tensor: LazyTensor) -> bool:
-    from onnxshrink.storage.decoder import DecodedTensor
-
-    return not isinstance(tensor, DecodedTensor)
 
 
 def _one_of_each_size(kinds: list[int]) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ import onnx
 from onnxshrink.storage.census import Census, cast_type
 from onnxshrink.storage.packing import BITS, PACKINGS, Packing, tightest
 from onnxshrink.tensors import LazyTensor
-from onnxshrink.wire import encode_varint
+from onnxshrink.tensors.wire import encode_varint
 
 __all__ = [
     "MAX_INFLATION",

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from onnxshrink import runtime, teacher
+from onnxshrink import runtime
 from onnxshrink.base import Context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
+from onnxshrink.training import teacher
 
 __all__ = ["Answers", "FileTeacher", "Lookup", "ModelTeacher", "values_of"]
 

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink._topology import is_onnx
 from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization.schemes import MIN_OPSET
 
 __all__ = [

@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink._topology import is_onnx, subgraphs_of
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node, Variable
 from onnxshrink.model import attribute as attribute_of
+from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.tensors import numpy_type
 
 __all__ = ["GradContext", "Rule", "gradients", "is_covered", "rule", "zero_gradient"]

@@ -2,7 +2,7 @@
 
 A teacher's rows of an output are arrays by part: ``""`` is the output itself; of a
 teacher of whom only the largest scores are known, the parts are ``values``, ``indices``
-and ``rest``, see ``onnxshrink.teacher``.
+and ``rest``, see ``onnxshrink.training.teacher``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
-from onnxshrink._differences import Seen
 from onnxshrink.errors import UsageError
-from onnxshrink.teacher import SHARE_FLOOR, are_shares
+from onnxshrink.measuring.differences import Seen
 from onnxshrink.training.augment import mixed
 from onnxshrink.training.gradients import GradContext, Tensor
 from onnxshrink.training.losses import (
@@ -26,6 +25,7 @@ from onnxshrink.training.losses import (
     soft_cross_entropy,
     top_cross_entropy,
 )
+from onnxshrink.training.teacher import SHARE_FLOOR, are_shares
 
 __all__ = [
     "CosineHead",

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 
 from onnxshrink import runtime
-from onnxshrink._topology import is_onnx
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.training.gradients import GradContext, Tensor, attribute, given
 from onnxshrink.training.rules_conv import Window, window
 

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxshrink import runtime
-from onnxshrink._topology import is_onnx
-from onnxshrink.analysis.layers import is_float
-from onnxshrink.analysis.rewriter import Rewriter, Rule
-from onnxshrink.analysis.rules_linear import fold_behind
-from onnxshrink.base import Context, selected
+from onnxshrink.base import Context
 from onnxshrink.model import Model, Node, Variable, attribute
+from onnxshrink.model.topology import is_onnx
+from onnxshrink.rewriting.rewriter import Rewriter, Rule
+from onnxshrink.rewriting.rules_linear import fold_behind
 from onnxshrink.samples import Samples
+from onnxshrink.structure.layers import is_float
+from onnxshrink.structure.selection import selected
 
 __all__ = [
     "Norms",

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink._topology import is_onnx, subgraphs_of
-from onnxshrink.analysis.inlining import inline_functions
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node
+from onnxshrink.model.topology import is_onnx, subgraphs_of
+from onnxshrink.rewriting.inlining import inline_functions
 from onnxshrink.training.gradients import sorted_nodes
 from onnxshrink.training.rules_recurrent import unroll
 

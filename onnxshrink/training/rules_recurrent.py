@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxshrink._topology import is_onnx
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.training.gradients import (
     GradContext,
     Tensor,

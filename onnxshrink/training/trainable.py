@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink._topology import is_onnx, subgraphs_of
-from onnxshrink.base import selected
 from onnxshrink.model import Model, Node, Weight
+from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.quantization.schemes import limits
+from onnxshrink.structure.selection import selected
 from onnxshrink.training.fakequant import (
     CODES,
     MOVES,

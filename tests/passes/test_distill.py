@@ -15,8 +15,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnxshrink import runtime, teacher
+from onnxshrink import runtime
 from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.manager import shrink
 from onnxshrink.model import Model
@@ -26,7 +27,7 @@ from onnxshrink.passes.prune import Prune
 from onnxshrink.quantization.schemes import Scheme, affine, quantize
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.testing import example_models
-from onnxshrink.training import augment
+from onnxshrink.training import augment, teacher
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +86,7 @@ def context(
     splits = Splits(
         training=samples.take(slice(0, cut)), validation=samples.take(slice(cut, None))
     )
-    return Context(samples=splits, reference=reference, threads=1, seed=seed)
+    return make_context(samples=splits, reference=reference, threads=1, seed=seed)
 
 
 def damaged(model: Model, names: tuple[str, ...] = ("w1", "w2")) -> Model:
@@ -372,7 +373,7 @@ def test_every_example_is_trained_or_refused_in_words(name: str) -> None:
         if weight.dtype == np.float32 and weight.size > 1:
             student.set_weight(weight, np.array(weight.read()) * np.float32(0.9))
     start = student.to_bytes()
-    ctx = Context(samples=splits, reference=model, threads=1)
+    ctx = make_context(samples=splits, reference=model, threads=1)
     trained = Distill(epochs=2, lr=1e-3)
     if name in REFUSED:
         with pytest.raises(UsageError, match="no weight to train"):
@@ -396,7 +397,7 @@ def test_a_teacher_from_a_file_teaches_the_same(tmp_path: Path) -> None:
     made = []
     for options in ({}, {"teacher": tmp_path / "t.npz"}):
         student = damaged(model)
-        ctx = Context(samples=splits, reference=model, threads=1)
+        ctx = make_context(samples=splits, reference=model, threads=1)
         run(student, ctx, epochs=2, **options)
         made.append(student.to_bytes())
     assert made[0] == made[1]
@@ -807,7 +808,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) 
 
 def test_random_samples_are_refused() -> None:
     model = classifier()
-    ctx = Context(samples=Splits.build(model), reference=model)
+    ctx = make_context(samples=Splits.build(model), reference=model)
     with pytest.raises(UsageError, match="only random ones; give more with --data"):
         Distill().apply(model.copy(), ctx)
 
@@ -817,7 +818,7 @@ def test_no_training_samples_are_refused() -> None:
     splits = Splits.build(model, {"x": X[:2]})
     assert splits.training is None
     with pytest.raises(UsageError, match="too few ones; give more with --data"):
-        Distill().apply(model.copy(), Context(samples=splits, reference=model))
+        Distill().apply(model.copy(), make_context(samples=splits, reference=model))
 
 
 def test_nothing_to_train_is_refused() -> None:
@@ -1110,7 +1111,7 @@ def test_quantization_aware_training_repairs_codes_of_three_bits(scales: Any) ->
         Samples.from_arrays({"image": images("train_x", *span)}).bind(model.inputs)
         for span in ((0, 4000), (55_000, 56_000))
     )
-    ctx = Context(
+    ctx = make_context(
         samples=Splits(training=training, validation=held), reference=model, threads=1
     )
     before = errors(student)

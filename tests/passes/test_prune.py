@@ -14,14 +14,20 @@ from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
 from onnxshrink import testing
-from onnxshrink.analysis import layers
-from onnxshrink.analysis.sparsity import (
+from onnxshrink.base import Context, Site
+from onnxshrink.engine import make_context
+from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.model import Model
+from onnxshrink.passes.prune import Prune
+from onnxshrink.pipeline import Pipeline
+from onnxshrink.samples import Samples, Splits
+from onnxshrink.solvers.magnitude import (
     Pattern,
     choose_smallest,
     smallest,
     zero_smallest,
 )
-from onnxshrink.analysis.surgeon import (
+from onnxshrink.solvers.obs import (
     Curvature,
     Removal,
     allocate,
@@ -29,12 +35,7 @@ from onnxshrink.analysis.surgeon import (
     refit,
     removal_order,
 )
-from onnxshrink.base import Context, Site
-from onnxshrink.errors import ModelError, UsageError
-from onnxshrink.model import Model
-from onnxshrink.passes.prune import Prune
-from onnxshrink.pipeline import Pipeline
-from onnxshrink.samples import Samples, Splits
+from onnxshrink.structure import layers
 from onnxshrink.tensors import ArrayTensor, FileTensor
 
 Array = np.ndarray[Any, Any]
@@ -69,7 +70,7 @@ def _splits(**arrays: Array) -> Splits:
 
 
 def _context(model: Model, splits: Splits | None = None) -> Context:
-    return Context(samples=splits or Splits(random=True), reference=model)
+    return make_context(samples=splits or Splits(random=True), reference=model)
 
 
 def _pruned(pass_: Prune, model: Model, splits: Splits | None = None) -> Model:
@@ -356,7 +357,7 @@ def test_obs_is_close_to_the_best_subset_of_all() -> None:
 def test_conjugate_gradients_agree_with_the_exact_refit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from onnxshrink.analysis import surgeon
+    from onnxshrink.solvers import obs
 
     random = np.random.default_rng(6)
     weight = random.standard_normal((2, 5, 12))
@@ -364,17 +365,17 @@ def test_conjugate_gradients_agree_with_the_exact_refit(
     curvature = Curvature.of(np.swapaxes(x, 1, 2) @ x, None, 300)
     keep = random.random(weight.shape) < 0.5
     exact = refit(weight, curvature, keep)
-    monkeypatch.setattr(surgeon, "EXACT_INPUTS", 0)
+    monkeypatch.setattr(obs, "EXACT_INPUTS", 0)
     assert np.allclose(refit(weight, curvature, keep), exact, atol=1e-8)
 
 
 def test_large_layers_take_sparsegpt_and_stay_better_than_magnitude(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from onnxshrink.analysis import surgeon
+    from onnxshrink.solvers import obs
 
-    monkeypatch.setattr(surgeon, "EXACT_WORK", 1e4)
-    monkeypatch.setattr(surgeon, "EXACT_INPUTS", 4)
+    monkeypatch.setattr(obs, "EXACT_WORK", 1e4)
+    monkeypatch.setattr(obs, "EXACT_INPUTS", 4)
     weight = np.random.default_rng(7).standard_normal((200, 24)).astype(np.float32)
     x = _inputs(800, 200)
     after = _pruned(Prune(sparsity=0.7), _matmul(weight), _splits(x=x))

@@ -9,16 +9,18 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, numpy_helper
 
-from onnxshrink import cli, measure, runtime, testing
-from onnxshrink.analysis import calibration_cache
+from onnxshrink import cli, runtime, testing
+from onnxshrink.activations import kept
 from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.manager import PassManager
+from onnxshrink.measuring import measure
 from onnxshrink.model import Model
 from onnxshrink.passes.quantize import Quantize
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
-from onnxshrink.validate import Budget
+from onnxshrink.validation import Budget
 
 Array = np.ndarray[Any, Any]
 MODELS = Path(__file__).parents[2] / "models"
@@ -278,7 +280,7 @@ def test_an_interrupted_calibration_goes_on(
     tmp_path: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SAVE_SECONDS", "SAVE_SHARE"):
-        monkeypatch.setattr(calibration_cache, name, 0.0)
+        monkeypatch.setattr(kept, name, 0.0)
     made, x = convolutions(), draw(80, 3, 8, 8, seed=2)
     samples = Samples.from_arrays({"x": x}).bind(made.inputs)
     wanted, _ = quantized("quantize", made, x=x)
@@ -293,7 +295,7 @@ def test_an_interrupted_calibration_goes_on(
         copied = made.copy()
         Quantize().apply(
             copied,
-            Context(
+            make_context(
                 samples=Splits(calibration=samples),
                 reference=made,
                 folder=tmp_path,

@@ -10,15 +10,23 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxshrink import runtime, testing
-from onnxshrink.analysis import cross, layers
-from onnxshrink.analysis.cross import Channels, ConvRows, MatrixRows, Moments, Request
-from onnxshrink.analysis.statistics import ConvWindow
+from onnxshrink.activations import regression
+from onnxshrink.activations.regression import (
+    Channels,
+    ConvRows,
+    MatrixRows,
+    Moments,
+    Request,
+)
 from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune
 from onnxshrink.passes.recover import Recover
 from onnxshrink.samples import Samples, Splits
+from onnxshrink.statistics import ConvWindow
+from onnxshrink.structure import layers
 
 Array = np.ndarray[Any, Any]
 
@@ -46,7 +54,7 @@ def _recovered(
     pass_: Recover, model: Model, reference: Model, splits: Splits
 ) -> tuple[Model, Context]:
     copy = model.copy()
-    context = Context(samples=splits, reference=reference, threads=1)
+    context = make_context(samples=splits, reference=reference, threads=1)
     pass_.apply(copy, context)
     return copy, context
 
@@ -178,7 +186,7 @@ def test_pruned_layers_in_a_row_are_recovered_together(order: Any) -> None:
     mix = _random(9, 4, 6)  # what goes is found in what stays
     splits = _splits(x=_random(2, 800, 4) @ mix)
     Prune(sparsity=0.6, importance="magnitude", scope="local").apply(
-        model, Context(samples=splits, reference=reference)
+        model, make_context(samples=splits, reference=reference)
     )
     x = _random(3, 200, 4) @ mix
     wanted = _outputs(reference, x=x)["y"]
@@ -612,7 +620,7 @@ def test_weights_out_of_reach_are_left_alone(text: str, why: str) -> None:
 
 def test_an_unaltered_model_is_left_alone_and_needs_no_data() -> None:
     reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
-    context = Context(samples=Splits(random=True), reference=reference)
+    context = make_context(samples=Splits(random=True), reference=reference)
     assert not Recover().sites(reference.copy(), context)
     assert _whys(context)["w"] == "it is as it was in the reference"
 
@@ -620,7 +628,7 @@ def test_an_unaltered_model_is_left_alone_and_needs_no_data() -> None:
 def test_an_altered_model_needs_real_data() -> None:
     reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
     model = _damaged(reference, w=_random(2, 4, 6))
-    context = Context(samples=Splits.build(model), reference=reference)
+    context = make_context(samples=Splits.build(model), reference=reference)
     with pytest.raises(UsageError, match="give --data"):
         Recover().sites(model, context)
 
@@ -652,7 +660,7 @@ def test_options_out_of_range_are_refused(options: Any) -> None:
 def test_only_and_skip_choose_layers() -> None:
     reference = _model(GEMM, w=_random(0, 4, 6), b=_random(1, 4))
     model = _damaged(reference, w=_random(2, 4, 6))
-    context = Context(samples=_splits(x=_random(3, 9, 6)), reference=reference)
+    context = make_context(samples=_splits(x=_random(3, 9, 6)), reference=reference)
     assert [s.where for s in Recover(only=("Gemm",)).sites(model, context)] == ["w"]
     assert not Recover(skip=("w",)).sites(model, context)
 
@@ -671,7 +679,7 @@ def test_every_damaged_example_stays_valid_and_keeps_its_zeros(
     random = Splits.build(reference).calibration
     assert random is not None
     splits = Splits(calibration=random)
-    context = Context(samples=splits, reference=reference, threads=1)
+    context = make_context(samples=splits, reference=reference, threads=1)
     model = reference.copy()
     Prune(sparsity=0.5, importance="magnitude", scope="local").apply(model, context)
     after, context = _recovered(
@@ -741,8 +749,8 @@ def test_channels_stand_alone() -> None:
 def test_values_too_large_are_reported_not_fitted() -> None:
     model = _model(MATMUL, w=_random(0, 6, 4))
     huge = np.full((8, 6), 1e30, np.float32)
-    context = Context(samples=Splits(), reference=model)
+    context = make_context(samples=Splits(), reference=model)
     request = Request("x", "y", "y", MatrixRows())
     samples = Samples.from_arrays({"x": huge})
-    ((moments),) = cross.gather(model, model, {"w": request}, [[samples]], context)
+    ((moments),) = regression.gather(model, model, {"w": request}, [[samples]], context)
     assert "too large" in moments["w"].why_not

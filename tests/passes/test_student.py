@@ -15,7 +15,7 @@ from onnxshrink import runtime, testing
 from onnxshrink.base import Site
 from onnxshrink.errors import UsageError
 from onnxshrink.manager import shrink
-from onnxshrink.measure import count_parameters
+from onnxshrink.measuring.measure import count_parameters
 from onnxshrink.model import Model
 from onnxshrink.passes.student import Student
 from onnxshrink.pipeline import Pipeline

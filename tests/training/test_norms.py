@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from onnxshrink import runtime
 from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.training import TrainingStep, mse
@@ -63,7 +64,7 @@ def stack(opset: int = 17) -> Model:
 def context(x: Array, model: Model) -> tuple[Samples, Context]:
     samples = Samples.from_arrays({"x": x}).bind(model.inputs)
     splits = Splits(training=samples)
-    return samples, Context(samples=splits, reference=model, threads=1)
+    return samples, make_context(samples=splits, reference=model, threads=1)
 
 
 def outputs_of(model: Model, x: Array, *names: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from onnxshrink import runtime
 from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.passes.distill import Distill
 from onnxshrink.passes.prune import Prune
@@ -68,7 +69,7 @@ def _table(name: str, given: argparse.Namespace) -> Table:
         )
 
         def context(splits: Splits = splits, seed: int = seed) -> Context:
-            return Context(
+            return make_context(
                 samples=splits, reference=model, seed=seed, threads=given.threads
             )
 

@@ -47,13 +47,13 @@ print(json.dumps({"seconds": seconds, "version": onnxslim.__version__}))
 """
 _OUR_PROGRAM = """
 import json, sys, time
-from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.passes.fold import Fold
 from onnxshrink.samples import Splits
 start = time.process_time()
 model = Model.load(sys.argv[1])
-context = Context(samples=Splits(), reference=model)
+context = make_context(samples=Splits(), reference=model)
 limit = int(sys.argv[4]) if len(sys.argv) > 4 else None
 Fold(limit=limit).apply(model, context)
 seconds = time.process_time() - start

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxshrink import Model, runtime
-from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.passes.distill import Distill
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.training import Adam, TrainingStep, cross_entropy
@@ -209,7 +209,7 @@ def _students(
             training=seen.samples(student),
             validation=held.take(kinds).samples(student),
         )
-        ctx = Context(
+        ctx = make_context(
             samples=splits, reference=teacher, seed=seed, threads=given.threads
         )
         options.apply(student, ctx)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxshrink import runtime
-from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune
 from onnxshrink.samples import Samples, Splits
@@ -86,7 +86,7 @@ def _table(
     ]
     for method, options in choices:
         pass_ = Prune(**options)  # type: ignore[arg-type]
-        context = Context(samples=splits, reference=model, cache=cache)
+        context = make_context(samples=splits, reference=model, cache=cache)
         begin = time.perf_counter()
         sites = pass_.sites(model, context)
         planned = time.perf_counter()

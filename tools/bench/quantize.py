@@ -30,8 +30,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from onnxshrink import Model, runtime
-from onnxshrink.base import Context
-from onnxshrink.measure import file_bytes, latencies
+from onnxshrink.engine import make_context
+from onnxshrink.measuring.measure import file_bytes, latencies
 from onnxshrink.passes.fold import Fold
 from onnxshrink.samples import Splits
 
@@ -83,7 +83,7 @@ given = Samples.from_arrays(arrays).bind(model.inputs)
 splits = Splits(calibration=given)
 for step in Pipeline.parse(options["passes"]):
     model.require_opset(step.opset)
-    ctx = Context(samples=splits, reference=model.copy(), threads=1)
+    ctx = make_context(samples=splits, reference=model.copy(), threads=1)
     step.apply(model, ctx)
 model.fit_runtime()
 model.save(target, external="never")
@@ -514,7 +514,7 @@ def _row(
 
 def _folded(path: Path, folder: Path) -> Path:
     model = Model.load(path)
-    Fold().apply(model, Context(samples=Splits(), reference=model))
+    Fold().apply(model, make_context(samples=Splits(), reference=model))
     target = folder / f"folded-{path.parent.name}-{path.name}"
     model.fit_runtime()
     model.save(target, storage="plain", external="never")

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxshrink import runtime
-from onnxshrink.base import Context, SitePass
+from onnxshrink.base import SitePass
+from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune
 from onnxshrink.passes.recover import Recover
@@ -100,7 +101,7 @@ def _splits(train: np.ndarray, count: int, seed: int) -> Splits:
 
 def _applied(pass_: SitePass, model: Model, reference: Model, splits: Splits) -> Model:
     copy = model.copy()
-    pass_.apply(copy, Context(samples=splits, reference=reference))
+    pass_.apply(copy, make_context(samples=splits, reference=reference))
     return copy
 
 

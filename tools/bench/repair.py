@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxshrink import Model, Pipeline, runtime
-from onnxshrink.base import Context
+from onnxshrink.engine import make_context
 from onnxshrink.samples import Samples, Splits
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
@@ -121,7 +121,9 @@ def _after(
     """Return a copy with passes applied, one after the other, and nothing judged."""
     copy = model.copy()
     for step in Pipeline.parse(passes):
-        ctx = Context(samples=splits, reference=teacher, seed=seed, threads=threads)
+        ctx = make_context(
+            samples=splits, reference=teacher, seed=seed, threads=threads
+        )
         copy.require_opset(step.opset)
         step.apply(copy, ctx)
     return copy

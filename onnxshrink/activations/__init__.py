@@ -1,0 +1,1 @@
+"""Activations: running a model to see the values inside it."""

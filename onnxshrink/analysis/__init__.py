@@ -1,1 +1,0 @@
-"""What several passes need to know about a graph: statistics, activations, shapes."""

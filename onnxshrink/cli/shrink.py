@@ -1,0 +1,351 @@
+"""``onnxshrink MODEL``: run passes and write a smaller model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxshrink.cli.commands import BARE, Bare, Option
+from onnxshrink.cli.group import words
+from onnxshrink.cli.options import (
+    PATH,
+    Share,
+    budget_of,
+    data_option,
+    labels_option,
+    metric_option,
+    option,
+    runtime_options,
+    shapes_option,
+    splits_of,
+)
+from onnxshrink.cli.screen import Screen
+from onnxshrink.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from onnxshrink.pipeline import Pipeline
+    from onnxshrink.reporting.report import Step
+
+DEFAULT_PASSES = "fold"
+"""What runs where nobody says which passes: safe for every model."""
+
+_SHRINK_EXAMPLES = """\
+onnxshrink model.onnx
+onnxshrink model.onnx --passes fold,prune:sparsity=0.8 --data samples.npz -o small.onnx
+onnxshrink model.onnx --passes fold prune:sparsity=0.9,scope=global \\
+    --data train.npz --labels labels --max-drop 0.1 --report run.json
+onnxshrink model.onnx --recipe mine.toml --plan
+"""
+
+
+@click.command(
+    BARE,
+    cls=Bare,
+    hidden=True,
+    options_metavar="[OPTIONS]",
+    examples=_SHRINK_EXAMPLES,
+    no_args_is_help=True,
+)
+@click.argument("model", type=PATH)
+@option(
+    "--passes",
+    metavar="TEXT",
+    multiple=True,
+    section="Passes",
+    help="Passes and their options: fold,prune:sparsity=0.8,scope=global. Several "
+    f"words are read one after the other. [default: {DEFAULT_PASSES}]",
+)
+@option(
+    "--recipe",
+    metavar="NAME|FILE.toml",
+    section="Passes",
+    help="Passes from a recipe: a file, or one that ships (see: onnxshrink passes).",
+)
+@option(
+    "--plan", is_flag=True, section="Passes", help="Say what would be done; do nothing."
+)
+@data_option
+@labels_option
+@option(
+    "--eval",
+    "evaluation",
+    metavar="FILE|DIR",
+    section="Samples",
+    help="Samples that measure and do nothing else. [default: 40 % of the data]",
+)
+@shapes_option
+@metric_option
+@option(
+    "--max-drop",
+    type=Share(),
+    metavar="X",
+    section="Budget",
+    help="Most that the task metric may get worse, in its own unit: 0.1 is a tenth "
+    "of a point of top1. [default: 1 with labels]",
+)
+@option(
+    "--min-agreement",
+    type=Share(),
+    metavar="X",
+    section="Budget",
+    help="Least share of samples with the same top class as before: 0.99 or 99%. "
+    "[default: 98% without labels]",
+)
+@option(
+    "--min-sqnr",
+    type=Share(),
+    metavar="DB",
+    section="Budget",
+    help="Least signal-to-noise ratio of every output, in dB.",
+)
+@option(
+    "--max-latency",
+    type=Share(),
+    metavar="X",
+    section="Budget",
+    help="Most time of a run, in multiples of the model's as it came; noisy below 1.1.",
+)
+@option(
+    "--on-breach",
+    type=click.Choice(["back-off", "rollback", "abort", "keep"]),
+    default="back-off",
+    show_default=True,
+    section="Budget",
+    help="When a pass breaks the budget: leave out its most damaging places, go on "
+    "without it, stop, or keep it.",
+)
+@option(
+    "-o",
+    "--output",
+    type=PATH,
+    metavar="OUT",
+    section="Output",
+    help="Where to write: a file, or a folder for a file of the same name. "
+    "[default: MODEL-shrunk.onnx beside MODEL]",
+)
+@option(
+    "--storage",
+    type=click.Choice(["auto", "plain"]),
+    default="auto",
+    show_default=True,
+    section="Output",
+    help="How weights are written: in the smallest exact encoding, or plain.",
+)
+@option(
+    "--external",
+    type=click.Choice(["auto", "never", "always"]),
+    default="auto",
+    show_default=True,
+    section="Output",
+    help="Whether weights go into a second file: as they came, or where one is too "
+    "small.",
+)
+@option(
+    "--max-decode-ratio",
+    type=float,
+    metavar="X",
+    section="Output",
+    help="Write a weight plain if decoding it at load takes more than X times its "
+    "bytes.  [default: 10]",
+)
+@option(
+    "--report",
+    "reports",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    section="Output",
+    help="Write a report: .json, .md or .html. Can be repeated.",
+)
+@option(
+    "--resume",
+    is_flag=True,
+    section="Output",
+    help="Continue an interrupted run after its last accepted pass.",
+)
+@runtime_options
+@option(
+    "--jobs",
+    type=click.IntRange(0, 1024),
+    default=0,
+    metavar="N",
+    section="Running",
+    help="Threads that passes share work among; 0 is one for each processor.",
+)
+@option("-q", "--quiet", is_flag=True, section="Running", help="Print only errors.")
+@option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    section="Running",
+    help="Print what every pass did and left alone.",
+)
+@option(
+    "-h",
+    "--help",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    section="Running",
+    help="Show this page.",
+    callback=lambda ctx, param, value: _show_page(ctx) if value else None,
+)
+@click.version_option(
+    package_name="onnxshrink",
+    message="%(prog)s %(version)s",
+    cls=Option,
+    section="Running",
+    help="Show the version.",
+)
+def shrink(
+    model: Path,
+    passes: tuple[str, ...],
+    recipe: str | None,
+    plan: bool,
+    data: str | None,
+    labels: str | None,
+    evaluation: str | None,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    metric: str | None,
+    max_drop: float | None,
+    min_agreement: float | None,
+    min_sqnr: float | None,
+    max_latency: float | None,
+    on_breach: Any,
+    output: Path | None,
+    storage: Any,
+    max_decode_ratio: float | None,
+    external: Any,
+    reports: tuple[Path, ...],
+    resume: bool,
+    providers: tuple[str, ...],
+    threads: int,
+    seed: int,
+    jobs: int,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Make an ONNX model smaller, checked with onnxruntime after every pass.
+
+    A pass that does not stay within the budget is weakened or left out. The output is
+    an ordinary ONNX file that any runtime opens; the input is never changed.
+    """
+    if passes and recipe is not None:
+        raise click.UsageError("give either --passes or --recipe, not both")
+    if quiet and verbose:
+        raise click.UsageError("give either -q or -v, not both")
+    if not model.name:
+        raise UsageError(f"{str(model)!r} names no file; give a model")
+    pipeline = _pipeline(passes, recipe)
+    target = model
+    if not plan:
+        target = _target(model, output)
+        for report in reports:
+            _check_report(report, model, target)
+
+    from onnxshrink.manager import PassManager
+    from onnxshrink.model import Model
+    from onnxshrink.reporting.report import render_plan, step_line
+
+    screen = Screen.open(quiet=quiet, verbose=verbose)
+    accepted = []
+
+    def on_step(step: Step) -> None:
+        accepted.append(step.accepted)
+        screen.text(step_line(step), err=True)
+
+    with screen.bar(f"loading {model.name}") as bar:
+        loaded = Model.load(model)
+        manager = PassManager(
+            pipeline,
+            splits=splits_of(loaded, data, evaluation, labels, shapes, seed),
+            budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency),
+            metric=metric,
+            on_breach=on_breach,
+            storage=storage,
+            max_decode_ratio=max_decode_ratio,
+            external=external,
+            providers=providers or ("CPUExecutionProvider",),
+            threads=threads,
+            seed=seed,
+            jobs=jobs,
+            shapes=dict(shapes),
+            progress=bar,
+            on_step=on_step,
+        )
+        if plan:
+            planned = manager.plan(loaded)
+        else:
+            try:
+                result = manager.run(loaded, target, resume=resume)
+            except KeyboardInterrupt:
+                if any(accepted):
+                    hint = "the same command with --resume continues from here"
+                    screen.text(hint, err=True)
+                raise
+    if plan:
+        render_plan(screen.out, str(pipeline), planned, verbose=verbose)
+        return
+    for path in reports:
+        result.report.write(path)
+    result.report.render(screen.out, verbose=verbose)
+
+
+def _show_page(ctx: click.Context) -> None:
+    group = ctx.parent.command if ctx.parent is not None else ctx.command
+    click.echo(group.get_help(ctx.parent or ctx))
+    ctx.exit()
+
+
+def _pipeline(passes: Sequence[str], recipe: str | None) -> Pipeline:
+    from onnxshrink import registry
+    from onnxshrink.pipeline import Pipeline
+
+    if recipe is not None:
+        pipeline = Pipeline.from_toml(registry.recipe(recipe))
+    else:
+        pipeline = Pipeline.parse(list(passes) or DEFAULT_PASSES)
+    if not pipeline.passes:
+        raise UsageError("there is no pass to run; name one, such as --passes fold")
+    return pipeline
+
+
+def _target(model: Path, output: Path | None) -> Path:
+    """Return the file to write, refusing early what would fail late."""
+    if str(model) in words() and not model.is_file():
+        raise UsageError(
+            f"{model} does not exist; as a command it must come first: "
+            f"onnxshrink {model} ..."
+        )
+    if output is None:
+        output = model.with_name(f"{model.stem or model.name}-shrunk.onnx")
+    elif output.is_dir():
+        output = output / model.with_suffix(".onnx").name
+    if not output.parent.is_dir():
+        raise OutputError(f"cannot write {output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"cannot write {output}: no permission to write to {output.parent}; "
+            "choose another place with -o"
+        )
+    return output
+
+
+def _check_report(path: Path, model: Path, target: Path) -> None:
+    from onnxshrink.reporting.report import SUFFIXES
+
+    if path.suffix not in SUFFIXES:
+        raise UsageError(
+            f"a report is written by its suffix, and {path} has none of "
+            f"{', '.join(SUFFIXES)}"
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
+        raise OutputError(f"cannot write {path}: no permission, or it is a folder")
+    if path.resolve() in (model.resolve(), target.resolve()):
+        raise OutputError(f"cannot write the report to {path}: it is a model")

@@ -1,0 +1,35 @@
+"""What a Context offers from rooms above its own, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnxshrink.activations.gathering import gather
+from onnxshrink.base import Context
+from onnxshrink.model import Model
+from onnxshrink.samples import Splits
+from onnxshrink.statistics import Statistic
+
+__all__ = ["Engine", "make_context"]
+
+
+class Engine:
+    """Runs models on behalf of a pass, for ``Context``."""
+
+    def statistics(
+        self, ctx: Context, model: Model, wanted: Mapping[str, Statistic]
+    ) -> Mapping[str, Statistic]:
+        """Feed statistics with calibration data, see ``Context.statistics``."""
+        return gather(model, wanted, ctx)
+
+
+def make_context(samples: Splits, reference: Model, **fields: Any) -> Context:
+    """Return a context with an engine behind it.
+
+    Args:
+        samples: Disjoint splits.
+        reference: The model the run started from.
+        **fields: Every other field of ``Context``.
+    """
+    return Context(samples=samples, reference=reference, engine=Engine(), **fields)

@@ -1,0 +1,1 @@
+"""Measuring: bytes, parameters, MACs, latency, memory, differences."""

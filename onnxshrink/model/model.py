@@ -1,0 +1,1618 @@
+"""Model: a graph to edit, tensors that stay where they are, lossless load and save."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+
+from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
+from onnxshrink.model.clone import clone_graph
+from onnxshrink.model.encodings import recognise
+from onnxshrink.model.exporter import (
+    Export,
+    Piece,
+    export,
+    is_function,
+    partial,
+    stray_constants,
+)
+from onnxshrink.model.importer import Importer, check_functions, check_order, dims_of
+from onnxshrink.model.topology import (
+    Constant,
+    Function,
+    FunctionList,
+    Graph,
+    Node,
+    Variable,
+    adopt_graph,
+    call_key,
+    function_key,
+    is_onnx,
+    own,
+    returned_by,
+    subgraphs_of,
+    tensor_of,
+)
+from onnxshrink.tensors import ArrayTensor, LazyTensor, sync
+from onnxshrink.tensors.wire import read_skeleton
+
+__all__ = [
+    "Constant",
+    "Function",
+    "Graph",
+    "Model",
+    "Node",
+    "SupportsModelProto",
+    "ValueInfo",
+    "Variable",
+    "Weight",
+]
+
+MAX_IR_VERSION = 13
+"""Newest IR version that onnxruntime 1.31 loads."""
+MAX_OPSET = 26
+"""Newest ai.onnx opset that onnxruntime 1.31 runs."""
+INLINE_LIMIT = 2**31 - 2**24
+"""Bytes of weights from which a file must use external data (protobuf's 2 GiB)."""
+_EXTERNAL_MINIMUM = 1024
+_ALIGNMENT = 4096
+_LARGE = 1024
+_LONGEST = 1000
+"""Identity nodes and calls that ``constant`` looks through before it gives up."""
+_NEWEST_TYPES = frozenset(
+    onnx.TensorProto.DataType.Value(name)
+    for name in ("FLOAT6E2M3", "FLOAT6E3M2")
+    if name in onnx.TensorProto.DataType.keys()  # noqa: SIM118  # an enum, no mapping
+)
+"""Element types that an IR version above MAX_IR_VERSION brought."""
+
+Storage = Literal["auto", "plain"]
+External = Literal["auto", "never", "always"]
+
+
+class SupportsModelProto(Protocol):
+    """Anything that carries a ModelProto, such as a framework's export result."""
+
+    @property
+    def model_proto(self) -> Any:
+        """The proto, or a method that returns it."""
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """Name and type of a value.
+
+    Attributes:
+        name: Name of the value.
+        data_type: ONNX element type; 0 if unknown or not a tensor.
+        shape: An int, a symbol or ``None`` for each dimension; ``None``: unknown rank.
+        kind: ``tensor``, ``sequence``, ``optional``, ``map`` or ``sparse_tensor``.
+    """
+
+    name: str
+    data_type: int
+    shape: tuple[int | str | None, ...] | None
+    kind: str = "tensor"
+
+    @classmethod
+    def from_proto(cls, info: onnx.ValueInfoProto) -> ValueInfo:
+        """Read one from a proto."""
+        which = info.type.WhichOneof("value") or "tensor_type"
+        kind = which.removesuffix("_type")
+        if which != "tensor_type":
+            return cls(info.name, 0, None, kind)
+        tensor = info.type.tensor_type
+        return cls(info.name, tensor.elem_type, dims_of(tensor))
+
+
+class Weight:
+    """A value the model carries, wherever it stands: an initializer or a Constant node.
+
+    Attributes:
+        name: Its name; behind a path of graph names where a name occurs twice.
+        constant: The graph's constant, or the attribute value of the Constant node.
+        node: The Constant node, if it is one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        constant: gs.Constant,
+        node: Node | None,
+        graph: gs.Graph | None = None,
+    ) -> None:
+        """Made by ``Model.weights``."""
+        self._model = model
+        self.name = name
+        self.constant = constant
+        self.node = node
+        self._graph = graph
+
+    @property
+    def graph(self) -> gs.Graph:
+        """The graph it belongs to."""
+        if self._graph is None:
+            self._graph = (
+                self._model._graph_of(self.node)
+                if self.node is not None
+                else self._model._owner(self.constant)
+            )
+        return self._graph
+
+    @property
+    def tensor(self) -> LazyTensor:
+        """The values, not read yet."""
+        return tensor_of(self.constant)
+
+    @property
+    def value(self) -> gs.Tensor:
+        """The tensor that nodes read."""
+        return self.node.outputs[0] if self.node is not None else self.constant
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Static shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of what ``read`` returns."""
+        return self.tensor.dtype
+
+    @property
+    def data_type(self) -> int:
+        """ONNX element type."""
+        return self.tensor.data_type
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as plain raw data."""
+        return self.tensor.nbytes
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.tensor.size
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is also a graph input, so that a caller may override it."""
+        return any(tensor is self.constant for tensor in self.graph.inputs)
+
+    @property
+    def is_output(self) -> bool:
+        """Whether it is itself an output of its graph."""
+        return any(tensor is self.value for tensor in self.graph.outputs)
+
+    @property
+    def uses(self) -> tuple[tuple[Node, int], ...]:
+        """(node, input index) of all that reads it.
+
+        Identity nodes and calls of model-local functions are looked through.
+        """
+        return tuple(self._model._uses(self.value))
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return all values; do not write into the array."""
+        return self.tensor.read()
+
+    def chunks(self, nbytes: int = 8 << 20) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the values as flat pieces of at most ``nbytes`` bytes."""
+        return self.tensor.chunks(nbytes)
+
+    def __repr__(self) -> str:
+        """Show name and type."""
+        return f"Weight({self.name!r}, {self.tensor})"
+
+
+class Model:
+    """An ONNX model whose topology is a graphsurgeon graph and whose tensors are lazy.
+
+    Load and save without a change gives back the same graph, byte for byte: what
+    graphsurgeon cannot hold is kept in the protos the objects came from.
+
+    Attributes:
+        graph: The topology, free to edit.
+        source: The file it was loaded from, if any.
+        metadata: The model's ``metadata_props``.
+        ir_version: The IR version it is written with.
+        external: Whether its tensors came as external data.
+    """
+
+    def __init__(self, graph: Graph, origin: onnx.ModelProto) -> None:
+        """Use ``Model.load``; this is for the engine."""
+        self.graph = graph
+        self._origin = origin
+        self.source: Path | None = None
+        self.metadata = {entry.key: entry.value for entry in origin.metadata_props}
+        self.ir_version = origin.ir_version
+        self.external = False
+        self._files: frozenset[Path] = frozenset()
+        self._names: set[str] | None = None
+        self._numbers: dict[str, int] = {}
+
+    # --- load ---------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] | bytes | onnx.ModelProto | SupportsModelProto,
+        *,
+        check: bool = True,
+    ) -> Model:
+        """Load a model.
+
+        Args:
+            source: A path (``.onnx``, or ONNX text in ``.onnxtxt``), the bytes of a
+                file, a ModelProto, or an object with ``model_proto`` (an attribute or
+                a method), such as the result of a framework's exporter.
+                A proto is not copied; do not change it while the model is in use.
+            check: Run onnx.checker. Switch it off only for what was just checked.
+
+        Raises:
+            ModelError: It is not a valid ONNX model, or its external data is refused.
+        """
+        path: Path | None = None
+        ranges: Mapping[int, tuple[int, int]] = {}
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            proto, ranges = _read_path(path)
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            proto = _parse(bytes(source), "the given bytes")
+        else:
+            proto = _proto_of(source)
+        label = str(path) if path is not None else "the model"
+        if not proto.HasField("graph"):
+            raise ModelError(f"{label} is not an ONNX model: it has no graph")
+        # Absolute, so that the model outlives a change of the working directory.
+        place = None if path is None else path.absolute()
+        try:
+            if check:
+                check_order(proto.graph)
+                check_functions(proto)
+            importer = Importer(proto, place, ranges)
+            model = cls(importer.model(), proto)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        except (RecursionError, UnicodeDecodeError, ValueError, OSError) as error:
+            raise ModelError(f"{label} cannot be read: {error}") from error
+        model.source = path
+        model.external = bool(importer.external_files)
+        model._files = frozenset(importer.external_files)
+        if place is not None:
+            model._files |= {place}
+        if check:
+            model.check(label)
+        try:
+            recognise(model.graph)
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{label} cannot be read: {error}") from error
+        return model
+
+    def check(self, label: str = "the model") -> None:
+        """Run onnx.checker over the graph, without its large tensors.
+
+        Raises:
+            ModelError: What the checker refuses.
+        """
+        try:
+            skeleton = self.skeleton()
+            # What a newer IR version adds arrives as unknown fields, which are kept.
+            if skeleton.ir_version > onnx.IR_VERSION:
+                skeleton.ir_version = onnx.IR_VERSION
+            onnx.checker.check_model(skeleton)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        except (
+            onnx.checker.ValidationError,
+            onnx.shape_inference.InferenceError,
+            DecodeError,
+            EncodeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[0] if lines else type(error).__name__
+            raise ModelError(f"{label} is not a valid ONNX model: {reason}") from error
+
+    def copy(self) -> Model:
+        """Return an independent model that shares the tensors' values."""
+        twin = Model(clone_graph(self.graph), self._origin)
+        twin.source = self.source
+        twin.metadata = dict(self.metadata)
+        twin.ir_version = self.ir_version
+        twin.external = self.external
+        twin._files = self._files
+        return twin
+
+    # --- what is there ------------------------------------------------------------
+
+    @property
+    def opset(self) -> int:
+        """Version of the ai.onnx operator set."""
+        return int(self.graph.opset)
+
+    @opset.setter
+    def opset(self, version: int) -> None:
+        for graph in self.graphs():
+            if not is_function(graph):
+                graph.opset = version
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """Operator set versions by domain; ``""`` is ai.onnx."""
+        found = {
+            "" if entry.domain == "ai.onnx" else entry.domain: entry.version
+            for entry in self.graph.import_domains or []
+        }
+        if "" in found or not found:
+            found[""] = self.opset
+        return found
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Declare an operator domain unless the model already does."""
+        if domain not in self.opsets:
+            entry = onnx.OperatorSetIdProto(domain=domain, version=version)
+            self.graph.import_domains = [*(self.graph.import_domains or []), entry]
+
+    def graphs(self) -> Iterator[gs.Graph]:
+        """Yield the main graph, the subgraphs inside it, then functions with theirs."""
+
+        def below(graph: gs.Graph) -> Iterator[gs.Graph]:
+            adopt_graph(graph)  # of a pass that sets attributes itself
+            yield graph
+            for node in list(graph.nodes):
+                for subgraph in subgraphs_of(node):
+                    yield from below(subgraph)
+
+        yield from below(self.graph)
+        for function in self.graph.functions:
+            yield from below(function)
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield the nodes of all graphs."""
+        for graph in self.graphs():
+            yield from list(graph.nodes)
+
+    def weights(self) -> Iterator[Weight]:
+        """Yield every initializer and every Constant node's tensor, of all graphs."""
+        self._adopt_strays()
+        taken: set[str] = set()
+        for number, graph in enumerate(self.graphs()):
+            found: list[tuple[str, gs.Constant, Node | None]] = [
+                (constant.name, constant, None)
+                for constant in graph.initializers.values()
+                if isinstance(constant, gs.Constant)
+            ]
+            for node in graph.nodes:
+                if node.op == "Constant" and is_onnx(node.domain) and node.outputs:
+                    value = self._constant_value(node)
+                    if value is not None:
+                        found.append((node.outputs[0].name, value, node))
+            for name, constant, node in found:
+                label = name
+                if name in taken:
+                    label = f"{graph.name or 'graph'}#{number}/{name}"
+                taken.add(label)
+                yield Weight(self, label, constant, node, graph)
+
+    def weight(self, name: str) -> Weight:
+        """Return a weight by its name.
+
+        Raises:
+            UsageError: There is none of that name.
+        """
+        first = self.graph.initializers.get(name)
+        if isinstance(first, gs.Constant) and first.name == name:
+            return Weight(self, name, first, None, self.graph)
+        names = []
+        for weight in self.weights():
+            if weight.name == name:
+                return weight
+            names.append(weight.name)
+        raise UsageError(f"the model has no weight {name!r}.{nearest(name, names)}")
+
+    def constant(self, tensor: gs.Tensor) -> Weight | None:
+        """Return the known value of a tensor, or ``None``.
+
+        Known are initializers, outputs of Constant nodes, and Identity of these. Inside
+        a model-local function a formal input is known if the function is called once.
+        """
+        for _ in range(_LONGEST):
+            if isinstance(tensor, gs.Constant):
+                return Weight(self, tensor.name, tensor, None)
+            if not tensor.name:
+                return None
+            if not tensor.inputs:
+                outer = self._actual(tensor)
+                if outer is None:
+                    return None
+                tensor = outer
+                continue
+            node = tensor.inputs[0]
+            if not is_onnx(node.domain):
+                return None
+            if node.op == "Constant":
+                value = self._constant_value(node)
+                return None if value is None else Weight(self, tensor.name, value, node)
+            if node.op != "Identity" or len(node.inputs) != 1:
+                return None
+            tensor = node.inputs[0]
+        return None
+
+    @property
+    def inputs(self) -> tuple[ValueInfo, ...]:
+        """The inputs a caller must give: graph inputs without a default value."""
+        return self._signature(self.graph.inputs, self.graph.input_info)
+
+    @property
+    def outputs(self) -> tuple[ValueInfo, ...]:
+        """The graph's outputs."""
+        return self._signature(self.graph.outputs, self.graph.output_info)
+
+    def _signature(
+        self, tensors: Sequence[gs.Tensor], infos: Mapping[str, onnx.ValueInfoProto]
+    ) -> tuple[ValueInfo, ...]:
+        from onnxshrink.model.exporter import _value_info
+
+        described = []
+        for tensor in tensors:
+            if isinstance(tensor, gs.Constant) and tensors is self.graph.inputs:
+                continue
+            proto = infos.get(tensor.name) or _value_info(tensor, None)
+            described.append(ValueInfo.from_proto(proto))
+        return tuple(described)
+
+    def infer_shapes(self) -> dict[str, ValueInfo]:
+        """Return type and shape of every value that ONNX shape inference knows.
+
+        Large tensors take no part, so this is cheap whatever the model's size.
+        """
+        try:
+            inferred = onnx.shape_inference.infer_shapes(
+                self.skeleton(), data_prop=True
+            )
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            inferred = self.skeleton()
+        found: dict[str, ValueInfo] = {}
+
+        def visit(graph: onnx.GraphProto) -> None:
+            for info in [*graph.input, *graph.output, *graph.value_info]:
+                found.setdefault(info.name, ValueInfo.from_proto(info))
+            for tensor in graph.initializer:
+                found[tensor.name] = ValueInfo(
+                    tensor.name, tensor.data_type, tuple(tensor.dims)
+                )
+            for node in graph.node:
+                for attr in node.attribute:
+                    if attr.type == onnx.AttributeProto.GRAPH:
+                        visit(attr.g)
+
+        visit(inferred.graph)
+        return found
+
+    # --- edit ---------------------------------------------------------------------
+
+    def fresh(self, name: str) -> str:
+        """Return ``name``, or ``name_1``, ``name_2``, ... if it is taken."""
+        shared = self.graph._functions
+        if self._names is None:
+            self._names = set()
+            if isinstance(shared, FunctionList):
+                shared.arrivals.clear()
+            for graph in self.graphs():
+                self._names.update(c.name for c in graph.initializers.values())
+                self._names.update(graph.initializers)
+                self._names.update(tensor.name for tensor in graph.inputs)
+                self._names.update(tensor.name for tensor in graph.outputs)
+                self._names.update(info.name for info in graph.value_infos)
+                for node in graph.nodes:
+                    self._note_names(node)
+        elif isinstance(shared, FunctionList) and shared.arrivals:
+            for node in shared.arrivals:
+                self._note_names(node)
+            shared.arrivals.clear()
+        base = name or "value"
+        candidate = base
+        number = self._numbers.get(base, 0)
+        while candidate in self._names:
+            number += 1
+            candidate = f"{base}_{number}"
+        if number:
+            self._numbers[base] = number
+        self._names.add(candidate)
+        return candidate
+
+    def _note_names(self, node: gs.Node) -> None:
+        assert self._names is not None
+        self._names.add(node.name)
+        self._names.update(tensor.name for tensor in node.inputs)
+        self._names.update(tensor.name for tensor in node.outputs)
+
+    def set_weight(self, weight: str | Weight, array: np.ndarray[Any, Any]) -> None:
+        """Give a weight new values; shape and dtype may change with them.
+
+        Raises:
+            UsageError: There is no such weight.
+            ModelError: The dtype has no ONNX element type.
+        """
+        if isinstance(weight, str):
+            weight = self.weight(weight)
+        weight.constant._values = ArrayTensor(np.asarray(array, order="C"))
+        weight.constant._export_dtype = None
+        if weight.node is not None and "value" not in weight.node.attrs:
+            weight.node.attrs.clear()
+            weight.node.attrs["value"] = weight.constant
+
+    def add_weight(
+        self,
+        name: str,
+        array: np.ndarray[Any, Any] | LazyTensor,
+        graph: gs.Graph | None = None,
+    ) -> Constant:
+        """Add an initializer under an unused name made from ``name``.
+
+        In the body of a function, which has no initializers, it is written as a
+        Constant node.
+        """
+        values = array if isinstance(array, LazyTensor) else ArrayTensor(array)
+        constant = Constant(self.fresh(name), values)
+        owner = self.graph if graph is None else graph
+        adopt_graph(owner)
+        own(owner, constant)
+        constant.__dict__["_is_new"] = True
+        if not is_function(owner) and self.ir_version < 4:
+            self.require_ir(4)
+        return constant
+
+    def add_node(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        *,
+        outputs: int | Sequence[gs.Tensor] = 1,
+        attrs: Mapping[str, Any] | None = None,
+        name: str = "",
+        domain: str = "",
+        graph: gs.Graph | None = None,
+        before: gs.Node | None = None,
+        after: gs.Node | None = None,
+    ) -> Node:
+        """Add a node; nodes are put into a runnable order when the model is written.
+
+        Args:
+            op: Operator type.
+            inputs: Tensors it reads.
+            outputs: Tensors it produces, or how many new ones to make.
+            attrs: Attribute values by name.
+            name: Name of the node and of its new outputs; made from ``op`` if empty.
+            domain: Operator domain.
+            graph: Where to add it; the main graph if ``None``.
+            before: Insert it before this node of ``graph``.
+            after: Insert it after this node of ``graph``.
+        """
+        owner = self.graph if graph is None else graph
+        label = self.fresh(name or op)
+        if isinstance(outputs, int):
+            made = [Variable(self.fresh(f"{label}_out")) for _ in range(outputs)]
+        else:
+            made = list(outputs)
+        node = Node(op, label, dict(attrs or {}), list(inputs), made, domain or None)
+        if before is not None:
+            owner.nodes.insert(owner.nodes.index(before), node)
+        elif after is not None:
+            owner.nodes.insert(owner.nodes.index(after) + 1, node)
+        else:
+            owner.nodes.append(node)
+        return node
+
+    def remove(self, node: gs.Node, graph: gs.Graph | None = None) -> None:
+        """Take a node out of its graph and cut its edges."""
+        owner = graph if graph is not None else self._graph_of(node)
+        owner.nodes.remove(node)
+        _disconnect(node)
+
+    def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Let everything that reads ``old`` read ``new``, graph outputs included.
+
+        Nodes inside subgraphs count; the node that produces ``new`` does not. A graph
+        output keeps its name: the new tensor takes it over, or an Identity node carries
+        it where the new tensor cannot be renamed. An output of the main graph that is
+        itself an input of it stays what it is.
+        """
+        if old is new:
+            return
+        makers = {id(node) for node in new.inputs}
+        readers = list(old.outputs)
+        list.__setitem__(
+            old.outputs, slice(None), [n for n in readers if id(n) in makers]
+        )
+        others = {id(node): node for node in readers if id(node) not in makers}
+        for node in others.values():
+            for index, tensor in enumerate(node.inputs):
+                if tensor is old:
+                    # Past the list's bookkeeping, which searches all readers each time.
+                    list.__setitem__(node.inputs, index, new)
+                    list.append(new.outputs, node)
+        for graph in returned_by(old):
+            for index, tensor in enumerate(graph.outputs):
+                if tensor is old:
+                    graph.outputs[index] = self._as_output(graph, old, new)
+
+    def _as_output(self, graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> gs.Tensor:
+        """Return what stands in the place of the output ``old`` of a graph."""
+        is_input = any(tensor is old for tensor in graph.inputs)
+        if is_input and graph is self.graph:
+            return old
+        produced = bool(new.inputs) and new.inputs[0] in graph.nodes
+        free = produced and isinstance(new, gs.Variable) and not returned_by(new)
+        name = old.name
+        shape = None if old.shape is None else list(old.shape)
+        here = not is_input and (
+            (bool(old.inputs) and old.inputs[0] in graph.nodes)
+            or any(old is constant for constant in graph.initializers.values())
+        )
+        if here:
+            self._rename(old, self.fresh(name))
+        elif produced:
+            return new  # of a subgraph or function, where outputs go by position
+        else:
+            name = self.fresh(name)
+        target = new if free else Variable(name)
+        target.name, target.dtype, target.shape = name, old.dtype, shape
+        if isinstance(old, Variable) and isinstance(target, Variable):
+            target.origin, target.origin_info = old.origin, old.origin_info
+        if not free:
+            self.add_node("Identity", [new], outputs=[target], name=name, graph=graph)
+        return target
+
+    @staticmethod
+    def _rename(tensor: gs.Tensor, name: str) -> None:
+        home = tensor.__dict__.get("_home")
+        if isinstance(tensor, gs.Constant) and home is not None:
+            home.initializers = {
+                name if constant is tensor else key: constant
+                for key, constant in home.initializers.items()
+            }
+        tensor.name = name
+
+    def drop_metadata(self, prefix: str) -> int:
+        """Drop what nodes and values say under keys that begin so.
+
+        Args:
+            prefix: Beginning of the keys in ``metadata_props``.
+
+        Returns:
+            Bytes of the entries that are gone.
+        """
+        dropped = 0
+
+        def without(entry: Any) -> Any:
+            nonlocal dropped
+            going = [p for p in entry.metadata_props if p.key.startswith(prefix)]
+            if not going:
+                return entry
+            dropped += sum(p.ByteSize() for p in going)
+            # Copies of a model share what they were read from.
+            kept = type(entry)()
+            kept.CopyFrom(entry)
+            del kept.metadata_props[:]
+            kept.metadata_props.extend(
+                p for p in entry.metadata_props if not p.key.startswith(prefix)
+            )
+            return kept
+
+        for graph in self.graphs():
+            for node in graph.nodes:
+                if node.origin is not None:
+                    node.origin = without(node.origin)
+                for tensor in node.outputs:
+                    if isinstance(tensor.origin, onnx.ValueInfoProto):
+                        tensor.origin = without(tensor.origin)
+            graph.value_infos = [without(info) for info in graph.value_infos]
+            for listed in ("input_info", "output_info"):
+                infos = getattr(graph, listed, {})
+                infos.update({name: without(info) for name, info in infos.items()})
+        return dropped
+
+    def drop_unused(self) -> int:
+        """Remove nodes and initializers that no output depends on.
+
+        Returns:
+            How many nodes and initializers went.
+        """
+        dropped = 0
+        for _ in self.graphs():
+            pass  # what a pass put in may be plain graphsurgeon
+
+        def sweep(graph: gs.Graph) -> int:
+            count = 0
+            for node in graph.nodes:
+                for subgraph in subgraphs_of(node):
+                    count += sweep(subgraph)
+            needed: set[int] = set()
+            stack: list[gs.Tensor] = list(graph.outputs)
+            here = {id(node) for node in graph.nodes}
+            while stack:
+                tensor = stack.pop()
+                for node in tensor.inputs:
+                    if id(node) in here and id(node) not in needed:
+                        needed.add(id(node))
+                        stack.extend(_all_reads(node))
+            kept = [node for node in graph.nodes if id(node) in needed]
+            if len(kept) < len(graph.nodes):
+                _disconnect(*(n for n in graph.nodes if id(n) not in needed))
+                count += len(graph.nodes) - len(kept)
+                graph.nodes.keep(kept)
+            return count
+
+        before = -1
+        while dropped > before:  # a dead node may have been a function's last call
+            before = dropped
+            for graph in [self.graph, *self.graph.functions]:
+                dropped += sweep(graph)
+            called = {call_key(node) for node in self.nodes()}
+            functions = [f for f in self.graph.functions if function_key(f) in called]
+            if len(functions) < len(self.graph.functions):
+                dropped += len(self.graph.functions) - len(functions)
+                self.graph.functions = functions
+        for graph in self.graphs():
+            pinned = {id(t) for t in [*graph.inputs, *graph.outputs]}
+            for name, constant in list(graph.initializers.items()):
+                if not constant.outputs and id(constant) not in pinned:
+                    del graph.initializers[name]
+                    dropped += 1
+        return dropped
+
+    def forget_shapes(self) -> None:
+        """Drop recorded shapes of inner values, after a pass changed some."""
+        for graph in self.graphs():
+            graph.value_infos = []
+            fixed = {id(t) for t in [*graph.inputs, *graph.outputs]}
+            for node in graph.nodes:
+                for tensor in node.outputs:
+                    if isinstance(tensor, gs.Variable) and id(tensor) not in fixed:
+                        tensor.shape = None
+
+    def freeze_inputs(self) -> list[str]:
+        """Make graph inputs that have a default value plain initializers.
+
+        Returns:
+            The names of those inputs.
+        """
+        graph = self.graph
+        frozen = [t.name for t in graph.inputs if isinstance(t, gs.Constant)]
+        graph.inputs = [t for t in graph.inputs if not isinstance(t, gs.Constant)]
+        return frozen
+
+    def require_ir(self, version: int) -> None:
+        """Raise the IR version to at least ``version``, keeping the meaning.
+
+        Before IR version 4 every initializer had to be listed as an input without
+        being one that callers set; those entries go.
+        """
+        if self.ir_version >= version:
+            return
+        if self.ir_version < 4 <= version:
+            self.freeze_inputs()
+        self.ir_version = version
+
+    def require_opset(self, version: int) -> None:
+        """Raise the ai.onnx opset to at least ``version``.
+
+        Raises:
+            ModelError: onnx's version converter cannot, or the runtime knows no such
+                opset.
+        """
+        if self.opset >= version:
+            return
+        if version > MAX_OPSET:
+            raise ModelError(f"opset {version} is newer than onnxruntime's {MAX_OPSET}")
+        before = self.opset
+        hint = (
+            f"the model's opset {before} cannot be raised to {version}; "
+            f"export it again with opset {version} or later"
+        )
+        if self.graph.functions:
+            raise ModelError(f"{hint} (model-local functions cannot be converted)")
+        ir_version = max(self.ir_version, 4)
+        stripped, kept = self._skeleton()
+        if ir_version > self.ir_version:
+            # What had to be listed as an input before IR version 4 need not any more.
+            kept = [(constant, False) for constant, _ in kept]
+            small = {tensor.name for tensor in stripped.graph.initializer}
+            inputs = [info for info in stripped.graph.input if info.name not in small]
+            del stripped.graph.input[:]
+            stripped.graph.input.extend(inputs)
+        stripped.ir_version = min(ir_version, MAX_IR_VERSION)
+        try:
+            converted = onnx.version_converter.convert_version(stripped, version)
+            onnx.checker.check_model(converted)
+        except (
+            onnx.checker.ValidationError,
+            onnx.version_converter.ConvertError,
+            DecodeError,
+            EncodeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[0] if lines else type(error).__name__
+            raise ModelError(f"{hint} ({reason})") from error
+        names = [info.name for info in converted.graph.output]
+        if names != [tensor.name for tensor in self.graph.outputs]:
+            raise ModelError(f"{hint} (its outputs would change)")
+        converted.ir_version = min(ir_version, MAX_IR_VERSION)
+        _keep_notes(stripped.graph, converted.graph)
+        graph = Importer(converted, None, {}).model()
+        for constant, was_input in kept:
+            self._put_back(graph, constant, was_input)
+        required = [t.name for t in graph.inputs if not isinstance(t, gs.Constant)]
+        if required != [info.name for info in self.inputs]:
+            raise ModelError(f"{hint} (its inputs would change)")
+        self.graph = graph
+        self.ir_version = converted.ir_version
+        origin = partial(self._origin, ("graph", "functions", "opset_import"))
+        origin.opset_import.extend(converted.opset_import)
+        self._origin = origin
+        self._names = None
+
+    @staticmethod
+    def _put_back(graph: Graph, constant: gs.Constant, was_input: bool) -> None:
+        placeholder = next((t for t in graph.inputs if t.name == constant.name), None)
+        if placeholder is None:
+            return
+        twin = Constant(constant.name, tensor_of(constant))
+        for node in list({id(node): node for node in placeholder.outputs}.values()):
+            for index, tensor in enumerate(node.inputs):
+                if tensor is placeholder:
+                    node.inputs[index] = twin
+        graph.outputs = [twin if t is placeholder else t for t in graph.outputs]
+        graph.inputs = [
+            twin if t is placeholder else t
+            for t in graph.inputs
+            if was_input or t is not placeholder
+        ]
+        twin.origin = getattr(constant, "origin", None)
+        twin.origin_tensor = getattr(constant, "origin_tensor", None)
+        own(graph, twin)
+        if constant.outputs:
+            graph.used_at_load |= {twin.name}
+
+    def fit_runtime(self) -> None:
+        """Lower the IR version to one that onnxruntime loads, where nothing needs more.
+
+        Raises:
+            ModelError: The opset or an element type is newer than the runtime.
+        """
+        newest = max(
+            [
+                self.opset,
+                *(
+                    function.opset or 0
+                    for function in self.graph.functions
+                    if function.opset is not None
+                ),
+            ]
+        )
+        if newest > MAX_OPSET:
+            raise ModelError(
+                f"the model has opset {newest}, and onnxruntime runs at most "
+                f"{MAX_OPSET}; export it again with an older opset"
+            )
+        if self.ir_version <= MAX_IR_VERSION:
+            return
+        types = {weight.data_type for weight in self.weights()}
+        types.update(info.data_type for info in (*self.inputs, *self.outputs))
+        for data_type in sorted(types & _NEWEST_TYPES):
+            raise ModelError(
+                f"the model has IR version {self.ir_version} and uses "
+                f"{onnx.TensorProto.DataType.Name(data_type)}; onnxruntime loads IR "
+                f"version {MAX_IR_VERSION} at most, which has no such type"
+            )
+        self.ir_version = MAX_IR_VERSION
+
+    # --- write --------------------------------------------------------------------
+
+    def skeleton(self) -> onnx.ModelProto:
+        """Return a valid proto in which large weights of the main graph are inputs.
+
+        It is small whatever the model's size: for the checker and shape inference.
+        """
+        return self._skeleton()[0]
+
+    def _skeleton(
+        self,
+    ) -> tuple[onnx.ModelProto, list[tuple[gs.Constant, bool]]]:
+        parts = export(self)
+        listed = {info.name for info in parts.tail.input}
+        kept: list[tuple[gs.Constant, bool]] = []
+        proto = onnx.ModelProto()
+        proto.CopyFrom(parts.template)
+        if 0 < proto.ir_version < 4:
+            if proto.ir_version < 3 and not proto.opset_import:
+                proto.opset_import.add(domain="", version=1)
+            proto.ir_version = 4
+        graph = proto.graph
+        graph.CopyFrom(parts.head)
+        for piece in parts.pieces:
+            if piece.data_bytes <= _LARGE:
+                graph.initializer.append(piece.whole())
+                continue
+            header = piece.header
+            kept.append((piece.constant, header.name in listed))
+            if header.name not in listed:
+                graph.input.append(
+                    onnx.helper.make_tensor_value_info(
+                        header.name, header.data_type, header.dims
+                    )
+                )
+        graph.MergeFrom(parts.tail)
+        names = {info.name for info in graph.input}
+        if names:
+            infos = [i for i in graph.value_info if i.name not in names]
+            if len(infos) != len(graph.value_info):
+                del graph.value_info[:]
+                graph.value_info.extend(infos)
+        return proto, kept
+
+    def _encoded(
+        self, storage: Storage, max_decode_ratio: float | None = None
+    ) -> Export:
+        if storage == "plain":
+            return export(self)
+        if storage != "auto":
+            raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
+        from onnxshrink.storage import MAX_DECODE_RATIO, Encoder
+
+        ratio = MAX_DECODE_RATIO if max_decode_ratio is None else max_decode_ratio
+        if not ratio > 0:
+            raise UsageError(f"max_decode_ratio is greater than 0, not {ratio}")
+        lent: set[str] = set()
+        self.fresh("")  # notes the names that are there
+        numbers = dict(self._numbers)
+
+        def fresh(name: str) -> str:
+            lent.add(unused := self.fresh(name))
+            return unused
+
+        encoder = Encoder(opset=self.opset, fresh=fresh, max_decode_ratio=ratio)
+
+        def encode(
+            constant: gs.Constant,
+        ) -> tuple[list[onnx.NodeProto], list[Piece]] | None:
+            origin = getattr(constant, "origin", None)
+            if isinstance(origin, onnx.TensorProto) and (
+                origin.doc_string or origin.metadata_props
+            ):
+                return None  # decoder nodes have no place for these
+            found = encoder.encode(constant.name, tensor_of(constant))
+            if found is None:
+                return None
+            return list(found.nodes), [Piece(proto) for proto in found.initializers]
+
+        try:
+            return export(self, encode)
+        finally:
+            # The model itself does not hold them: the next save uses them again.
+            if self._names is not None:
+                self._names -= lent
+            self._numbers = numbers
+
+    def to_proto(self, storage: Storage = "plain") -> onnx.ModelProto:
+        """Return the model as one proto with all data inline.
+
+        Raises:
+            ModelError: It would exceed protobuf's 2 GiB.
+        """
+        return self._encoded(storage).proto()
+
+    def to_bytes(self, storage: Storage = "plain") -> bytes:
+        """Return the bytes of ``to_proto(storage)``."""
+        return self.to_proto(storage).SerializeToString(deterministic=True)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        storage: Storage = "auto",
+        external: External = "auto",
+        max_decode_ratio: float | None = None,
+    ) -> tuple[Path, ...]:
+        """Write the model, atomically: the file is either whole or not there.
+
+        A symbolic link is followed: the file it leads to is replaced.
+
+        Args:
+            path: Where to; ``.onnxtxt`` writes ONNX text, which has no place for notes
+                and is refused where it would not read back as the same model.
+            storage: ``auto`` writes every initializer in its smallest exact encoding,
+                ``plain`` as it is.
+            external: Put weights into a second file: ``auto`` if the source did or if
+                they exceed protobuf's 2 GiB, ``never`` or ``always``.
+            max_decode_ratio: A weight whose decoding would take more than this multiple
+                of its plain bytes when the model is loaded is written plain; ``None``
+                is ``storage.MAX_DECODE_RATIO``.
+
+        Returns:
+            The files written, the model first.
+
+        Raises:
+            OutputError: It cannot be written, or it would overwrite its own input.
+            ModelError: It does not fit into one file and ``external`` is ``never``.
+        """
+        self.check_target(path)
+        target = _followed(path)
+        parts = self._encoded(storage, max_decode_ratio)
+        total = sum(piece.data_bytes for piece in parts.pieces)
+        is_text = target.suffix == ".onnxtxt"
+        outside = external == "always" or (
+            external == "auto" and (self.external or total >= INLINE_LIMIT)
+        )
+        if is_text and outside and total < INLINE_LIMIT and external == "auto":
+            outside = False
+        if is_text and outside:
+            raise OutputError(f"cannot write {target}: ONNX text has no external data")
+        if not outside and total >= INLINE_LIMIT:
+            raise ModelError(
+                f"{total / 2**30:.1f} GiB of weights do not fit into one file; "
+                "use external='auto'"
+            )
+        old = _external_files(target)
+        data = None
+        if is_text:
+            _write(target, [_text(parts.proto())], self.source)
+        else:
+            if outside:
+                data = self._write_external(target, parts)
+            _write(target, parts.stream(), self.source)
+        self._remove_stale(old - {data})
+        return (target, data) if data is not None else (target,)
+
+    def _write_external(self, target: Path, parts: Export) -> Path | None:
+        """Write large pieces to a file of their own and point the headers at it."""
+        spans: list[tuple[Piece, int]] = []
+        offset = 0
+        for index, piece in enumerate(parts.pieces):
+            source = piece.tensor
+            if source is None and piece.header.HasField("raw_data"):
+                from onnxshrink.tensors import ProtoTensor
+
+                source = ProtoTensor(piece.header)
+            if source is None or source.nbytes < _EXTERNAL_MINIMUM:
+                continue
+            header = onnx.TensorProto()
+            header.CopyFrom(piece.header)
+            header.ClearField("raw_data")
+            piece = Piece(header, source, piece.constant)
+            parts.pieces[index] = piece
+            offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
+            spans.append((piece, offset))
+            offset += source.nbytes
+        if not spans:
+            return None
+        checksum = 0
+
+        def content() -> Iterator[bytes | memoryview]:
+            nonlocal checksum
+            at = 0
+            for piece, start in spans:
+                if start > at:
+                    checksum = zlib.crc32(bytes(start - at), checksum)
+                    yield bytes(start - at)
+                assert piece.tensor is not None
+                for chunk in piece.tensor.raw_chunks():
+                    checksum = zlib.crc32(chunk, checksum)
+                    yield chunk
+                at = start + piece.tensor.nbytes
+
+        # The name follows from the content: replacing a model never changes the data
+        # under the old graph, so a crash between the two renames breaks neither.
+        data = _write(
+            target.with_name(f"{target.name}.data"),
+            content(),
+            self.source,
+            lambda: target.with_name(f"{target.name}.{checksum:08x}.data"),
+        )
+        for piece, start in spans:
+            assert piece.tensor is not None
+            header = piece.header
+            header.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (
+                ("location", data.name),
+                ("offset", str(start)),
+                ("length", str(piece.tensor.nbytes)),
+            ):
+                header.external_data.add(key=key, value=value)
+            piece.tensor = None
+        return data
+
+    def check_target(self, target: str | os.PathLike[str]) -> None:
+        """Refuse an output that cannot be written, before any work is done.
+
+        Raises:
+            OutputError: It is the input itself, a folder, a device, or its folder is
+                missing.
+        """
+        if "\0" in str(target):
+            raise OutputError(f"cannot write {str(target)!r}: it is no file name")
+        try:
+            final = _followed(target)
+            if final.is_dir():
+                raise OutputError(f"cannot write {target}: it is a folder")
+            if not final.parent.is_dir():
+                raise OutputError(f"cannot write {target}: there is no such folder")
+            exists = final.exists()
+            if exists and not final.is_file():
+                raise OutputError(f"cannot write {target}: it is not a regular file")
+            own = exists and any(
+                file.exists() and os.path.samefile(final, file) for file in self._files
+            )
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror}") from error
+        if own:
+            raise OutputError(
+                f"{target} is the input itself, which is never overwritten; "
+                "choose another output"
+            )
+
+    def publish(
+        self, files: Sequence[Path], target: str | os.PathLike[str]
+    ) -> tuple[Path, ...]:
+        """Move what ``save`` wrote elsewhere on the same file system to its place.
+
+        Args:
+            files: What ``save`` returned; the model was saved under the target's name.
+            target: Where the model goes; data files go beside it, before it.
+
+        Raises:
+            OutputError: It cannot be moved there.
+        """
+        self.check_target(target)
+        place = _followed(target)
+        old = _external_files(place)
+        moved = []
+        try:
+            mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
+            for file in [*files[1:], files[0]]:
+                final = place if file is files[0] else place.with_name(file.name)
+                if mode is not None:
+                    os.chmod(file, mode)
+                os.replace(file, final)
+                moved.append(final)
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror}") from error
+        sync(place.parent)
+        self._remove_stale(old - set(moved))
+        return (moved[-1], *moved[:-1])
+
+    def _remove_stale(self, files: set[Path | None]) -> None:
+        """Delete data files of the model that was replaced, but none of our own."""
+        for file in files:
+            if file is None:
+                continue
+            with contextlib.suppress(OSError):
+                if not any(os.path.samefile(file, own) for own in self._files):
+                    file.unlink()
+
+    def is_unchanged(self) -> bool:
+        """Whether the model is still what its source file holds."""
+        if self.source is None:
+            return False
+        try:
+            fresh = Model.load(self.source, check=False)
+        except ModelError:
+            return False
+        ours, theirs = export(self), export(fresh)
+        return (
+            ours.template == theirs.template
+            and ours.head == theirs.head
+            and ours.tail == theirs.tail
+            and len(ours.pieces) == len(theirs.pieces)
+            and all(a.same(b) for a, b in zip(ours.pieces, theirs.pieces, strict=True))
+        )
+
+    # --- bookkeeping --------------------------------------------------------------
+
+    def _constant_value(self, node: gs.Node) -> gs.Constant | None:
+        """Return the value of a Constant node, made lazily for scalar attributes."""
+        value = node.attrs.get("value")
+        if isinstance(value, gs.Constant):
+            return value
+        if isinstance(value, np.ndarray):
+            constant = Constant("", ArrayTensor(value))
+            node.attrs["value"] = constant
+            return constant
+        made = node.__dict__.get("_scalar_value")
+        if made is not None:
+            return made
+        for key, dtype in (
+            ("value_float", np.float32),
+            ("value_floats", np.float32),
+            ("value_int", np.int64),
+            ("value_ints", np.int64),
+        ):
+            found = node.attrs.get(key)
+            if found is not None and not isinstance(found, gs.Node.AttributeRef):
+                constant = Constant("", ArrayTensor(np.asarray(found, dtype)))
+                node.__dict__["_scalar_value"] = constant
+                return constant
+        return None
+
+    def _graph_of(self, node: gs.Node) -> gs.Graph:
+        home = node.__dict__.get("_home")
+        if home is not None and node in home.nodes:
+            return home
+        for graph in self.graphs():
+            if any(other is node for other in graph.nodes):
+                return graph
+        raise ModelError(f"node {node.name or node.op!r} is in no graph of the model")
+
+    def _owner(self, constant: gs.Constant) -> gs.Graph:
+        home = constant.__dict__.get("_home")
+        if home is not None and home.initializers.get(constant.name) is constant:
+            return home
+        for graph in self.graphs():
+            if any(other is constant for other in graph.initializers.values()):
+                return graph
+        return self.graph
+
+    def _callers(self, function: gs.Graph) -> list[gs.Node]:
+        """Return the nodes that call a function."""
+        shared = self.graph._functions
+        key = function_key(function)
+        if not isinstance(shared, FunctionList):
+            return [node for node in self.nodes() if call_key(node) == key]
+        if shared.calls is None or shared.calls[0] != shared.edits:
+            keys = {function_key(function) for function in shared}
+            calls: dict[Any, list[gs.Node]] = {}
+            for node in self.nodes():
+                if call_key(node) in keys:
+                    calls.setdefault(call_key(node), []).append(node)
+            shared.calls = shared.edits, calls
+        return [n for n in shared.calls[1].get(key, ()) if call_key(n) == key]
+
+    def _actual(self, tensor: gs.Tensor) -> gs.Tensor | None:
+        """Return what a function's formal input stands for, if it is called once."""
+        for function in self.graph.functions:
+            for index, formal in enumerate(function.inputs):
+                if formal is not tensor:
+                    continue
+                calls = self._callers(function)
+                if len(calls) == 1 and index < len(calls[0].inputs):
+                    actual: gs.Tensor = calls[0].inputs[index]
+                    return actual
+        return None
+
+    def _uses(self, tensor: gs.Tensor) -> Iterator[tuple[Node, int]]:
+        functions = {
+            function_key(function): function for function in self.graph.functions
+        }
+        stack = [tensor]
+        seen: set[int] = set()
+        while stack:
+            current = stack.pop()
+            if id(current) in seen:
+                continue
+            seen.add(id(current))
+            for node in {id(node): node for node in current.outputs}.values():
+                function = functions.get(call_key(node)) if functions else None
+                for index, read in enumerate(node.inputs):
+                    if read is not current:
+                        continue
+                    if function is not None:
+                        if index < len(function.inputs):
+                            stack.append(function.inputs[index])
+                    elif node.op == "Identity" and is_onnx(node.domain):
+                        stack.append(node.outputs[0])
+                    else:
+                        yield node, index
+
+    def _name_strays(self) -> None:
+        """Give new constants that clash with another name an unused one."""
+        roots = [self.graph, *self.graph.functions]
+        strays = [constant for root in roots for constant in stray_constants(root)]
+        if not strays:
+            return
+        taken = {c.name for g in self.graphs() for c in g.initializers.values()}
+        for constant in strays:
+            if not constant.name or constant.name in taken:
+                constant.name = self.fresh(constant.name or "constant")
+            taken.add(constant.name)
+
+    def _adopt_strays(self) -> None:
+        """Enter new constants that nodes read among their graph's initializers."""
+        self._name_strays()
+        for root in [self.graph, *self.graph.functions]:
+            for constant in stray_constants(root):
+                own(root, constant)
+                constant.__dict__["_is_new"] = True
+
+
+def _all_reads(node: gs.Node) -> Iterator[gs.Tensor]:
+    yield from node.inputs
+    for graph in subgraphs_of(node):
+        yield from graph.outputs
+        for inner in graph.nodes:
+            yield from _all_reads(inner)
+
+
+def _disconnect(*nodes: gs.Node) -> None:
+    """Cut all edges of nodes and of what is inside them, in one go."""
+    gone: dict[int, gs.Node] = {}
+
+    def visit(node: gs.Node) -> None:
+        gone[id(node)] = node
+        for graph in subgraphs_of(node):
+            for inner in graph.nodes:
+                # A node may have moved to another graph and be listed here still.
+                if inner.__dict__.get("_home") in (graph, None):
+                    visit(inner)
+
+    for node in nodes:
+        visit(node)
+    if len(gone) == 1:
+        nodes[0].inputs.clear()
+        nodes[0].outputs.clear()
+        return
+    read = {id(t): t for node in gone.values() for t in node.inputs}
+    made = {id(t): t for node in gone.values() for t in node.outputs}
+    for tensor in read.values():
+        kept = [node for node in tensor.outputs if id(node) not in gone]
+        list.__setitem__(tensor.outputs, slice(None), kept)
+    for tensor in made.values():
+        kept = [node for node in tensor.inputs if id(node) not in gone]
+        list.__setitem__(tensor.inputs, slice(None), kept)
+    for node in gone.values():
+        list.clear(node.inputs)
+        list.clear(node.outputs)
+
+
+def _keep_notes(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
+    """Give back what the version converter drops: notes of the graph and its nodes."""
+    if before.HasField("doc_string") and not after.doc_string:
+        after.doc_string = before.doc_string
+    if not after.metadata_props:
+        after.metadata_props.extend(before.metadata_props)
+    if not after.quantization_annotation:
+        after.quantization_annotation.extend(before.quantization_annotation)
+    notes = {tuple(node.output): node for node in before.node if node.output}
+    for node in after.node:
+        old = notes.get(tuple(node.output))
+        if old is None or old.op_type != node.op_type:
+            continue
+        if old.HasField("name") and not node.name:
+            node.name = old.name
+        if old.HasField("doc_string") and not node.doc_string:
+            node.doc_string = old.doc_string
+        if not node.metadata_props:
+            node.metadata_props.extend(old.metadata_props)
+    for ours, theirs in ((before.input, after.input), (before.output, after.output)):
+        infos = {info.name: info for info in ours}
+        for info in theirs:
+            if info.name in infos:
+                info.CopyFrom(infos[info.name])
+
+
+# --- files ------------------------------------------------------------------------
+
+
+def _read_path(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:
+    try:
+        if not path.exists():
+            raise ModelError(f"{path} does not exist")
+        if not path.is_file():
+            raise ModelError(f"{path} is not a regular file")
+        if path.suffix == ".onnxtxt":
+            return _parse_text(path.read_bytes(), str(path)), {}
+        return read_skeleton(path)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"cannot read {str(path)!r}: {error}") from error
+
+
+def _parse_text(data: bytes, label: str) -> onnx.ModelProto:
+    try:
+        return onnx.parser.parse_model(data.decode())
+    except (onnx.parser.ParseError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{label} is not ONNX text: {reason[:300]}") from error
+
+
+def _parse(data: bytes, label: str) -> onnx.ModelProto:
+    if not data:
+        raise ModelError(f"{label} are empty; expected an ONNX model")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(f"{label} are not an ONNX model or are truncated") from error
+    return proto
+
+
+def _proto_of(source: object) -> onnx.ModelProto:
+    for name in ("model_proto", "to_model_proto", "to_proto", "proto"):
+        found = getattr(source, name, None)
+        if callable(found) and not isinstance(found, onnx.ModelProto):
+            found = found()
+        if isinstance(found, onnx.ModelProto):
+            return found
+    if isinstance(source, onnx.ModelProto):
+        return source
+    raise ModelError(
+        f"cannot load a model from {type(source).__name__}; expected a path, bytes, "
+        "a ModelProto or an object with model_proto"
+    )
+
+
+def _followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file to replace: where a symbolic link leads to, else the path."""
+    target = Path(path)
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
+def _text(proto: onnx.ModelProto) -> bytes:
+    """Return ONNX text that reads back as the same nodes and weights.
+
+    Raises:
+        OutputError: The text form cannot hold this model.
+    """
+    reason = "it reads back differently"
+    try:
+        text = onnx.printer.to_text(proto)
+        back = onnx.parser.parse_model(text)
+        if _essence(back.graph) == _essence(proto.graph):
+            return str(text).encode()
+    except (onnx.parser.ParseError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise OutputError(
+        f"ONNX text cannot hold this model ({reason}); write a .onnx file instead"
+    )
+
+
+def _essence(graph: onnx.GraphProto) -> list[Any]:
+    """Return what a graph computes, without notes and without how data is stored."""
+
+    def tensor(proto: onnx.TensorProto) -> tuple[Any, ...]:
+        values = onnx.numpy_helper.to_array(proto)
+        data = values.tolist() if values.dtype == object else values.tobytes()
+        return proto.data_type, tuple(proto.dims), data
+
+    def attr(proto: onnx.AttributeProto) -> tuple[Any, ...]:
+        if proto.type == onnx.AttributeProto.TENSOR:
+            return proto.name, tensor(proto.t)
+        if proto.type == onnx.AttributeProto.GRAPH:
+            return proto.name, _essence(proto.g)
+        plain = onnx.AttributeProto()
+        plain.CopyFrom(proto)
+        plain.ClearField("doc_string")
+        return proto.name, plain.SerializeToString(deterministic=True)
+
+    return [
+        [
+            (
+                node.op_type,
+                node.domain,
+                list(node.input),
+                list(node.output),
+                [attr(a) for a in node.attribute],
+            )
+            for node in graph.node
+        ],
+        [info.name for info in graph.input],
+        [info.name for info in graph.output],
+        {t.name: tensor(t) for t in graph.initializer},
+        len(graph.sparse_initializer),
+    ]
+
+
+def _open_temporary(folder: Path, name: str, mode: int) -> tuple[int, str]:
+    """Open a new file, without a name where the system can: a crash leaves nothing.
+
+    Returns:
+        Its handle, and its path or an empty string.
+    """
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, mode), ""
+    path = _temporary_name(folder, name)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, mode), path
+
+
+def _temporary_name(folder: Path, name: str) -> str:
+    return str(folder / f".{name[:200]}.onnxshrink-{secrets.token_hex(6)}")
+
+
+def _write(
+    target: Path,
+    content: Iterator[bytes | memoryview] | Sequence[bytes],
+    source: Path | None,
+    rename: Callable[[], Path] | None = None,
+) -> Path:
+    """Write a file beside ``target``, flush it, and rename it into place.
+
+    It gets the permission bits of the file it replaces, else those of ``source`` less
+    the umask.
+    """
+    temporary = ""
+    try:
+        replaced: int | None = None
+        mode = 0o666
+        if target.exists():
+            replaced = stat.S_IMODE(target.stat().st_mode)
+        elif source is not None:
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(source.stat().st_mode) & 0o777
+        handle, temporary = _open_temporary(target.parent, target.name, mode)
+        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
+            for chunk in content:
+                file.write(chunk)
+            file.flush()
+            if replaced is not None:
+                os.chmod(temporary or file.fileno(), replaced)
+            os.fsync(file.fileno())
+            if not temporary:
+                temporary = _temporary_name(target.parent, target.name)
+                # Without a folder handle, Python asks for a link to the link itself.
+                os.link(
+                    f"/proc/self/fd/{file.fileno()}",
+                    temporary,
+                    src_dir_fd=file.fileno(),
+                )
+        final = rename() if rename is not None else target
+        os.replace(temporary, final)
+        temporary = ""
+        sync(target.parent)
+        return final
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"cannot write {target}: the disk is full; nothing was written"
+            ) from error
+        raise OutputError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _external_files(path: Path) -> set[Path | None]:
+    """Return the data files beside a model that it refers to and that we named."""
+    try:
+        if not path.is_file():
+            return set()
+        proto, _ = read_skeleton(path)
+    except (ModelError, OSError):
+        return set()
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
+    return {
+        path.with_name(entry.value)
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location" and ours.fullmatch(entry.value)
+    }
+
+
+def attribute(node: gs.Node, name: str, default: Any = None) -> Any:
+    """Return an attribute's value, or the default where it is absent or a reference."""
+    value = node.attrs.get(name, default)
+    return default if isinstance(value, gs.Node.AttributeRef) else value

@@ -1,0 +1,1 @@
+"""Reporting: every form in which figures are shown."""

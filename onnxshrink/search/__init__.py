@@ -1,0 +1,1 @@
+"""Search: how a pass gives way, and which places hurt."""

@@ -1,0 +1,1 @@
+"""Structure: what a graph means: layers, channels, blocks, shapes."""

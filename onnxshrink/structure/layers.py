@@ -1,0 +1,495 @@
+"""Weights that a linear operator multiplies: where they stand and what they mean.
+
+A weight of Conv, Gemm, MatMul and their kin is, whatever its shape on disk, a stack of
+matrices [groups, outputs, inputs]: entry [g, o, i] multiplies input i of group g in the
+sum that is output o. ``Layout`` turns the array into that and back, ``find`` lists the
+layers of a model, and ``Layer.statistics`` says which activations a pass must watch to
+know the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxshrink.errors import ModelError
+from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.statistics import (
+    ChannelNorm,
+    ConvGram,
+    ConvNorm,
+    ConvWindow,
+    Gram,
+    Statistic,
+)
+from onnxshrink.structure.selection import selected
+
+__all__ = [
+    "FLOATS",
+    "Layer",
+    "Layout",
+    "Use",
+    "bias_of",
+    "find",
+    "gram",
+    "is_float",
+    "norms",
+]
+
+Array = NDArray[np.float64]
+
+ROWS = 32
+"""Rows of inputs, for each of them, that a convolution's Gram matrix is made of."""
+POSITIONS = 16
+"""Output positions of a sample that are used at least."""
+
+FLOATS = frozenset(
+    {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.DOUBLE,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BFLOAT16,
+    }
+)
+"""Element types of weights that passes change."""
+
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+NORMALISATIONS = frozenset(
+    {
+        "BatchNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+    }
+)
+_THROUGH = frozenset(
+    {"Cast", "DequantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators a weight may pass through on its way to a layer."""
+_DEFAULT_DOMAINS = (None, "", "ai.onnx")
+
+Role = Literal["weight", "table", "bias"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array is read as matrices [groups, outputs, inputs], and back.
+
+    Attributes:
+        shape: Shape of the array.
+        split: Three factors the array is reshaped to.
+        order: The order of these factors as (groups, outputs, inputs).
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, int, int]
+    order: tuple[int, int, int] = (0, 1, 2)
+
+    @property
+    def matrices_shape(self) -> tuple[int, int, int]:
+        """(groups, outputs, inputs)."""
+        groups, outputs, inputs = (self.split[axis] for axis in self.order)
+        return groups, outputs, inputs
+
+    def matrices(self, array: NDArray[Any]) -> NDArray[Any]:
+        """View an array of ``shape`` as [groups, outputs, inputs]."""
+        return array.reshape(self.split).transpose(self.order)
+
+    def array(self, matrices: NDArray[Any]) -> NDArray[Any]:
+        """Return the array of ``shape`` that has these matrices."""
+        back = np.argsort(self.order)
+        return np.ascontiguousarray(matrices.transpose(back)).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One reading of a weight by a node.
+
+    Attributes:
+        node: The node.
+        index: Which of its inputs the weight is.
+        role: ``weight``: it multiplies activations; ``table``: rows are looked up;
+            ``bias``: it is added, or scales a normalised value.
+        layout: How this node reads it.
+    """
+
+    node: Node
+    index: int
+    role: Role
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weight that linear operators read, or the reason why it is out of reach.
+
+    Attributes:
+        weight: The weight.
+        uses: Every reading of it, if all are by known operators.
+        why_not: Why no pass should change it; empty if one may.
+    """
+
+    weight: Weight
+    uses: tuple[Use, ...]
+    why_not: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the weight."""
+        return self.weight.name
+
+    @property
+    def layout(self) -> Layout:
+        """How the first use reads it."""
+        return self.uses[0].layout
+
+    @property
+    def kind(self) -> str:
+        """Operator type of the first use."""
+        return str(self.uses[0].node.op)
+
+    def watched(
+        self, what: Literal["gram", "norm"], samples: int = 1
+    ) -> tuple[tuple[gs.Tensor, Statistic], ...] | None:
+        """Return the activations the weight multiplies, each with an empty statistic.
+
+        Args:
+            what: ``gram`` for what ``gram`` reads, ``norm`` for ``norms``.
+            samples: How many there will be: of many, a convolution's Gram matrix takes
+                only some positions each.
+
+        Returns:
+            ``None`` if a use has inputs that no statistic covers: a table, a bias, a
+            recurrent layer that does not give its states.
+        """
+        if any(use.layout != self.layout for use in self.uses):
+            return None
+        found = []
+        for use in self.uses:
+            tensor = _multiplied(use)
+            if tensor is None:
+                return None
+            found.append((tensor[0], _statistic(use, tensor[1], what, samples)))
+        return tuple(found)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that ``only`` and ``skip`` may call it: weight, nodes, op types."""
+        nodes = [use.node for use in self.uses]
+        return (self.name, *(n.name for n in nodes), *(n.op for n in nodes))
+
+
+def is_float(weight: Weight) -> bool:
+    """Whether the weight's values are float32, float64, float16 or bfloat16."""
+    return weight.data_type in FLOATS
+
+
+def find(
+    model: Model,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    roles: Sequence[Role] = ("weight",),
+) -> Iterator[Layer]:
+    """Yield the layers of a model, each weight once, in file order.
+
+    Weights of subgraphs and functions are among them. A weight that belongs to a layer
+    but must not be changed is yielded with ``why_not``; one that no layer reads, or
+    that ``only`` and ``skip`` leave out, is not yielded at all.
+
+    Args:
+        model: The model.
+        only: Names or glob patterns of weights or nodes, or op types.
+        skip: The same; wins over ``only``.
+        roles: Which readings make a weight a layer.
+    """
+    called = _calls(model)
+    for weight in model.weights():
+        if len(weight.shape) == 0 or weight.size == 0:
+            continue
+        uses, others, behind = _readings(weight)
+        wanted = [use for use in uses if use.role in roles]
+        if not wanted and not (behind and "weight" in roles):
+            continue
+        nodes = [use.node for use in wanted] + [node for _, node in behind]
+        names = [weight.name]
+        names += [n for node in nodes for n in (node.name, node.op)]
+        if not selected(names, only, skip):
+            continue
+        wanted += [use for use in uses if use.role not in roles]
+        yield Layer(
+            weight,
+            tuple(wanted),
+            _why_not(weight, wanted, roles, others, behind, called),
+        )
+
+
+def _calls(model: Model) -> Mapping[int, str]:
+    """Name by identity the functions' graphs that are called more than once."""
+    counts: dict[tuple[str, str], int] = {}
+    for node in model.nodes():
+        key = (node.domain or "", node.op)
+        counts[key] = counts.get(key, 0) + 1
+    return {
+        id(function): function.name
+        for function in model.graph.functions
+        if counts.get((function.domain or "", function.name), 0) > 1
+    }
+
+
+def _readings(
+    weight: Weight,
+) -> tuple[list[Use], list[Node], list[tuple[str, Node]]]:
+    """Sort what reads a weight: layers, other nodes, layers behind another node."""
+    uses: list[Use] = []
+    others: list[Node] = []
+    behind: list[tuple[str, Node]] = []
+    for node, index in weight.uses:
+        use = _use(node, index, weight.shape)
+        if use is not None:
+            uses.append(use)
+            continue
+        others.append(node)
+        if index == 0:  # a shape, a scale or a zero point is no weight
+            behind += [(node.op, reader) for reader in _layers_behind(node)]
+    return uses, others, behind
+
+
+def _layers_behind(node: Node, depth: int = 4) -> Iterator[Node]:
+    """Yield the layers whose weight is what this node makes of its input."""
+    if node.op not in _THROUGH or node.domain not in _DEFAULT_DOMAINS or not depth:
+        return
+    for reader in dict.fromkeys(node.outputs[0].outputs):
+        for index, tensor in enumerate(reader.inputs):
+            if tensor is not node.outputs[0]:
+                continue
+            if reader.op in {"Conv", "ConvTranspose", "Gemm", *RECURRENT}:
+                if index == 1:
+                    yield reader
+            elif reader.op == "MatMul":
+                yield reader
+            elif index == 0:
+                yield from _layers_behind(reader, depth - 1)
+
+
+def _why_not(
+    weight: Weight,
+    uses: Sequence[Use],
+    roles: Sequence[Role],
+    others: Sequence[Node],
+    behind: Sequence[tuple[str, Node]],
+    called: Mapping[int, str],
+) -> str:
+    if behind:
+        op, reader = behind[0]
+        label = reader.name or reader.op
+        if op == "DequantizeLinear":
+            return f"it is quantized for {label}; change weights before quantizing them"
+        return f"it reaches {label} through {op}; run fold first"
+    if weight.data_type not in FLOATS:
+        kind = onnx.TensorProto.DataType.Name(weight.data_type).lower()
+        return f"its values are {kind}, not floating point"
+    if weight.is_input:
+        return (
+            "it is also a graph input, so a caller may override it; run fold first "
+            "to make it a plain initializer"
+        )
+    if weight.is_output:
+        return "it is also an output of its graph"
+    if others:
+        other = others[0]
+        return f"it is shared with {other.name or 'a node'} ({other.op})"
+    stray = [use for use in uses if use.role not in roles]
+    if stray:
+        return (
+            f"it is shared with {stray[0].node.name or 'a node'} "
+            f"({stray[0].node.op}), where it is a {stray[0].role}"
+        )
+    return ""
+
+
+def _use(node: Node, index: int, shape: tuple[int, ...]) -> Use | None:
+    """Describe how a node reads a weight, or ``None`` if it is no layer."""
+    if node.domain not in _DEFAULT_DOMAINS:
+        return None
+    layout = _weight_layout(node, index, shape)
+    if layout is not None:
+        return Use(node, index, "weight", layout)
+    if node.op == "Gather" and index == 0 and len(shape) > 1:
+        rows = math.prod(shape[:-1])
+        return Use(node, index, "table", Layout(shape, (1, rows, shape[-1])))
+    if _is_bias(node, index):
+        return Use(node, index, "bias", Layout(shape, (1, 1, math.prod(shape))))
+    return None
+
+
+def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
+    """Return what a use multiplies the weight with, and the axis of its channels."""
+    node, index, layout = use.node, use.index, use.layout
+    groups = layout.matrices_shape[0]
+    if use.role != "weight":
+        return None
+    if node.op in {"Conv", "ConvTranspose"}:
+        return node.inputs[0], 1
+    if node.op == "Gemm":
+        transposed = bool(attribute(node, "transA" if index else "transB", 0))
+        return node.inputs[1 - index], -1 if transposed != bool(index) else -2
+    if node.op == "MatMul":
+        axis = -1 if index or len(layout.shape) == 1 else -2
+        return (node.inputs[1 - index], axis) if groups == 1 else None
+    if index == 1:
+        return node.inputs[0], -1
+    if groups == 1 and node.outputs and node.outputs[0].name:
+        # Every state but the first and the last is an input of the next step.
+        return node.outputs[0], -1
+    return None
+
+
+def _statistic(
+    use: Use, axis: int, what: Literal["gram", "norm"], samples: int
+) -> Statistic:
+    # ConvTranspose: what one input pixel gives each output pixel is an output of its
+    # own; that outputs of neighbours overlap is left out of account.
+    if use.node.op == "Conv":
+        window = ConvWindow.of(use.node.attrs, use.layout.shape)
+        if what == "gram":
+            needed = -(-ROWS * use.layout.matrices_shape[2] // max(samples, 1))
+            return ConvGram(window, positions=max(POSITIONS, needed))
+        return ConvNorm(window)
+    return Gram(axis) if what == "gram" else ChannelNorm(axis)
+
+
+def norms(layer: Layer, statistics: Sequence[Statistic]) -> Array:
+    """Return the sum of squares of each input, [groups, inputs].
+
+    Args:
+        layer: The layer.
+        statistics: Those of ``layer.watched("norm")``, fed.
+    """
+    groups, _, inputs = layer.layout.matrices_shape
+    total = np.zeros((groups, inputs))
+    for part in statistics:
+        if not isinstance(part, (ChannelNorm, ConvNorm)) or part.squares is None:
+            raise ModelError(f"nothing was seen of the inputs of {layer.name}")
+        # Both directions of a recurrent layer read the same inputs.
+        shared = layer.kind in RECURRENT
+        seen = part.squares.reshape((1, -1) if shared else (groups, -1))
+        if seen.shape[1] != inputs:
+            raise ModelError(
+                f"{layer.name} has {inputs} inputs, but {seen.shape[1]} were seen in "
+                "its activations"
+            )
+        total += seen
+    return total
+
+
+def gram(layer: Layer, statistics: Sequence[Statistic]) -> tuple[Array, Array, int]:
+    """Return ``X^T X`` [groups, inputs, inputs], the mean input and the rows.
+
+    Args:
+        layer: The layer.
+        statistics: Those of ``layer.watched("gram")``, fed.
+    """
+    groups, _, inputs = layer.layout.matrices_shape
+    total = np.zeros((groups, inputs, inputs))
+    sums, rows = np.zeros((groups, inputs)), 0
+    for part in statistics:
+        if not isinstance(part, (Gram, ConvGram)) or part.matrix is None:
+            raise ModelError(f"nothing was seen of the inputs of {layer.name}")
+        matrix, seen = part.matrix, part.sums
+        if layer.kind == "ConvTranspose" and groups > 1:
+            blocks = matrix.reshape(groups, inputs, groups, inputs)
+            matrix = np.einsum("gigj->gij", blocks)
+            seen = np.asarray(seen).reshape(groups, inputs)
+        if matrix.shape[-1] != inputs:
+            raise ModelError(
+                f"{layer.name} has {inputs} inputs, but {matrix.shape[-1]} were "
+                "seen in its activations"
+            )
+        total += matrix
+        sums += np.asarray(seen)
+        rows += part.rows
+    return total, sums / max(rows, 1), rows
+
+
+def bias_of(model: Model, layer: Layer) -> Weight | None:
+    """Return the bias that is added to the layer's outputs, if it is free to change.
+
+    That is one value for each output, read by this layer's only node and no other.
+    """
+    if len(layer.uses) != 1:
+        return None
+    node = layer.uses[0].node
+    groups, outputs, _ = layer.layout.matrices_shape
+    tensor: gs.Tensor | None = None
+    reader, at = node, 2
+    if node.op in {"Conv", "Gemm"} and layer.uses[0].index == 1:
+        plain = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
+        if plain == (1.0, 1.0) and len(node.inputs) > 2:
+            tensor = node.inputs[2]
+    elif (
+        node.op == "MatMul"
+        and layer.uses[0].index == 1
+        and len(layer.layout.shape) == 2
+    ):
+        readers = list(dict.fromkeys(node.outputs[0].outputs))
+        if len(readers) == 1 and readers[0].op == "Add":
+            reader = readers[0]
+            at = 1 if reader.inputs[0] is node.outputs[0] else 0
+            tensor = reader.inputs[at]
+    bias = None if tensor is None or not tensor.name else model.constant(tensor)
+    if bias is None or not is_float(bias) or bias.is_input or bias.is_output:
+        return None
+    if bias.size != groups * outputs or bias.shape[-1] != bias.size:
+        return None
+    free = bias.uses == ((reader, at),)
+    return bias if free else None
+
+
+def _is_bias(node: Node, index: int) -> bool:
+    if node.op in {"Conv", "ConvTranspose", "Gemm"}:
+        return index == 2
+    if node.op in RECURRENT:
+        return index == 3
+    if node.op in NORMALISATIONS:
+        return index in (1, 2)
+    if node.op == "Add" and len(node.inputs) == 2:
+        makers = node.inputs[1 - index].inputs
+        return bool(makers) and makers[0].op in {"MatMul", "Conv", "Gemm"}
+    return False
+
+
+def _weight_layout(node: Node, index: int, shape: tuple[int, ...]) -> Layout | None:
+    rank = len(shape)
+    if node.op == "Conv" and index == 1 and rank >= 3:
+        group = int(attribute(node, "group", 1))
+        if group < 1 or shape[0] % group:
+            return None
+        return Layout(shape, (group, shape[0] // group, math.prod(shape[1:])))
+    if node.op == "ConvTranspose" and index == 1 and rank >= 3:
+        group = int(attribute(node, "group", 1))
+        if group < 1 or shape[0] % group:
+            return None
+        split = (group, shape[0] // group, math.prod(shape[1:]))
+        return Layout(shape, split, (0, 2, 1))
+    if node.op == "Gemm" and index in (0, 1) and rank == 2:
+        transposed = bool(attribute(node, "transB" if index else "transA", 0))
+        # [outputs, inputs] is B transposed, or A as it is.
+        straight = transposed == bool(index)
+        matrix = (1, shape[0], shape[1])
+        return Layout(shape, matrix, (0, 1, 2) if straight else (0, 2, 1))
+    if node.op == "MatMul" and index in (0, 1):
+        if rank == 1:
+            return Layout(shape, (1, 1, shape[0]))
+        stacked = (math.prod(shape[:-2]), shape[-2], shape[-1])
+        return Layout(shape, stacked, (0, 2, 1) if index else (0, 1, 2))
+    if node.op in RECURRENT and index in (1, 2) and rank == 3:
+        return Layout(shape, (shape[0], shape[1], shape[2]))
+    return None

@@ -1,0 +1,212 @@
+"""Task metrics: fed with outputs and labels batch by batch, then read."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.measuring.differences import matrix
+from onnxshrink.samples.columns import Array, Spool
+
+__all__ = ["BUILT_IN", "Custom", "Spearman", "Squared", "Task", "Top", "imported"]
+
+
+class Task(ABC):
+    """A task metric: fed with outputs and labels, then read."""
+
+    name: str
+    lower_is_better = False
+    percent = False
+
+    @abstractmethod
+    def start(self) -> None:
+        """Forget what was fed."""
+
+    @abstractmethod
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+
+    @abstractmethod
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+
+
+class Top(Task):
+    """Percent of samples whose label is among the ``k`` highest scores."""
+
+    percent = True
+
+    def __init__(self, output: str, k: int) -> None:
+        self.name, self._output, self._k = f"top{k}", output, k
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was fed."""
+        self._hits = self._count = 0
+
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+        assert labels is not None
+        scores = matrix(outputs[self._output])
+        wanted = labels.reshape(-1).astype(np.int64)
+        rows = np.arange(len(scores))
+        if len(wanted) != len(scores):
+            raise ModelError(
+                f"{len(wanted)} labels for {len(scores)} rows of {self._output!r}"
+            )
+        if self._k == 1:
+            hit = scores.argmax(axis=1) == wanted
+        else:
+            mine = scores[rows, wanted]
+            hit = (scores > mine[:, None]).sum(axis=1) < self._k
+        # A NaN compares as the largest and as nothing: never a hit.
+        hit &= ~np.isnan(scores).any(axis=1)
+        self._hits += int(hit.sum())
+        self._count += len(scores)
+
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+        return 100.0 * self._hits / max(1, self._count)
+
+
+class Squared(Task):
+    """Mean squared error of an output against labels of the same size."""
+
+    name = "mse"
+    lower_is_better = True
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was fed."""
+        self._sum, self._count = 0.0, 0
+
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+        assert labels is not None
+        out = np.asarray(outputs[self._output], np.float64).reshape(len(labels), -1)
+        wanted = labels.reshape(len(labels), -1).astype(np.float64)
+        self._sum += float(np.square(out - wanted).sum())
+        self._count += out.size
+
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+        return self._sum / max(1, self._count)
+
+
+class Spearman(Task):
+    """Spearman's rank correlation of an output, one value a sample, with labels."""
+
+    name = "spearman"
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was fed."""
+        self._values: list[Array] = []
+
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+        self._values.append(np.asarray(outputs[self._output], np.float64).reshape(-1))
+
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+        from scipy.stats import rankdata
+
+        assert labels is not None
+        one = rankdata(np.concatenate(self._values))
+        two = rankdata(labels.reshape(-1)[: len(one)])
+        one, two = one - one.mean(), two - two.mean()
+        scale = math.sqrt(float(one @ one) * float(two @ two))
+        return float(one @ two) / scale if scale else 0.0
+
+
+class Custom(Task):
+    """A user's function of all outputs and all labels."""
+
+    def __init__(self, function: Callable[[Mapping[str, Any], Any], float]) -> None:
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self.lower_is_better = bool(getattr(function, "lower_is_better", False))
+        self._function = function
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was fed."""
+        self._spools: dict[str, Spool] = {}
+        self._others: dict[str, list[Any]] = {}
+        self._batches = 0
+
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+        for name, value in outputs.items():
+            if (
+                isinstance(value, np.ndarray)
+                and value.ndim
+                and not value.dtype.hasobject
+            ):
+                if name not in self._spools:
+                    self._spools[name] = Spool(name)
+                self._spools[name].add(value, self._batches)
+            else:
+                self._others.setdefault(name, []).append(value)
+        self._batches += 1
+
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+        outputs: dict[str, Any] = dict(self._others)
+        for name, spool in self._spools.items():
+            outputs[name] = spool.whole()
+        try:
+            found = float(self._function(outputs, labels))
+        except Exception as error:
+            raise ModelError(
+                f"metric {self.name} failed: {type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(found):
+            raise ModelError(f"metric {self.name} gave {found}, not a finite number")
+        return found
+
+
+BUILT_IN = ("top1", "top5", "mse", "spearman")
+
+
+def imported(text: str) -> Callable[[Mapping[str, Any], Any], float]:
+    """Return the function of ``module:function`` or ``file.py:function``."""
+    where, _, name = text.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"cannot import {where}")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            here = os.getcwd()
+            if here not in sys.path:
+                sys.path.append(here)
+            module = importlib.import_module(where)
+    except Exception as error:
+        raise UsageError(
+            f"metric {text!r}: cannot import {where}: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, value in vars(module).items() if callable(value)]
+        raise UsageError(
+            f"metric {text!r}: {where} has no function {name!r}.{nearest(name, known)}"
+        )
+    return function  # type: ignore[no-any-return]  # whatever the user's module holds

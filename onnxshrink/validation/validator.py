@@ -1,0 +1,949 @@
+"""Validation: a candidate against the model the run started from, on samples.
+
+A pass never judges itself. Here its promise and the user's budget are held against what
+onnxruntime says on evaluation samples that no pass has seen. Reference outputs are
+computed once; candidates are compared batch by batch, so that memory does not grow with
+the number of samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from onnxshrink import runtime
+from onnxshrink.base import Progress, Promise
+from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.measuring.differences import (
+    Difference,
+    OutputMetrics,
+    Seen,
+    Store,
+    is_float,
+    plain,
+)
+from onnxshrink.model import ValueInfo
+from onnxshrink.samples import Samples, Splits
+from onnxshrink.samples.columns import Array
+from onnxshrink.validation.metrics import (
+    BUILT_IN,
+    Custom,
+    Spearman,
+    Squared,
+    Task,
+    Top,
+    imported,
+)
+from onnxshrink.validation.signature import (
+    Source,
+    check_form,
+    signature_of,
+    signature_problem,
+)
+
+__all__ = [
+    "Budget",
+    "Metric",
+    "MetricChange",
+    "OutputMetrics",
+    "Validator",
+    "Verdict",
+    "grown",
+]
+
+Metric = str | Callable[[Mapping[str, Any], Any], float] | None
+"""A built-in name, ``module:function``, ``file.py:function``, a callable, or none."""
+
+DEFAULT_DROP = 1.0
+DEFAULT_AGREEMENT = 0.98
+DEFAULT_SQNR = 20.0
+
+_BATCH_BYTES = 8 << 20
+_BATCH = 32
+"""Larger batches were no faster for any of the models tried."""
+_GROWTH = 4096
+_GROWTH_SHARE = 0.01
+"""A file may grow by this much, for metadata and nodes of tiny models."""
+
+
+# --- what is asked ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pass may cost; ``None`` does not limit.
+
+    Attributes:
+        max_drop: Most the task metric may get worse, in its own unit: ``top1`` is in
+            percent, so 0.1 is a tenth of a point.
+        min_agreement: Least share of samples (0 to 1) whose top class stays.
+        min_sqnr: Least signal to quantization noise ratio of every float output, dB.
+        max_latency_ratio: Most the latency may be of the reference's.
+        automatic: Chosen for the user: what the samples cannot tell is left out.
+    """
+
+    max_drop: float | None = None
+    min_agreement: float | None = None
+    min_sqnr: float | None = None
+    max_latency_ratio: float | None = None
+    automatic: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse limits that cannot be meant."""
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise UsageError(f"--max-drop is at least 0, not {self.max_drop}")
+        agreement = self.min_agreement
+        if agreement is not None and not 0 <= agreement <= 1:
+            hint = f"; did you mean {agreement / 100}?" if 1 < agreement <= 100 else ""
+            raise UsageError(
+                f"--min-agreement is a share from 0 to 1, not {agreement}{hint}"
+            )
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise UsageError(f"--min-sqnr is a number of dB, not {self.min_sqnr}")
+        ratio = self.max_latency_ratio
+        if ratio is not None and not 0 < ratio < math.inf:
+            raise UsageError(f"a latency ratio is more than 0, not {ratio}")
+
+    @classmethod
+    def default(cls, splits: Splits) -> Budget:
+        """Return the budget for users who give none.
+
+        With labels, one point of a metric in percent; with data, 98 % of top classes
+        unchanged, or 20 dB where no output is class scores; on random inputs nothing
+        but broken outputs stops a pass.
+        """
+        if splits.random:
+            return cls(automatic=True)
+        return cls(
+            max_drop=DEFAULT_DROP if splits.labelled else None,
+            min_agreement=DEFAULT_AGREEMENT,
+            min_sqnr=DEFAULT_SQNR,
+            automatic=True,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the limits for a report."""
+        return dataclasses.asdict(self)
+
+
+# --- what is found ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """The task metric before and after.
+
+    Attributes:
+        name: Name of the metric.
+        before: Of the reference.
+        after: Of the candidate.
+        lower_is_better: Whether a smaller value is better, as for an error.
+    """
+
+    name: str
+    before: float
+    after: float
+    lower_is_better: bool = False
+
+    @property
+    def drop(self) -> float:
+        """How much worse it became; negative if it became better."""
+        change = self.before - self.after
+        return -change if self.lower_is_better else change
+
+    def to_json(self) -> dict[str, object]:
+        """Return the figures for a report."""
+        return {**dataclasses.asdict(self), "drop": self.drop}
+
+
+Problem = Literal["", "broken", "signature", "same", "budget", "bytes", "latency"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the validator says about a candidate.
+
+    Attributes:
+        ok: Whether it holds.
+        reason: ``ok``, or what does not hold, with figures.
+        problem: Kind of what does not hold.
+        outputs: Metrics by output name; empty if it could not run.
+        metric: The task metric, where there is one.
+        samples: Samples that were compared.
+        smoke_test: Whether they were random, which proves little.
+        damage: Share of the budget that is used up; at most 1 fits. It moves with the
+            noise in the outputs, so that candidates can be ranked by it even where
+            the metric stays the same. Infinite if the candidate is broken.
+        noise: Largest noise-to-signal amplitude ratio of a float output.
+    """
+
+    ok: bool
+    reason: str = "ok"
+    problem: Problem = ""
+    outputs: Mapping[str, OutputMetrics] = field(default_factory=dict)
+    metric: MetricChange | None = None
+    samples: int = 0
+    smoke_test: bool = False
+    damage: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def keepable(self) -> bool:
+        """Whether only the user's limits are broken, so that a user may insist."""
+        return self.problem in ("", "budget", "bytes", "latency")
+
+    def quality(self) -> dict[str, float]:
+        """Return the figures worth a place in a table, by name.
+
+        The task metric under its name; the least ``agreement`` and ``sqnr_db`` (absent
+        if exact) over outputs.
+        """
+        found: dict[str, float] = {}
+        if self.metric is not None:
+            found[self.metric.name] = self.metric.after
+        agreements = [m.agreement for m in self.outputs.values()]
+        known = [a for a in agreements if a is not None]
+        if known:
+            found["agreement"] = min(known)
+        noisy = [m.sqnr_db for m in self.outputs.values() if m.sqnr_db < math.inf]
+        if noisy:
+            found["sqnr_db"] = min(noisy)
+        return found
+
+    def to_json(self) -> dict[str, object]:
+        """Return the verdict for a report; infinities become null."""
+        return {
+            "ok": self.ok,
+            "reason": self.reason,
+            "problem": self.problem,
+            "outputs": {name: m.to_json() for name, m in self.outputs.items()},
+            "metric": None if self.metric is None else self.metric.to_json(),
+            "samples": self.samples,
+            "smoke_test": self.smoke_test,
+            "damage": self.damage if math.isfinite(self.damage) else None,
+            "noise": self.noise if math.isfinite(self.noise) else None,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Verdict:
+        """Read what ``to_json`` gave."""
+        metric = data["metric"]
+        if metric is not None:
+            names = [f.name for f in dataclasses.fields(MetricChange)]
+            metric = MetricChange(**{name: metric[name] for name in names})
+        return cls(
+            ok=bool(data["ok"]),
+            reason=str(data["reason"]),
+            problem=data["problem"],
+            outputs={
+                name: OutputMetrics.from_json(m) for name, m in data["outputs"].items()
+            },
+            metric=metric,
+            samples=int(data["samples"]),
+            smoke_test=bool(data["smoke_test"]),
+            damage=math.inf if data["damage"] is None else float(data["damage"]),
+            noise=math.inf if data["noise"] is None else float(data["noise"]),
+        )
+
+
+# --- the validator ----------------------------------------------------------------
+
+
+@dataclass
+class _Reference:
+    """A model's outputs on the samples and what was learnt from them."""
+
+    source: Source
+    store: Store
+    seen: dict[str, Seen]
+    spans: list[tuple[int, int]]
+    inputs: tuple[ValueInfo, ...]
+    outputs: tuple[ValueInfo, ...]
+    task: Task | None = None
+    before: float = 0.0
+    noise: dict[str, tuple[float, float]] | None = None
+
+
+class Validator:
+    """Holds candidates to their promise and to the budget.
+
+    The reference runs at the first check, once.
+    """
+
+    def __init__(
+        self,
+        reference: Source,
+        splits: Splits,
+        budget: Budget | None = None,
+        *,
+        metric: Metric = None,
+        threads: int = 0,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        batch_size: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        answers: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Take what is judged by.
+
+        Args:
+            reference: The model the run started from.
+            splits: Only ``evaluation`` is used.
+            budget: The user's limits; ``None`` is ``Budget.default``.
+            metric: ``top1``, ``top5``, ``mse``, ``spearman``, ``module:function`` or
+                ``file.py:function`` called as ``f(outputs, labels)`` with all outputs
+                by name, or such a callable. Bigger is better unless the function has
+                a true attribute ``lower_is_better``. ``None`` takes ``top1`` where
+                labels and an output fit.
+            threads: onnxruntime's threads.
+            providers: onnxruntime's execution providers.
+            batch_size: Samples in a run; by default as many as fit 8 MB, at most 32.
+            seed: Kept for the report; nothing is drawn here.
+            progress: Receives progress.
+            answers: What outputs should be, by name, the first axis evaluation samples;
+                by default what the reference gives. Other outputs do not count then.
+
+        Raises:
+            UsageError: No evaluation samples, or a metric that does not exist.
+        """
+        if splits.evaluation is None or not splits.evaluation.used:
+            raise UsageError("there are no evaluation samples to validate with")
+        self.samples: Samples = splits.evaluation
+        self.smoke_test = splits.random
+        self.seed = seed
+        self._source = reference
+        self._asked = budget if budget is not None else Budget.default(splits)
+        self._threads = threads
+        self._providers = tuple(providers)
+        self._batch_size = batch_size
+        self._progress = progress
+        self._answers = answers
+        self._labels = self.samples.labels
+        self._metric = metric
+        if isinstance(metric, str) and ":" in metric:
+            self._metric = imported(metric)
+        if isinstance(self._metric, str) and self._metric not in BUILT_IN:
+            raise UsageError(
+                f"there is no metric {metric!r}; there are {', '.join(BUILT_IN)} and "
+                f"module:function.{nearest(self._metric, BUILT_IN)}"
+            )
+        needs_labels = isinstance(self._metric, str) or (
+            self._metric is None and self._asked.max_drop is not None
+        )
+        if needs_labels and self._labels is None and not self._asked.automatic:
+            what = f"metric {metric}" if metric is not None else "--max-drop"
+            raise UsageError(
+                f"{what} needs labels for the evaluation samples, an array 'labels' or "
+                "--labels KEY; without them use --min-agreement or --min-sqnr"
+            )
+        if isinstance(self._metric, str) and self._labels is None:
+            raise UsageError(f"metric {metric} needs labels")
+        self._known: _Reference | None = None
+        self._last: tuple[object, _Reference] | None = None
+
+    # --- the reference ------------------------------------------------------------
+
+    @property
+    def budget(self) -> Budget:
+        """The limits that apply, once the reference has been looked at.
+
+        An automatic budget keeps the strictest sense the samples allow: the task
+        metric if it is in percent, else agreement, else SQNR.
+        """
+        asked = self._asked
+        if not asked.automatic or self.smoke_test:
+            return asked
+        reference = self._reference()
+        if asked.max_drop is not None and reference.task and reference.task.percent:
+            return Budget(
+                max_drop=asked.max_drop,
+                max_latency_ratio=asked.max_latency_ratio,
+                automatic=True,
+            )
+        scores = any(seen.is_scores for seen in reference.seen.values())
+        return Budget(
+            min_agreement=asked.min_agreement if scores else None,
+            min_sqnr=None if scores else asked.min_sqnr,
+            max_latency_ratio=asked.max_latency_ratio,
+            automatic=True,
+        )
+
+    def reference_metric(self) -> dict[str, float]:
+        """Return the task metric of the reference by name; empty if there is none."""
+        reference = self._reference()
+        if reference.task is None:
+            return {}
+        return {reference.task.name: reference.before}
+
+    def _reference(self) -> _Reference:
+        if self._known is None:
+            self._known = self._run_reference()
+        return self._known
+
+    def _run_reference(self) -> _Reference:
+        reference = self._observe(self._source, "reference")
+        if self._answers is not None:
+            reference = _answering(reference, self._answers)
+        task = self._task(reference)
+        if task is not None:
+            reference.task = task
+            task.start()
+            for index, span in enumerate(reference.spans):
+                task.feed(reference.store.read(index), self._labels_of(span))
+            reference.before = task.value(self._used_labels(reference.spans))
+        self._check_budget(reference)
+        return reference
+
+    def _observe(self, source: Source, what: str) -> _Reference:
+        """Run a model over the samples and keep what it says."""
+        session = self._session(source)
+        inputs, outputs = signature_of(source, session)
+        spans = list(self.samples.spans(self._size()))
+        store = Store()
+        seen = {info.name: Seen() for info in session.outputs}
+        for number, (feed, span) in enumerate(self._feeds(spans, what)):
+            if number == 0:
+                few = self.samples.read(np.arange(self.samples.batch or 1))
+                one, two = self._run(session, few), self._run(session, few)
+                for name, value in one.items():
+                    seen[name].stable = _repeats(value, two[name])
+            out = self._run(session, feed)
+            count = _count(feed, span, self.samples)
+            for name, value in out.items():
+                seen[name].update(name, value, count)
+            store.add(out)
+        return _Reference(source, store, seen, spans, inputs, outputs)
+
+    def _start(self, before: Source | None) -> _Reference:
+        """Return what SAME is measured against: the model before the pass."""
+        reference = self._reference()
+        if before is None or _identity(before) == _identity(self._source):
+            return reference
+        key = _identity(before)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._observe(before, "before the pass")
+        return self._last[1]
+
+    def _check_budget(self, reference: _Reference) -> None:
+        """Refuse a budget that nothing could be measured for."""
+        asked = self._asked
+        if asked.automatic:
+            return
+        if asked.max_drop is not None and reference.task is None:
+            raise UsageError(
+                "--max-drop needs a metric, and no output is class scores that fit the "
+                "labels; name one with --metric, or use --min-sqnr"
+            )
+        agreeable = any(
+            seen.is_scores or (seen.dtype is not None and seen.dtype.kind in "iubOU")
+            for seen in reference.seen.values()
+        )
+        if asked.min_agreement is not None and not agreeable:
+            raise UsageError(
+                "--min-agreement needs an output of class scores, [samples, classes]; "
+                "this model has none, use --min-sqnr"
+            )
+
+    def _run(self, session: runtime.Session, feed: Mapping[str, Array]) -> Any:
+        try:
+            return session.run(feed)
+        except ModelError as error:
+            raise ModelError(f"{error}{self.samples.hint}") from error
+
+    def _session(
+        self, source: Source, optimize: runtime.Optimize = "all"
+    ) -> runtime.Session:
+        return runtime.session(
+            source, threads=self._threads, providers=self._providers, optimize=optimize
+        )
+
+    def _size(self) -> int:
+        if self._batch_size is not None:
+            return max(1, self._batch_size)
+        one = sum(value.nbytes for value in self.samples.read([0]).values())
+        return max(1, min(_BATCH, _BATCH_BYTES // max(1, one)))
+
+    def _feeds(
+        self, spans: Sequence[tuple[int, int]], what: str
+    ) -> Iterator[tuple[dict[str, Array], tuple[int, int]]]:
+        for number, (start, stop) in enumerate(spans):
+            yield self.samples.read(np.arange(start, stop)), (start, stop)
+            if self._progress is not None:
+                self._progress(number + 1, len(spans), what)
+
+    def _labels_of(self, span: tuple[int, int]) -> Array | None:
+        return None if self._labels is None else self._labels[span[0] : span[1]]
+
+    def _used_labels(self, spans: Sequence[tuple[int, int]]) -> Array | None:
+        return None if self._labels is None else self._labels[: spans[-1][1]]
+
+    # --- the task metric ----------------------------------------------------------
+
+    def _task(self, reference: _Reference) -> Task | None:
+        metric = self._metric
+        if metric is not None and not isinstance(metric, str):
+            return Custom(metric)
+        labels = self._labels
+        if labels is None:
+            return None
+        if metric in (None, "top1", "top5"):
+            k = 5 if metric == "top5" else 1
+            output = self._scores_for(reference, labels)
+            if output is not None:
+                return Top(output, k)
+            if metric is None:
+                return None
+            raise UsageError(
+                f"metric {metric} needs whole-numbered labels, one a sample, and an "
+                "output [samples, classes] with more classes than the largest label; "
+                f"the labels are {labels.dtype} {list(labels.shape)}"
+                f"{self._shapes(reference)}"
+            )
+        for info in reference.outputs:
+            first = reference.store.read(0)[info.name]
+            samples = reference.spans[0][1] - reference.spans[0][0]
+            size = labels[:samples].size
+            if is_float(first) and first.size == size:
+                return Squared(info.name) if metric == "mse" else Spearman(info.name)
+        raise UsageError(
+            f"metric {metric} needs a float output with as many values as labels "
+            f"{list(labels.shape)}{self._shapes(reference)}"
+        )
+
+    def _shapes(self, reference: _Reference) -> str:
+        words = ", ".join(runtime.describe(info) for info in reference.outputs)
+        return f"; the outputs are {words}"
+
+    def _scores_for(self, reference: _Reference, labels: Array) -> str | None:
+        """Return the first output of class scores that the labels index."""
+        if labels.size != len(labels) or labels.dtype.kind not in "iubf":
+            return None
+        if not np.array_equal(labels, np.floor(labels)) or labels.min() < 0:
+            return None
+        for name, seen in reference.seen.items():
+            if seen.scores and seen.classes > labels.max():
+                return name
+        return None
+
+    # --- candidates ---------------------------------------------------------------
+
+    def check_signature(self, candidate: Source) -> str:
+        """Return how inputs and outputs differ from the reference's, or ``""``.
+
+        Raises:
+            ModelError: onnxruntime cannot load the candidate.
+        """
+        reference = self._reference()
+        session = self._session(candidate)
+        inputs, outputs = signature_of(candidate, session)
+        return signature_problem(reference.inputs, reference.outputs, inputs, outputs)
+
+    def check(
+        self,
+        candidate: Source,
+        promise: Promise = Promise.CLOSE,
+        *,
+        before: Source | None = None,
+        before_bytes: int | None = None,
+        after_bytes: int | None = None,
+        latency_ratio: float | None = None,
+    ) -> Verdict:
+        """Judge a candidate.
+
+        Args:
+            candidate: A model, or the file that holds it.
+            promise: What the pass claims. SAME allows float noise only; CLOSE is held
+                to the budget; SIGNATURE only to names, types, shapes and finiteness.
+            before: The model before the pass, for SAME; the reference if not given.
+                Metrics and budget are always those against the reference.
+            before_bytes: Size of the file before the pass.
+            after_bytes: Size after; it must not grow by more than 1 % (or 4 KiB).
+            latency_ratio: Latency against the reference's, if it was measured; it is
+                measured here where the budget asks for it and it is not given.
+
+        Raises:
+            ModelError: The reference itself cannot run on these samples.
+        """
+        reference = self._reference()
+        used = reference.spans[-1][1] if reference.spans else 0
+
+        def refused(problem: Problem, reason: str) -> Verdict:
+            return Verdict(
+                ok=False,
+                reason=reason,
+                problem=problem,
+                samples=used,
+                smoke_test=self.smoke_test,
+                damage=math.inf,
+                noise=math.inf,
+            )
+
+        try:
+            check_form(candidate)
+            session = self._session(candidate)
+        except ModelError as error:
+            return refused("broken", str(error))
+        inputs, outputs = signature_of(candidate, session)
+        problem = signature_problem(
+            reference.inputs, reference.outputs, inputs, outputs
+        )
+        if problem:
+            return refused("signature", problem)
+        start = self._start(before) if promise is Promise.SAME else reference
+        change = None
+        try:
+            keep = candidate if isinstance(candidate, Path) else None
+            differences, from_start = self._compare(reference, start, session, keep)
+            if reference.task is not None:
+                change = MetricChange(
+                    reference.task.name,
+                    reference.before,
+                    reference.task.value(self._used_labels(reference.spans)),
+                    reference.task.lower_is_better,
+                )
+        except ModelError as error:
+            return refused("broken", str(error))
+        metrics = {
+            name: difference.result(reference.seen[name])
+            for name, difference in differences.items()
+        }
+        moved = ""
+        if promise is Promise.SAME:
+            moved = self._not_same(start, from_start)
+        limit = self.budget.max_latency_ratio
+        if limit is not None and latency_ratio is None:
+            latency_ratio = self._latency_ratio(session)
+        return self._judge(
+            promise,
+            metrics,
+            moved,
+            change,
+            used,
+            (before_bytes, after_bytes),
+            latency_ratio,
+        )
+
+    def _compare(
+        self,
+        reference: _Reference,
+        start: _Reference,
+        session: runtime.Session,
+        keep: Path | None,
+    ) -> tuple[dict[str, Difference], dict[str, Difference]]:
+        """Run the candidate once; compare it with the reference and with the start.
+
+        The outputs of a file are kept: accepted, it is what the next pass starts from.
+        """
+        against = [reference] if start is reference else [reference, start]
+        found = [
+            {name: Difference(seen.is_scores) for name, seen in known.seen.items()}
+            for known in against
+        ]
+        store = Store()
+        seen = {name: Seen() for name in reference.seen}
+        if reference.task is not None:
+            reference.task.start()
+        for index, (feed, span) in enumerate(self._feeds(reference.spans, "check")):
+            out = session.run(feed)
+            count = _count(feed, span, self.samples)
+            if keep is not None:
+                store.add(out)
+                for name, value in out.items():
+                    seen[name].update(name, value, count)
+            for known, differences in zip(against, found, strict=True):
+                wanted = known.store.read(index)
+                for name, difference in differences.items():
+                    _same_kind(name, wanted[name], out[name])
+                    difference.update(wanted[name], out[name], count)
+            if reference.task is not None:
+                reference.task.feed(out, self._labels_of(span))
+        if keep is not None:
+            for name, known_output in reference.seen.items():
+                seen[name].stable = known_output.stable
+            self._last = (
+                _identity(keep),
+                dataclasses.replace(
+                    reference,
+                    source=keep,
+                    store=store,
+                    seen=seen,
+                    task=None,
+                    noise=None,
+                ),
+            )
+        return found[0], found[-1]
+
+    def _latency_ratio(self, session: runtime.Session) -> float:
+        from onnxshrink.measuring.measure import latencies
+
+        reference = self._session(self._source)
+        _, ratio = latencies(session, reference, self.samples.read([0]))
+        return ratio if ratio is not None else 1.0
+
+    # --- judging ------------------------------------------------------------------
+
+    def _judge(
+        self,
+        promise: Promise,
+        metrics: Mapping[str, OutputMetrics],
+        moved: str,
+        change: MetricChange | None,
+        samples: int,
+        sizes: tuple[int | None, int | None],
+        latency_ratio: float | None,
+    ) -> Verdict:
+        noise = max(
+            (_amplitude(m.sqnr_db) for m in metrics.values() if not m.note), default=0.0
+        )
+        problem: Problem = ""
+        reason = "ok"
+        usage = 0.0
+        broken = _broken_values(metrics)
+        if broken:
+            problem, reason, usage = "broken", broken, math.inf
+        elif promise is Promise.SAME:
+            reason = moved
+            if reason:
+                problem, usage = "same", math.inf
+        elif promise is Promise.CLOSE:
+            usage, reason = self._over_budget(metrics, change)
+            if reason:
+                problem = "budget"
+        if not problem:
+            reason = grown(*sizes) if promise is not Promise.SIGNATURE else ""
+            problem = "bytes" if reason else ""
+        limit = self.budget.max_latency_ratio
+        if not problem and limit is not None and latency_ratio is not None:
+            if latency_ratio > limit:
+                problem = "latency"
+                reason = (
+                    f"latency is {latency_ratio:.2f} of the reference's, more than "
+                    f"{limit:.2f}"
+                )
+            usage = max(usage, latency_ratio / limit)
+        return Verdict(
+            ok=not problem,
+            reason=reason or "ok",
+            problem=problem,
+            outputs=metrics,
+            metric=change,
+            samples=samples,
+            smoke_test=self.smoke_test,
+            damage=_damage(usage, noise),
+            noise=noise,
+        )
+
+    def _over_budget(
+        self, metrics: Mapping[str, OutputMetrics], change: MetricChange | None
+    ) -> tuple[float, str]:
+        """Return the share of the budget used, and what goes beyond it, if anything."""
+        budget = self.budget
+        worst, reason = 0.0, ""
+
+        def use(share: float, words: str) -> None:
+            nonlocal worst, reason
+            if share > max(1.0, worst):
+                reason = words
+            worst = max(worst, share)
+
+        if budget.max_drop is not None and change is not None:
+            # 100 - 99.9 is a little more than 0.1 in floating point.
+            allowed = budget.max_drop + 1e-9 * max(1.0, abs(change.before))
+            use(
+                _share(change.drop, allowed),
+                f"{change.name} went from {change.before:.6g} to {change.after:.6g}, "
+                f"{change.drop:.3g} worse where {budget.max_drop:g} is allowed",
+            )
+        for name, m in metrics.items():
+            if m.note:
+                continue
+            if budget.min_agreement is not None and m.agreement is not None:
+                use(
+                    _share(1 - m.agreement, 1 - budget.min_agreement + 1e-12),
+                    f"agreement of {name!r} is {m.agreement:.4f}, less than "
+                    f"{budget.min_agreement:g}",
+                )
+            if budget.min_sqnr is not None:
+                use(
+                    _amplitude(m.sqnr_db) / _amplitude(budget.min_sqnr),
+                    f"SQNR of {name!r} is {m.sqnr_db:.1f} dB, less than "
+                    f"{budget.min_sqnr:g}",
+                )
+        return worst, reason
+
+    def _not_same(
+        self, start: _Reference, differences: Mapping[str, Difference]
+    ) -> str:
+        """Return how outputs differ by more than float noise, or ``""``.
+
+        Float noise is an error of at most 1e-4 of the output's largest value, and 60
+        dB (1e-2 and 36 dB for fp16). A deep or ill-conditioned model may do worse on
+        its own: then ten times the difference between onnxruntime's optimised and
+        plain run of it is allowed, up to 1e-2 and 40 dB. Integers, booleans
+        and strings must be equal; 8-bit values may differ by one step in 1 %.
+        """
+        for name, difference in differences.items():
+            seen = start.seen[name]
+            m = difference.result(seen)
+            if m.note and not seen.stable:
+                continue
+            if m.note:
+                return f"promised the same outputs, but {name!r}: {m.note}"
+            if m.reshaped:
+                return f"promised the same outputs, but the shape of {name!r} differs"
+            if seen.dtype is None or not is_float(np.zeros(0, seen.dtype)):
+                equal = m.agreement is None or m.agreement == 1
+                small = difference.far == 0 and (m.agreement or 0) >= 0.99
+                if equal or (small and seen.dtype is not None):
+                    continue
+                return (
+                    f"promised the same outputs, but {1 - (m.agreement or 0):.2%} of "
+                    f"the values of {name!r} differ"
+                )
+            if difference.far:
+                return (
+                    f"promised the same outputs, but {difference.far:,} values of "
+                    f"{name!r} are finite that were not"
+                )
+            half = seen.dtype.itemsize == 2
+            error, level = (1e-2, 36.0) if half else (1e-4, 60.0)
+            if m.max_abs <= error * seen.scale + 1e-12 and m.sqnr_db >= level:
+                continue
+            own_error, own_level = self._own_noise(start)[name]
+            error = max(error, min(10 * own_error, 1e-2))
+            level = min(level, max(own_level - 20, 36.0 if half else 40.0))
+            if m.max_abs <= error * seen.scale + 1e-12 and m.sqnr_db >= level:
+                continue
+            return (
+                f"promised the same outputs, but {name!r} differs by up to "
+                f"{m.max_abs:.3g} where its values reach {seen.scale:.3g} "
+                f"({m.sqnr_db:.1f} dB)"
+            )
+        return ""
+
+    def _own_noise(self, start: _Reference) -> dict[str, tuple[float, float]]:
+        """Relative error and SQNR of a model run without optimisations."""
+        if start.noise is None:
+            unoptimised = self._session(start.source, "off")
+            differences = {name: Difference(False) for name in start.seen}
+            power = dict.fromkeys(start.seen, 0.0)
+            for index, (first, last) in enumerate(start.spans[:8]):
+                feed = self.samples.read(np.arange(first, last))
+                out, wanted = self._run(unoptimised, feed), start.store.read(index)
+                for name, difference in differences.items():
+                    difference.update(wanted[name], out[name], last - first)
+                    if is_float(wanted[name]):
+                        wide = plain(wanted[name].astype(np.float64))
+                        power[name] += float(wide @ wide)
+            found = {}
+            for name, difference in differences.items():
+                scale = start.seen[name].scale or 1.0
+                noise = difference.noise
+                level = math.inf
+                if noise > 0:
+                    level = 10 * math.log10(power[name] / noise) if power[name] else 0.0
+                found[name] = (difference.max_abs / scale, level)
+            start.noise = found
+        return start.noise
+
+
+def _answering(reference: _Reference, answers: Mapping[str, Array]) -> _Reference:
+    """Return a reference that gives other answers; what has none is left out."""
+    store, seen = Store(), {name: Seen() for name in reference.seen if name in answers}
+    for index, (start, stop) in enumerate(reference.spans):
+        own = reference.store.read(index)
+        batch = {
+            name: np.asarray(answers[name][start:stop], own[name].dtype)
+            for name in seen
+        }
+        for name, value in batch.items():
+            seen[name].update(name, value, stop - start)
+        store.add(batch)
+    return dataclasses.replace(reference, store=store, seen=seen)
+
+
+def _identity(source: Source) -> object:
+    """Return what tells two sources apart: a file's state, or the object."""
+    if isinstance(source, Path) and source.exists():
+        state = source.stat()
+        return str(source.resolve()), state.st_mtime_ns, state.st_size
+    return id(source)
+
+
+def _amplitude(sqnr_db: float) -> float:
+    """Noise-to-signal amplitude ratio of an SQNR."""
+    if math.isinf(sqnr_db):
+        return 0.0 if sqnr_db > 0 else math.inf
+    return float(10 ** min(-sqnr_db / 20, 300))
+
+
+def _share(used: float, allowed: float) -> float:
+    if used <= 0:
+        return 0.0
+    return used / allowed if allowed > 0 else math.inf
+
+
+def _damage(usage: float, noise: float) -> float:
+    """Share of the budget used, with a hundredth of it moved by the output noise.
+
+    Metrics count samples and so often stay the same; the noise tells candidates apart.
+    What fits stays at most 1, what does not stays above.
+    """
+    if math.isinf(usage):
+        return math.inf
+    tail = 1.0 if math.isinf(noise) else noise / (1 + noise)
+    return 0.99 * usage + 0.01 * tail if usage <= 1 else usage + 0.01 * tail
+
+
+def grown(before: int | None, after: int | None) -> str:
+    """Return how much a file grew, if by more than metadata and nodes take."""
+    if before is None or after is None:
+        return ""
+    if after <= before + max(_GROWTH, before * _GROWTH_SHARE):
+        return ""
+    return f"the file grew from {before:,} to {after:,} bytes"
+
+
+def _broken_values(metrics: Mapping[str, OutputMetrics]) -> str:
+    for name, m in metrics.items():
+        if m.nan or m.inf:
+            what = f"{m.nan:,} NaN" if m.nan else f"{m.inf:,} infinite"
+            return f"output {name!r} has {what} values that the reference has not"
+    return ""
+
+
+def _repeats(one: Any, two: Any) -> bool:
+    """Whether two runs on one feed gave the same."""
+    if isinstance(one, np.ndarray):
+        numbers = one.dtype.kind in "fc"
+        return one.shape == two.shape and np.array_equal(one, two, equal_nan=numbers)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(_repeats, one, two))
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_repeats(one[k], two[k]) for k in one)
+    return bool(one == two)
+
+
+def _same_kind(name: str, reference: Any, value: Any) -> None:
+    """Refuse an output of another dtype or, where it counts samples, first axis."""
+    if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
+        return
+    if reference.dtype != value.dtype or reference.ndim != value.ndim:
+        raise ModelError(
+            f"output {name!r} is {value.dtype} {list(value.shape)}, the "
+            f"reference gives {reference.dtype} {list(reference.shape)}"
+        )
+
+
+def _count(feed: Mapping[str, Array], span: tuple[int, int], samples: Samples) -> int:
+    """Samples on the first axis of outputs: those of the span, or of a whole feed."""
+    if not samples.whole:
+        return span[1] - span[0]
+    first = next(iter(feed.values()))
+    return len(first) if first.ndim else 1

@@ -1,0 +1,140 @@
+"""The search that makes a pass fit its budget, on damage functions known on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.model import Model
+from onnxshrink.search.backoff import Plan, back_off, tighten
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllOrNothing(SitePass):
+    """Sites cannot be weakened."""
+
+    name: ClassVar[str] = "all-or-nothing"
+    promise: ClassVar[Promise] = Promise.CLOSE
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        return ()
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        raise AssertionError("the search never rewrites")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gentle(AllOrNothing):
+    """Sites carry the strength they are done with."""
+
+    name: ClassVar[str] = "gentle"
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        saved = round(1000 * strength)
+        return Site(site.where, site.kind, saved, 0, {"level": strength})
+
+
+def sites(count: int) -> list[Site]:
+    return [Site(f"w{i}", "Gemm", 1000, 0, {"level": 1.0}) for i in range(count)]
+
+
+def left_out(plan: Plan) -> set[str]:
+    return {s.where for s, x in zip(plan.sites, plan.strengths, strict=True) if x == 0}
+
+
+def test_only_the_most_damaging_sites_are_left_out() -> None:
+    harm = {"w0": 0.1, "w1": 0.9, "w2": 0.2, "w3": 0.5, "w4": 0.1}
+
+    plan = back_off(
+        AllOrNothing(), sites(5), lambda some: sum(harm[s.where] for s in some)
+    )
+
+    assert plan is not None
+    assert left_out(plan) == {"w1"}
+    assert plan.changes(AllOrNothing()) == [("w1", "left out")]
+
+
+def test_no_plan_where_every_site_alone_breaks_the_budget() -> None:
+    assert back_off(AllOrNothing(), sites(4), lambda some: 2.0 * len(some)) is None
+
+
+def test_many_sites_are_measured_in_groups() -> None:
+    calls = 0
+
+    def damage(some: Sequence[Site]) -> float:
+        nonlocal calls
+        calls += 1
+        return sum(0.7 for s in some if s.where in ("w7", "w900"))
+
+    plan = back_off(AllOrNothing(), sites(1000), damage)
+
+    assert plan is not None
+    assert damage(plan.chosen(AllOrNothing())) <= 1
+    assert len(left_out(plan)) <= 8
+    assert calls < 160
+
+
+def level(some: Sequence[Site]) -> dict[str, float]:
+    return {site.where: float(str(site.detail["level"])) for site in some}
+
+
+def test_one_strength_is_found_for_all() -> None:
+    plan = back_off(Gentle(), sites(4), lambda some: sum(level(some).values()))
+
+    assert plan is not None
+    assert plan.strengths == (0.25,) * 4
+
+
+def test_sturdy_sites_take_budget_where_that_saves_more() -> None:
+    def damage(some: Sequence[Site]) -> float:
+        found = level(some)
+        return 2 * found.get("w0", 0.0) + 0.1 * found.get("w1", 0.0)
+
+    plan = back_off(Gentle(), sites(2), damage)
+
+    assert plan is not None
+    assert plan.strengths[1] == 1.0
+    assert 0.4 <= plan.strengths[0] <= 0.45  # 0.9 of the budget is left for it
+
+
+def test_sites_that_save_most_are_strengthened_in_groups() -> None:
+    many = [Site(f"w{i}", "Gemm", 1000 - i, 0, {"level": 1.0}) for i in range(60)]
+    calls = 0
+
+    def damage(some: Sequence[Site]) -> float:
+        nonlocal calls
+        calls += 1
+        found = level(some)
+        return 3 * found.get("w59", 0.0) + 0.001 * sum(found.values())
+
+    plan = back_off(Gentle(), many, damage)
+
+    assert plan is not None
+    assert plan.strengths[:40] == (1.0,) * 40
+    assert plan.strengths[59] < 0.34
+    assert damage(plan.chosen(Gentle())) <= 1
+    assert calls < 40
+
+
+@pytest.mark.parametrize("pass_", [AllOrNothing(), Gentle()])
+def test_tightening_ends_in_nothing_left_to_give(pass_: SitePass) -> None:
+    plan: Plan | None = Plan(tuple(sites(9)), (1.0,) * 9, tuple(range(9)))
+    before = 9.0
+    for _ in range(200):
+        assert plan is not None
+        plan = tighten(pass_, plan)
+        if plan is None:
+            break
+        assert sum(plan.strengths) < before
+        before = sum(plan.strengths)
+    assert plan is None
+
+
+def test_a_change_names_the_detail_that_became_gentler() -> None:
+    plan = Plan(tuple(sites(1)), (0.5,), (0,))
+
+    assert plan.changes(Gentle()) == [("w0", "level 1 -> 0.5")]
