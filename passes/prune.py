@@ -35,7 +35,7 @@ from onnxshrink.solvers.obs import (
 )
 from onnxshrink.statistics import Multi, Statistic
 from onnxshrink.structure import layers
-from onnxshrink.structure.layers import Layer, Layout, Role
+from onnxshrink.structure.layers import Layout, LinearWeight, Role
 from onnxshrink.tensors import ArrayTensor, LazyTensor, bits_of
 
 __all__ = ["Prune"]
@@ -210,7 +210,7 @@ class Prune(SitePass):
         return sites
 
     def _site(
-        self, layer: Layer, study: _Study, path: tuple[int, ...], zero: int
+        self, layer: LinearWeight, study: _Study, path: tuple[int, ...], zero: int
     ) -> Site:
         total = self._total(layer)
         detail: dict[str, object] = {"sparsity": path[-1] / total}
@@ -232,7 +232,7 @@ class Prune(SitePass):
             total=total,
         )
 
-    def _layers(self, model: Model, ctx: Context) -> list[Layer]:
+    def _layers(self, model: Model, ctx: Context) -> list[LinearWeight]:
         roles: list[Role] = ["weight"]
         roles += ["table"] if "tables" in self.also else []
         roles += ["bias"] if "biases" in self.also else []
@@ -251,7 +251,7 @@ class Prune(SitePass):
             ctx.skipped(self.name, f"{what} no weight of a {kinds}")
         return found
 
-    def _unfit(self, layer: Layer) -> str:
+    def _unfit(self, layer: LinearWeight) -> str:
         """Return why the pattern does not go with the layer."""
         if not self.pattern:
             return ""
@@ -262,13 +262,13 @@ class Prune(SitePass):
             return f"it has {inputs} inputs, too few for {self.pattern}"
         return ""
 
-    def _total(self, layer: Layer) -> int:
+    def _total(self, layer: LinearWeight) -> int:
         """Return how many entries, or blocks, a layer has."""
         if self.zeros.is_blocks:
             return math.prod(self.zeros.blocks(layer.layout.matrices_shape))
         return layer.weight.size
 
-    def _source(self, layer: Layer, study: _Study) -> Source:
+    def _source(self, layer: LinearWeight, study: _Study) -> Source:
         """Return what is compared within a layer and, in global scope, among layers."""
         if study.squares is not None:
             return _Energies(layer.weight.tensor, layer.layout, study, self.zeros)
@@ -278,7 +278,7 @@ class Prune(SitePass):
 
     def _paths(
         self,
-        found: Sequence[Layer],
+        found: Sequence[LinearWeight],
         studies: Mapping[str, _Study],
         sources: Sequence[Source],
         present: Sequence[int],
@@ -318,14 +318,14 @@ class Prune(SitePass):
                 paths[i] = [division[column] for division in divisions]
         return paths
 
-    def _kept(self, layer: Layer) -> int:
+    def _kept(self, layer: LinearWeight) -> int:
         """Return how many entries an N:M pattern keeps at most."""
         groups, outputs, inputs = layer.layout.matrices_shape
         runs, rest = divmod(inputs, self.zeros.of)
         keep = self.zeros.keep
         return groups * outputs * (runs * keep + min(rest, keep))
 
-    def _breaks_pattern(self, layer: Layer, study: _Study) -> bool:
+    def _breaks_pattern(self, layer: LinearWeight, study: _Study) -> bool:
         matrices = layer.layout.matrices(layer.weight.read())
         mask = study.mask
         if mask is None:
@@ -370,12 +370,12 @@ class Prune(SitePass):
         return wanted
 
     def _studies(
-        self, model: Model, found: Sequence[Layer], ctx: Context
+        self, model: Model, found: Sequence[LinearWeight], ctx: Context
     ) -> dict[str, _Study]:
         """Study each layer's inputs, all in one run; what was studied is remembered."""
         measure = self._measure(ctx)
         studies: dict[str, _Study] = {}
-        watched: list[tuple[Layer, Measure, list[tuple[str, Statistic]]]] = []
+        watched: list[tuple[LinearWeight, Measure, list[tuple[str, Statistic]]]] = []
         visible = {id(tensor) for tensor in model.graph.inputs}
         visible |= {id(t) for node in model.graph.nodes for t in node.outputs}
         samples = _most_samples(ctx.samples)
@@ -391,7 +391,7 @@ class Prune(SitePass):
             mine: Measure = measure
             if layer.layout.matrices_shape[2] > MAX_INPUTS:
                 mine = "wanda"
-            seen = layer.watched("gram" if mine == "obs" else "norm", count)
+            seen = layer.statistics_for("gram" if mine == "obs" else "norm", count)
             if seen is not None and all(id(tensor) in visible for tensor, _ in seen):
                 pairs = [(tensor.name, statistic) for tensor, statistic in seen]
                 watched.append((layer, mine, pairs))
@@ -412,7 +412,7 @@ class Prune(SitePass):
             studies[layer.name] = study
         return studies
 
-    def _key(self, layer: Layer, measure: Measure) -> tuple[object, ...]:
+    def _key(self, layer: LinearWeight, measure: Measure) -> tuple[object, ...]:
         # The study holds the tensor, so its identity is not used again.
         adjusts = "biases" not in self.also
         return ("prune", id(layer.weight.tensor), measure, self.pattern, adjusts)
@@ -420,7 +420,7 @@ class Prune(SitePass):
     def _task(
         self,
         model: Model,
-        layer: Layer,
+        layer: LinearWeight,
         measure: Measure,
         statistics: Sequence[Statistic],
     ) -> _Task:

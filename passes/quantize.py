@@ -27,12 +27,12 @@ from onnxshrink.quantization import (
 )
 from onnxshrink.quantization.calibration import Method
 from onnxshrink.quantization.placement import Planner
-from onnxshrink.quantization.processors import Target
+from onnxshrink.quantization.processors import Processor
 from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
 from onnxshrink.quantization.static import Recipe
 from onnxshrink.solvers.rounding import Fit, Grid, adaround, nearest
 from onnxshrink.structure import layers
-from onnxshrink.structure.layers import Layer
+from onnxshrink.structure.layers import LinearWeight
 
 __all__ = ["Quantize"]
 
@@ -183,7 +183,7 @@ class Quantize(SitePass):
         return usable and not random
 
     def _form(
-        self, layer: Layer, static_ok: bool, dynamic_ok: bool, data: bool
+        self, layer: LinearWeight, static_ok: bool, dynamic_ok: bool, data: bool
     ) -> Form:
         kind = layer.kind if layer.uses else ""
         pays = self.activations == "static" or kind in ("Conv", "Gemm")
@@ -194,10 +194,10 @@ class Quantize(SitePass):
             return "dynamic"
         return "none"
 
-    def _recipe(self, target: Target) -> Recipe:
-        data_type = _TYPES.get(self.activation_type, target.activation)
+    def _recipe(self, processor: Processor) -> Recipe:
+        data_type = _TYPES.get(self.activation_type, processor.activation)
         low, high = limits(data_type)
-        symmetric = target.symmetric_activations
+        symmetric = processor.symmetric_activations
         if symmetric and low < 0:
             low += 1
         method: Method = "mse" if self.calibration == "auto" else self.calibration
@@ -210,7 +210,7 @@ class Quantize(SitePass):
             percentile=self.percentile,
             rounding=rounded,
             bias_correction=self.bias_correction != "false",
-            target=target,
+            processor=processor,
             cache=self.cache,
         )
 
@@ -246,7 +246,12 @@ class Quantize(SitePass):
         return sites
 
     def _site(
-        self, model: Model, layer: Layer, static_ok: bool, data: bool, ctx: Context
+        self,
+        model: Model,
+        layer: LinearWeight,
+        static_ok: bool,
+        data: bool,
+        ctx: Context,
     ) -> Site | None:
         dynamic_ok = not dynamic.why_not(model, layer)
         if self.activations == "auto":
@@ -283,10 +288,10 @@ class Quantize(SitePass):
         names: dict[str, list[str]] = {"static": [], "dynamic": [], "none": []}
         for site in sites:
             names[str(site.detail["form"])].append(site.where)
-        target, note = processors.resolve(self.target)
+        processor, note = processors.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
-        self._equalized(model, names, target, ctx)
+        self._equalized(model, names, processor, ctx)
         if names["dynamic"] and self._weights != "int8":
             ctx.skipped(
                 "weights",
@@ -299,7 +304,7 @@ class Quantize(SitePass):
         if names["static"]:
             if ctx.samples.random:
                 ctx.skipped("calibration", "random inputs: ranges are those of noise")
-            recipe = self._recipe(target)
+            recipe = self._recipe(processor)
             if recipe.activation.opset > model.opset:
                 model.require_opset(MIN_OPSET[recipe.activation.data_type])
             left = static.write(model, names["static"], recipe, ctx)
@@ -308,7 +313,7 @@ class Quantize(SitePass):
             names["none"] += [
                 name for name in left if model.weight(name).size >= SMALLEST
             ]
-        self._others(model, names, target, ctx)
+        self._others(model, names, processor, ctx)
         model.drop_unused()
         model.forget_shapes()
 
@@ -316,11 +321,11 @@ class Quantize(SitePass):
         self,
         model: Model,
         names: Mapping[str, Sequence[str]],
-        target: Target,
+        processor: Processor,
         ctx: Context,
     ) -> None:
         """Move sizes between neighbours so that codes lose less."""
-        pairs = target.saturation != "never"
+        pairs = processor.saturation != "never"
         coded = [*names["static"], *names["dynamic"]]
         if self.equalize == "cross-layer":
             correction.equalize(model, ctx)
@@ -354,7 +359,7 @@ class Quantize(SitePass):
         self,
         model: Model,
         names: Mapping[str, Sequence[str]],
-        target: Target,
+        processor: Processor,
         ctx: Context,
     ) -> None:
         """Quantize weights whose activations get no scale beforehand."""
@@ -367,7 +372,7 @@ class Quantize(SitePass):
             for layer in layers.find(model, roles=("weight", "table"))
             if layer.name in wanted
         ]
-        pairs = target.saturation != "never"
+        pairs = processor.saturation != "never"
         for layer, gram in self._with_grams(model, chosen, ctx):
             matrices = layer.layout.matrices(layer.weight.read())
             rows = np.ascontiguousarray(matrices, np.float32)
@@ -419,14 +424,14 @@ class Quantize(SitePass):
         return grid, codes if gram is None else adaround(rows, gram, grid)
 
     def _with_grams(
-        self, model: Model, chosen: Sequence[Layer], ctx: Context
-    ) -> Iterator[tuple[Layer, NDArray[np.float64] | None]]:
+        self, model: Model, chosen: Sequence[LinearWeight], ctx: Context
+    ) -> Iterator[tuple[LinearWeight, NDArray[np.float64] | None]]:
         """Yield layers with the Gram matrix of their inputs where rounding wants it."""
         by_inputs = self.rounding in ("auto", "learned", "gptq", "adaround")
         wants = by_inputs and self._has_data(ctx)
         left = {layer.name: layer for layer in chosen}
         for group in inputs.groups(chosen) if wants else ():
-            seen_by, _ = inputs.watch(model, group, ctx, cache=self.cache)
+            seen_by, _ = inputs.input_grams(model, group, ctx, cache=self.cache)
             for name, seen in seen_by.items():
                 layer = left.pop(name)
                 yield layer, layers.gram(layer, seen)[0]

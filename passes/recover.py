@@ -31,7 +31,7 @@ from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.solvers.obs import Curvature, refit
 from onnxshrink.statistics import ConvGram, ConvWindow
 from onnxshrink.structure import layers
-from onnxshrink.structure.layers import Layer, Use
+from onnxshrink.structure.layers import LinearWeight, Use
 from onnxshrink.structure.selection import selected
 from onnxshrink.tensors import LazyTensor
 from onnxshrink.training.fakequant import CODES, Decoder, decoder_of
@@ -454,7 +454,7 @@ class _Finder:
             and maker[0].op != "DequantizeLinear"
         )
 
-    def _layer(self, layer: Layer, at: Mapping[int, int]) -> _Work | str:
+    def _layer(self, layer: LinearWeight, at: Mapping[int, int]) -> _Work | str:
         why = layer.why_not
         if not why and layer.kind not in _LINEAR:
             why = f"least squares is not for the weights of {layer.kind}"
@@ -477,7 +477,7 @@ class _Finder:
         enough = self.samples
         if node.op == "Conv" and self.options.order == "sequential":
             enough = min(enough, max(CONV_SAMPLES, 2 * inputs))
-        seen = layer.watched("gram", enough)
+        seen = layer.statistics_for("gram", enough)
         if seen is None:
             return "its inputs cannot be watched"
         tensor, statistic = seen[0]
@@ -535,7 +535,7 @@ class _Finder:
             samples=enough,
         )
 
-    def _unlike(self, layer: Layer, use: Use) -> _Work | str:
+    def _unlike(self, layer: LinearWeight, use: Use) -> _Work | str:
         """Describe a ConvTranspose, or a product with a stack of matrices."""
         node, shape = use.node, layer.weight.shape
         target = self._target(node, layer.name)

@@ -16,7 +16,7 @@ from onnxshrink.model import Model, Node, Weight
 from onnxshrink.structure import blocks, channels, layers
 from onnxshrink.structure.blocks import Block, Run
 from onnxshrink.structure.channels import Group, Slices
-from onnxshrink.structure.layers import NORMALISATIONS, Layer, is_float
+from onnxshrink.structure.layers import NORMALISATIONS, LinearWeight, is_float
 from onnxshrink.structure.selection import selected
 from onnxshrink.structure.shapes import macs_by_value
 
@@ -279,7 +279,7 @@ def _all(runs: Iterable[Run]) -> list[Block]:
     return [block for run in runs for block in run.units]
 
 
-def _inputs(layer: Layer, role: layers.Role) -> int:
+def _inputs(layer: LinearWeight, role: layers.Role) -> int:
     """Return how many inputs an output of a layer sums up; a table's row is one."""
     count = (
         layer.weight.shape[-1] if role == "table" else layer.layout.matrices_shape[2]

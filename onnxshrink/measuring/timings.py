@@ -33,8 +33,8 @@ from onnxshrink import runtime
 from onnxshrink.base import Progress
 from onnxshrink.measuring.measure import latencies
 from onnxshrink.model import Model, attribute
-from onnxshrink.quantization.processors import Target, detect
-from onnxshrink.structure.layers import Layer, find
+from onnxshrink.quantization.processors import Processor, detect
+from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.terminal import clean, middle, table
 
@@ -207,7 +207,7 @@ class Timings:
         self,
         model: Model,
         feed: Mapping[str, Array],
-        target: Target,
+        processor: Processor,
         *,
         progress: Progress | None = None,
     ) -> Kernels:
@@ -216,7 +216,7 @@ class Timings:
         Args:
             model: The model, in float.
             feed: Inputs, for their shapes.
-            target: Whose types of codes are used.
+            processor: Whose types of codes are used.
             progress: Receives progress.
         """
         shapes = value_shapes(model, {name: a.shape for name, a in feed.items()})
@@ -228,25 +228,27 @@ class Timings:
             if isinstance(work, str):
                 skipped.append((layer.name, work))
             else:
-                found.append(Kernel(layer.name, layer.kind, self._kernel(work, target)))
+                found.append(
+                    Kernel(layer.name, layer.kind, self._kernel(work, processor))
+                )
             if progress is not None:
                 progress(number + 1, len(chosen), "timing kernels")
         codes = [
             onnx.TensorProto.DataType.Name(kind).lower()
-            for kind in (target.activation, target.weight)
+            for kind in (processor.activation, processor.weight)
         ]
         words = f"{detect().model}, {codes[0]} activations, {codes[1]} weights"
         return Kernels(words, tuple(found), tuple(skipped))
 
-    def _kernel(self, work: _Work, target: Target) -> float:
-        key = ["kernel", *work.key, target.activation, target.weight]
+    def _kernel(self, work: _Work, processor: Processor) -> float:
+        key = ["kernel", *work.key, processor.activation, processor.weight]
         rng = np.random.default_rng(0)
         codes = rng.integers(0, 128, work.input).astype(
-            helper.tensor_dtype_to_np_dtype(target.activation)
+            helper.tensor_dtype_to_np_dtype(processor.activation)
         )
         return self._known(
             key,
-            _integer(work, target),
+            _integer(work, processor),
             _single(work),
             {"x": codes},
             {"x": codes.astype(np.float32)},
@@ -342,7 +344,7 @@ class _Work:
         return 0 if rows else 1
 
 
-def _work(layer: Layer, shapes: Mapping[str, Sequence[int]]) -> _Work | str:
+def _work(layer: LinearWeight, shapes: Mapping[str, Sequence[int]]) -> _Work | str:
     """Describe a layer, or say why it has no integer kernel to time."""
     if layer.why_not:
         return layer.why_not
@@ -367,9 +369,9 @@ def _single(work: _Work) -> onnx.ModelProto:
     return _model(work, [node], onnx.TensorProto.FLOAT, {"w": weight})
 
 
-def _integer(work: _Work, target: Target) -> onnx.ModelProto:
+def _integer(work: _Work, processor: Processor) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
-    kinds = (target.activation, target.weight)
+    kinds = (processor.activation, processor.weight)
     act, wgt = (helper.tensor_dtype_to_np_dtype(kind) for kind in kinds)
     signed = act == np.int8
     nodes = [
@@ -389,7 +391,7 @@ def _integer(work: _Work, target: Target) -> onnx.ModelProto:
         "sy": np.array(0.05 * 0.01 * 37 * 64 * math.sqrt(inputs) / 32, np.float32),
         "z": np.array(0 if signed else 128, act),
     }
-    return _model(work, nodes, target.activation, constants)
+    return _model(work, nodes, processor.activation, constants)
 
 
 def _model(

@@ -29,7 +29,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, attribute
 from onnxshrink.quantization.weightonly import home, within_reach
 from onnxshrink.solvers.rounding import Grid, gptq, nearest
-from onnxshrink.structure.layers import Layer, Use
+from onnxshrink.structure.layers import LinearWeight, Use
 
 __all__ = [
     "OPSET",
@@ -65,7 +65,7 @@ _FLOATING = {
 }
 
 
-def why_not(model: Model, layer: Layer) -> str:
+def why_not(model: Model, layer: LinearWeight) -> str:
     """Return why a layer cannot multiply codes found at run time, or nothing."""
     if layer.why_not:
         return layer.why_not
@@ -95,7 +95,7 @@ def why_not(model: Model, layer: Layer) -> str:
     return ""
 
 
-def pays(layer: Layer) -> bool:
+def pays(layer: LinearWeight) -> bool:
     """Whether a weight is large enough for integer products to be faster."""
     return layer.weight.size >= PAYS_FROM
 
@@ -171,7 +171,7 @@ def quantized(
 # --- writing --------------------------------------------------------------------------
 
 
-def rewrite(model: Model, layer: Layer, grid: Grid, codes: Array) -> str:
+def rewrite(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> str:
     """Let all readers of a weight multiply int8 codes.
 
     Args:

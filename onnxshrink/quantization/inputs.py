@@ -14,9 +14,9 @@ from onnxshrink.base import Context
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 from onnxshrink.statistics import Multi, Statistic, Stored
-from onnxshrink.structure.layers import Layer
+from onnxshrink.structure.layers import LinearWeight
 
-__all__ = ["groups", "watch"]
+__all__ = ["groups", "input_grams"]
 
 _HELD = 128 << 20
 """Bytes of Gram matrices that are held at the same time."""
@@ -26,13 +26,13 @@ _LARGEST = 256 << 20
 """Bytes of a Gram matrix from which a layer is not watched."""
 
 
-def groups(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+def groups(layers: Iterable[LinearWeight]) -> Iterator[list[LinearWeight]]:
     """Cut layers that can be watched into groups for one run each."""
-    group: list[Layer] = []
+    group: list[LinearWeight] = []
     held = 0
     for layer in layers:
         size = _bytes(layer)
-        if size > _LARGEST or layer.watched("gram") is None:
+        if size > _LARGEST or layer.statistics_for("gram") is None:
             continue
         if group and held + size > _HELD:
             yield group
@@ -43,15 +43,15 @@ def groups(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
         yield group
 
 
-def _bytes(layer: Layer) -> int:
+def _bytes(layer: LinearWeight) -> int:
     """Bytes of the float64 Gram matrices of a layer."""
     stacks, _, inputs = layer.layout.matrices_shape
     return stacks * inputs * inputs * 8
 
 
-def watch(
+def input_grams(
     model: Model,
-    layers: Iterable[Layer],
+    layers: Iterable[LinearWeight],
     ctx: Context,
     beside: Mapping[str, Stored] | None = None,
     *,
@@ -83,7 +83,7 @@ def watch(
     }
     places: dict[str, list[tuple[str, str]]] = {}
     for layer in layers:
-        for tensor, statistic in layer.watched("gram", count) or ():
+        for tensor, statistic in layer.statistics_for("gram", count) or ():
             # Layers that read the same values in the same way share the matrix.
             label = str(statistic.key)
             wanted.setdefault(tensor.name, {})[label] = statistic

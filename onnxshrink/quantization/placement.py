@@ -33,7 +33,7 @@ from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, ValueInfo, attribute
 from onnxshrink.model.exporter import in_order
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
-from onnxshrink.structure.layers import Layer, Layout, find
+from onnxshrink.structure.layers import Layout, LinearWeight, find
 
 __all__ = [
     "Coded",
@@ -102,7 +102,7 @@ class Linear:
     """
 
     node: Node
-    layer: Layer
+    layer: LinearWeight
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 x86 processors without VNNI multiply 8-bit integers with VPMADDUBSW, which adds two
 products of an unsigned and a signed byte in 16 bits and clips the sum: with codes of
-255 and 127, 64770 becomes 32767. ``TARGETS`` says where that happens, ``saturation``
+255 and 127, 64770 becomes 32767. ``PROCESSORS`` says where that happens, ``saturation``
 whether it does for a layer's codes, and ``headroom`` how far to narrow them.
 
 Everything here is a fixed table or arithmetic, so that what a pass writes never depends
@@ -31,14 +31,14 @@ from onnxshrink.statistics import (
     Sample,
     Statistic,
 )
-from onnxshrink.structure.layers import Layer
+from onnxshrink.structure.layers import LinearWeight
 
 __all__ = [
     "NAMES",
-    "TARGETS",
+    "PROCESSORS",
     "Cpu",
+    "Processor",
     "Saturation",
-    "Target",
     "adds_pairs",
     "detect",
     "headroom",
@@ -64,7 +64,7 @@ _ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Target:
+class Processor:
     """The rules for one kind of processor.
 
     Attributes:
@@ -104,11 +104,11 @@ class Target:
         return ""
 
 
-def _target(name: str, activation: int, saturation: str, note: str) -> Target:
+def _processor(name: str, activation: int, saturation: str, note: str) -> Processor:
     # U8U8 on x86 has kernels that widen to 16 bits first, with VNNI as well (MLAS,
     # platform.cpp); on AVX2 they took 1.6x to 5x the time of U8S8.
     slow = {(_UINT8, _UINT8)} if name in {"avx2", "vnni", "any"} else set()
-    return Target(
+    return Processor(
         name=name,
         activation=activation,
         weight=_INT8,
@@ -123,23 +123,23 @@ def _target(name: str, activation: int, saturation: str, note: str) -> Target:
 # and why do I need to try U8U8?" and "When to use reduce-range" (AVX2 and AVX512 use
 # VPMADDUBSW for U8S8 and clip; VNNI and ARM do not; GPUs take S8S8 only). onnxruntime
 # turns S8S8 into U8S8 on x86, so that S8 activations clip there too.
-TARGETS: Mapping[str, Target] = {
-    target.name: target
-    for target in (
-        _target(
+PROCESSORS: Mapping[str, Processor] = {
+    one.name: one
+    for one in (
+        _processor(
             "avx2",
             _UINT8,
             "data",
             "x86 without VNNI: uint8 activations, int8 weights, narrowed where a "
             "16-bit sum could clip for any activations",
         ),
-        _target("vnni", _UINT8, "never", "x86 with VNNI: uint8 activations, 8 bits"),
+        _processor("vnni", _UINT8, "never", "x86 with VNNI: uint8 activations, 8 bits"),
         # MLAS has kernels of signed activations and weights with SDOT, and of
         # symmetric convolutions (microsoft/onnxruntime#9772).
-        _target("arm", _INT8, "never", "ARM: int8 activations and weights, 8 bits"),
+        _processor("arm", _INT8, "never", "ARM: int8 activations and weights, 8 bits"),
         # TensorRT takes zero points of 0 only.
-        _target("gpu", _INT8, "never", "GPU: int8 everywhere, zero points 0"),
-        _target(
+        _processor("gpu", _INT8, "never", "GPU: int8 everywhere, zero points 0"),
+        _processor(
             "any",
             _UINT8,
             "bound",
@@ -147,7 +147,7 @@ TARGETS: Mapping[str, Target] = {
         ),
     )
 }
-NAMES: tuple[str, ...] = ("auto", *TARGETS)
+NAMES: tuple[str, ...] = ("auto", *PROCESSORS)
 
 
 # --- this machine -----------------------------------------------------------------
@@ -202,7 +202,7 @@ def detect(cpuinfo: str | None = None, machine: str | None = None) -> Cpu:
     return Cpu(model, machine, "vnni" if exact in words else "avx2", bool(words))
 
 
-def resolve(name: str) -> tuple[Target, str]:
+def resolve(name: str) -> tuple[Processor, str]:
     """Return the rules a name stands for, and in words what that takes for granted.
 
     Args:
@@ -211,14 +211,14 @@ def resolve(name: str) -> tuple[Target, str]:
     Raises:
         UsageError: There is no such target.
     """
-    if name in TARGETS:
-        return TARGETS[name], f"target {name}: {TARGETS[name].note}"
+    if name in PROCESSORS:
+        return PROCESSORS[name], f"target {name}: {PROCESSORS[name].note}"
     if name != "auto":
         raise UsageError(
             f"target is one of {', '.join(NAMES)}, not {name!r}.{nearest(name, NAMES)}"
         )
     cpu = detect()
-    found = TARGETS[cpu.target]
+    found = PROCESSORS[cpu.target]
     how = "this machine" if cpu.known else "instructions of this machine unknown"
     return found, f"target {found.name} ({how}, {cpu.model}): {found.note}"
 
@@ -250,7 +250,7 @@ class Saturation:
         return self.lost > lost
 
 
-def adds_pairs(layer: Layer) -> bool:
+def adds_pairs(layer: LinearWeight) -> bool:
     """Whether onnxruntime's kernel for a layer adds products in pairs.
 
     Depthwise convolutions have a kernel of their own that is exact; ConvTranspose and
@@ -265,7 +265,7 @@ def adds_pairs(layer: Layer) -> bool:
 
 
 def saturation(
-    layer: Layer,
+    layer: LinearWeight,
     codes: Codes,
     activations: Codes | None = None,
     *,
@@ -307,23 +307,26 @@ def saturation(
 
 
 def saturates(
-    layer: Layer, codes: Codes, target: Target, activations: Codes | None = None
+    layer: LinearWeight,
+    codes: Codes,
+    processor: Processor,
+    activations: Codes | None = None,
 ) -> NDArray[np.bool_]:
-    """Say which outputs of a layer must be narrowed for a target.
+    """Say which outputs of a layer must be narrowed for a processor.
 
     Args:
         layer: The layer.
         codes: int8 codes in the shape of its weight.
-        target: The rules; ``never`` gives all ``False``.
+        processor: The rules; ``never`` gives all ``False``.
         activations: As for ``saturation``; without any, the bound decides.
 
     Returns:
         bool [groups * outputs].
     """
     groups, outputs, _ = layer.layout.matrices_shape
-    if target.saturation == "never":
+    if processor.saturation == "never":
         return np.zeros(groups * outputs, bool)
-    rows = activations if target.saturation == "data" else None
+    rows = activations if processor.saturation == "data" else None
     return saturation(layer, codes, rows).bites()
 
 
@@ -347,7 +350,7 @@ def headroom(peak: Float64, activation_top: int = 255) -> Float64:
 
 
 def sampled(
-    layer: Layer, samples: int = 1, seed: int = 0, rows: int = _ROWS
+    layer: LinearWeight, samples: int = 1, seed: int = 0, rows: int = _ROWS
 ) -> tuple[tuple[gs.Tensor, Statistic], ...] | None:
     """Return the activations a layer reads, each with a statistic that keeps rows.
 
@@ -358,14 +361,14 @@ def sampled(
         rows: How many to keep.
 
     Returns:
-        As ``Layer.watched``; the ``values`` of a statistic, float [rows, inputs],
-        become the codes that ``saturation`` takes.
+        As ``LinearWeight.statistics_for``; the ``values`` of a statistic, float
+        [rows, inputs], become the codes that ``saturation`` takes.
     """
-    watched = layer.watched("norm")
-    if watched is None:
+    wanted = layer.statistics_for("norm")
+    if wanted is None:
         return None
     found: list[tuple[gs.Tensor, Statistic]] = []
-    for tensor, statistic in watched:
+    for tensor, statistic in wanted:
         if isinstance(statistic, ConvNorm):
             few = max(1, -(-4 * rows // max(1, samples)))
             window = statistic.window
@@ -376,14 +379,14 @@ def sampled(
     return tuple(found)
 
 
-def _taps(layer: Layer) -> int:
+def _taps(layer: LinearWeight) -> int:
     """Values of a kernel: 1 for a matrix."""
     if layer.uses[0].node.op != "Conv":
         return 1
     return int(np.prod(layer.layout.shape[2:], dtype=np.int64))
 
 
-def kernel_order(layer: Layer) -> NDArray[np.intp]:
+def kernel_order(layer: LinearWeight) -> NDArray[np.intp]:
     """Return the inputs of a dot product in the order the kernel takes them.
 
     Of the matrices [groups, outputs, inputs] of ``Layout``; neighbours, two by two, are

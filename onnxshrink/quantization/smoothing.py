@@ -29,7 +29,7 @@ from onnxshrink.quantization.dynamic import safe_scale
 from onnxshrink.quantization.weightonly import Levels, block_of
 from onnxshrink.solvers.rounding import Fit, decode, fit, nearest
 from onnxshrink.statistics import ChannelRange, Multi, Sample
-from onnxshrink.structure.layers import Layer, find, is_float
+from onnxshrink.structure.layers import LinearWeight, find, is_float
 
 __all__ = ["Group", "apply", "awq", "groups", "smooth"]
 
@@ -67,7 +67,7 @@ class Group:
     """
 
     tensor: gs.Tensor
-    layers: tuple[Layer, ...]
+    layers: tuple[LinearWeight, ...]
 
     @property
     def readers(self) -> tuple[Node, ...]:
@@ -92,7 +92,7 @@ def groups(
         only: As for ``layers.find``.
         skip: As for ``layers.find``.
     """
-    found: dict[int, tuple[gs.Tensor, list[Layer]]] = {}
+    found: dict[int, tuple[gs.Tensor, list[LinearWeight]]] = {}
     here = {id(node) for node in model.graph.nodes}
     for layer in find(model, only=only, skip=skip):
         tensors = {id(use.node.inputs[0]): use.node.inputs[0] for use in layer.uses}
@@ -106,7 +106,7 @@ def groups(
     return [Group(tensor, tuple(layers)) for tensor, layers in found.values()]
 
 
-def _multiplies(layer: Layer) -> Iterator[bool]:
+def _multiplies(layer: LinearWeight) -> Iterator[bool]:
     for use in layer.uses:
         yield (
             use.node.op in {"Gemm", "MatMul"}

@@ -26,13 +26,13 @@ from onnxshrink.model import Model
 from onnxshrink.quantization import calibration, dynamic, inputs, placement, processors
 from onnxshrink.quantization.calibration import Observer
 from onnxshrink.quantization.placement import Coded, Codes, Linear, Plan, Planner
-from onnxshrink.quantization.processors import Target
+from onnxshrink.quantization.processors import Processor
 from onnxshrink.quantization.schemes import Scheme, affine
 from onnxshrink.solvers import rounding
 from onnxshrink.solvers.rounding import Fit, Grid
 from onnxshrink.statistics import Range, Statistic, Stored
 from onnxshrink.structure import layers
-from onnxshrink.structure.layers import Layer
+from onnxshrink.structure.layers import LinearWeight
 
 __all__ = ["LEVELS", "Recipe", "write"]
 
@@ -66,7 +66,7 @@ class Recipe:
         percentile: For the method of that name.
         rounding: How weights are rounded.
         bias_correction: Whether biases take up the shift of the mean.
-        target: What the codes will run on.
+        processor: What the codes will run on.
         cache: Folder to keep what calibration saw in.
     """
 
@@ -77,7 +77,7 @@ class Recipe:
     percentile: float
     rounding: Rounding
     bias_correction: bool
-    target: Target
+    processor: Processor
     cache: Path | None = None
 
     @property
@@ -131,7 +131,7 @@ class _Rounded:
     Attributes:
         codes: The weight.
         shift: What to add to the bias, float32 [outputs].
-        narrowed: Outputs whose codes were narrowed for the target.
+        narrowed: Outputs whose codes were narrowed for the processor.
     """
 
     codes: Codes
@@ -159,7 +159,7 @@ class _Static:
 
     def write(self) -> dict[str, str]:
         plan = self.planner.plan(self.chosen)
-        groups: list[list[Layer]] = []
+        groups: list[list[LinearWeight]] = []
         if self.recipe.needs_gram:
             groups = list(inputs.groups(_layers(plan)))
         seen = self._ranges(plan, groups[0] if groups else ())
@@ -183,7 +183,9 @@ class _Static:
         how = (recipe.method, recipe.percentile, levels, recipe.activation.symmetric)
         return (*self.mark, name, *how)
 
-    def _ranges(self, plan: Plan, watched: Sequence[Layer]) -> dict[gs.Tensor, _Seen]:
+    def _ranges(
+        self, plan: Plan, watched: Sequence[LinearWeight]
+    ) -> dict[gs.Tensor, _Seen]:
         """Return what calibration saw; ``watched`` are watched in the same run."""
         tensors = [tensor for group in plan.ranges.values() for tensor in group]
         simple = self.recipe.method == "minmax"
@@ -262,7 +264,10 @@ class _Static:
     # Weights.
 
     def _rounded(
-        self, plan: Plan, coded: Mapping[str, Coded], groups: Sequence[Sequence[Layer]]
+        self,
+        plan: Plan,
+        coded: Mapping[str, Coded],
+        groups: Sequence[Sequence[LinearWeight]],
     ) -> dict[str, _Rounded]:
         """Return the codes of every layer of a plan, from the cache where known."""
         todo = {one.layer.name: one for one in plan.linear}
@@ -290,7 +295,7 @@ class _Static:
                     found[name] = self.ctx.cache[keys[name]] = one
         return found
 
-    def _of_group(self, group: Sequence[Layer]) -> dict[str, list[Statistic]]:
+    def _of_group(self, group: Sequence[LinearWeight]) -> dict[str, list[Statistic]]:
         """Return Gram matrices: of the run that found the ranges, or of a new one."""
         grams, self._grams = self._grams, {}
         if all(layer.name in grams for layer in group):
@@ -298,9 +303,9 @@ class _Static:
         return self._watch(group, {})[0]
 
     def _watch(
-        self, group: Sequence[Layer], beside: Mapping[str, Stored]
+        self, group: Sequence[LinearWeight], beside: Mapping[str, Stored]
     ) -> tuple[dict[str, list[Statistic]], dict[str, Statistic]]:
-        return inputs.watch(
+        return inputs.input_grams(
             self.model, group, self.ctx, beside, cache=self.recipe.cache
         )
 
@@ -373,13 +378,13 @@ class _Static:
         grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
         return grid, int((factor < 1).sum())
 
-    def _clips(self, layer: Layer) -> bool:
-        """Whether sums of two products could clip on the target."""
+    def _clips(self, layer: LinearWeight) -> bool:
+        """Whether sums of two products could clip on the processor."""
         wide = LEVELS[self.recipe.weights] == LEVELS["int8"]
-        narrow = self.recipe.target.saturation != "never"
+        narrow = self.recipe.processor.saturation != "never"
         return wide and narrow and processors.adds_pairs(layer)
 
-    def _headroom(self, layer: Layer, rows: Array, grid: Grid) -> Float64:
+    def _headroom(self, layer: LinearWeight, rows: Array, grid: Grid) -> Float64:
         """Return how far to narrow each output's codes: 1 leaves them as they are.
 
         The bound over all activations there could be costs less than a bit, which
@@ -455,7 +460,7 @@ class _Static:
             )
 
 
-def _layers(plan: Plan) -> list[Layer]:
+def _layers(plan: Plan) -> list[LinearWeight]:
     """Return the layers of a plan, each once."""
     return list({one.layer.name: one.layer for one in plan.linear}.values())
 

@@ -43,7 +43,7 @@ from onnxshrink.solvers.rounding import (
     gptq,
     nearest,
 )
-from onnxshrink.structure.layers import Layer, Layout, Use
+from onnxshrink.structure.layers import Layout, LinearWeight, Use
 from onnxshrink.tensors import numpy_type
 
 __all__ = [
@@ -194,7 +194,7 @@ def _is_pruned(weight: Array, levels: Levels) -> bool:
 # --- what form ------------------------------------------------------------------------
 
 
-def why_not(layer: Layer) -> str:
+def why_not(layer: LinearWeight) -> str:
     """Return why the codes of a layer cannot stand in for its weight, or nothing."""
     if layer.why_not and not _tied(layer):
         return layer.why_not
@@ -206,7 +206,7 @@ def why_not(layer: Layer) -> str:
     return ""
 
 
-def _tied(layer: Layer) -> bool:
+def _tied(layer: LinearWeight) -> bool:
     """Whether nothing but layers and lookups read the weight, rows for rows."""
     weight = layer.weight
     if (
@@ -227,7 +227,7 @@ def _rows(layout: Layout) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return layout.matrices_shape[2], layout.split, layout.order
 
 
-def why_not_packed(layer: Layer, levels: Levels, block: int = 0) -> str:
+def why_not_packed(layer: LinearWeight, levels: Levels, block: int = 0) -> str:
     """Return why no MatMulNBits can run on the codes of a layer, or nothing."""
     if layer.layout.matrices_shape[0] != 1 or len(layer.layout.shape) != 2:
         return "it is not a matrix"
@@ -286,7 +286,11 @@ def _fits(levels: Levels) -> int:
 
 
 def chosen_form(
-    model: Model, layer: Layer, levels: Levels, block: int = 0, form: Form = "auto"
+    model: Model,
+    layer: LinearWeight,
+    levels: Levels,
+    block: int = 0,
+    form: Form = "auto",
 ) -> Literal["folded", "packed"]:
     """Return the form a layer's weight gets.
 
@@ -313,7 +317,7 @@ def chosen_form(
     return "packed" if not reason and _packing_pays(layer, levels) else "folded"
 
 
-def opset_for(layer: Layer, levels: Levels, block: int = 0) -> int:
+def opset_for(layer: LinearWeight, levels: Levels, block: int = 0) -> int:
     """Return the opset from which ``auto`` keeps a layer packed; 0: it never does."""
     if why_not_packed(layer, levels, block) or not _packing_pays(layer, levels):
         return 0
@@ -324,7 +328,7 @@ def _opset(levels: Levels, block: int) -> int:
     return max(MIN_OPSET[_fits(levels)], 21 if block else 13)
 
 
-def _packing_pays(layer: Layer, levels: Levels) -> bool:
+def _packing_pays(layer: LinearWeight, levels: Levels) -> bool:
     few = levels.high - levels.low < _FEW_CODES
     return few and layer.weight.size >= PACKED_FROM
 
@@ -333,7 +337,7 @@ def _packing_pays(layer: Layer, levels: Levels) -> bool:
 
 
 def rewrite(
-    model: Model, layer: Layer, grid: Grid, codes: Array, *, form: Form = "auto"
+    model: Model, layer: LinearWeight, grid: Grid, codes: Array, *, form: Form = "auto"
 ) -> str:
     """Put codes in the place of a weight.
 
@@ -418,7 +422,9 @@ class _Decoded:
     decoded values are reshaped.
     """
 
-    def __init__(self, model: Model, layer: Layer, grid: Grid, codes: Array) -> None:
+    def __init__(
+        self, model: Model, layer: LinearWeight, grid: Grid, codes: Array
+    ) -> None:
         self.model, self.layer = model, layer
         self.graph = layer.weight.graph
         self.name = layer.weight.value.name or "weight"
@@ -524,7 +530,7 @@ def _scale_shape(layout: Layout) -> tuple[int, ...] | None:
     return None
 
 
-def _pack(model: Model, layer: Layer, grid: Grid, codes: Array) -> None:
+def _pack(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> None:
     """Put DequantizeLinear in front of every MatMul; a Gemm becomes MatMul and Add."""
     graph, name = layer.weight.graph, layer.weight.value.name or "weight"
     blocks = grid.scale.shape[1]
@@ -566,7 +572,7 @@ def _read(model: Model, node: Node, weight: gs.Tensor) -> None:
     model.remove(node, graph)
 
 
-def within_reach(model: Model, layer: Layer, use: Use) -> bool:
+def within_reach(model: Model, layer: LinearWeight, use: Use) -> bool:
     """Whether nodes beside a reader can read what stands beside the weight.
 
     A function sees nothing from outside but its inputs.

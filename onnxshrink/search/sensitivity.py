@@ -23,7 +23,7 @@ from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples
 from onnxshrink.search.backoff import rank as rank_by
 from onnxshrink.solvers.rounding import decode, fit, nearest
-from onnxshrink.structure.layers import Layer, find
+from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.terminal import clean, middle, size_text, table
 from onnxshrink.validation import Budget, Validator, Verdict
 
@@ -217,7 +217,7 @@ def _measured(
 # --- what is changed --------------------------------------------------------------
 
 
-def rounded(model: Model, layer: Layer, bits: int, block: int = 0) -> None:
+def rounded(model: Model, layer: LinearWeight, bits: int, block: int = 0) -> None:
     """Round the weights of a layer to symmetric codes, in place.
 
     Args:
@@ -243,13 +243,13 @@ def rounded(model: Model, layer: Layer, bits: int, block: int = 0) -> None:
 
 def rank(
     model: Model,
-    layers: Sequence[Layer],
+    layers: Sequence[LinearWeight],
     ctx: Context,
-    change: Callable[[Model, Layer], None] | None = None,
+    change: Callable[[Model, LinearWeight], None] | None = None,
     *,
     bits: int = 8,
     samples: Samples | None = None,
-) -> list[tuple[Layer, float]]:
+) -> list[tuple[LinearWeight, float]]:
     """Order layers by what changing each alone does to the model's output.
 
     Args:

@@ -3,8 +3,8 @@
 A weight of Conv, Gemm, MatMul and their kin is, whatever its shape on disk, a stack of
 matrices [groups, outputs, inputs]: entry [g, o, i] multiplies input i of group g in the
 sum that is output o. ``Layout`` turns the array into that and back, ``find`` lists the
-layers of a model, and ``Layer.statistics`` says which activations a pass must watch to
-know the inputs.
+weights of a model, and ``LinearWeight.statistics_for`` says which activations tell what
+a weight multiplies.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from onnxshrink.structure.selection import selected
 
 __all__ = [
     "FLOATS",
-    "Layer",
     "Layout",
+    "LinearWeight",
     "Use",
     "bias_of",
     "find",
@@ -127,7 +127,7 @@ class Use:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class LinearWeight:
     """A weight that linear operators read, or the reason why it is out of reach.
 
     Attributes:
@@ -155,7 +155,7 @@ class Layer:
         """Operator type of the first use."""
         return str(self.uses[0].node.op)
 
-    def watched(
+    def statistics_for(
         self, what: Literal["gram", "norm"], samples: int = 1
     ) -> tuple[tuple[gs.Tensor, Statistic], ...] | None:
         """Return the activations the weight multiplies, each with an empty statistic.
@@ -197,7 +197,7 @@ def find(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     roles: Sequence[Role] = ("weight",),
-) -> Iterator[Layer]:
+) -> Iterator[LinearWeight]:
     """Yield the layers of a model, each weight once, in file order.
 
     Weights of subgraphs and functions are among them. A weight that belongs to a layer
@@ -224,7 +224,7 @@ def find(
         if not selected(names, only, skip):
             continue
         wanted += [use for use in uses if use.role not in roles]
-        yield Layer(
+        yield LinearWeight(
             weight,
             tuple(wanted),
             _why_not(weight, wanted, roles, others, behind, called),
@@ -366,12 +366,12 @@ def _statistic(
     return Gram(axis) if what == "gram" else ChannelNorm(axis)
 
 
-def norms(layer: Layer, statistics: Sequence[Statistic]) -> Array:
+def norms(layer: LinearWeight, statistics: Sequence[Statistic]) -> Array:
     """Return the sum of squares of each input, [groups, inputs].
 
     Args:
         layer: The layer.
-        statistics: Those of ``layer.watched("norm")``, fed.
+        statistics: Those of ``layer.statistics_for("norm")``, fed.
     """
     groups, _, inputs = layer.layout.matrices_shape
     total = np.zeros((groups, inputs))
@@ -390,12 +390,14 @@ def norms(layer: Layer, statistics: Sequence[Statistic]) -> Array:
     return total
 
 
-def gram(layer: Layer, statistics: Sequence[Statistic]) -> tuple[Array, Array, int]:
+def gram(
+    layer: LinearWeight, statistics: Sequence[Statistic]
+) -> tuple[Array, Array, int]:
     """Return ``X^T X`` [groups, inputs, inputs], the mean input and the rows.
 
     Args:
         layer: The layer.
-        statistics: Those of ``layer.watched("gram")``, fed.
+        statistics: Those of ``layer.statistics_for("gram")``, fed.
     """
     groups, _, inputs = layer.layout.matrices_shape
     total = np.zeros((groups, inputs, inputs))
@@ -419,7 +421,7 @@ def gram(layer: Layer, statistics: Sequence[Statistic]) -> tuple[Array, Array, i
     return total, sums / max(rows, 1), rows
 
 
-def bias_of(model: Model, layer: Layer) -> Weight | None:
+def bias_of(model: Model, layer: LinearWeight) -> Weight | None:
     """Return the bias that is added to the layer's outputs, if it is free to change.
 
     That is one value for each output, read by this layer's only node and no other.

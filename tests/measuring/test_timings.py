@@ -15,7 +15,7 @@ from onnxshrink.cli import main
 from onnxshrink.measuring import timings
 from onnxshrink.measuring.timings import Timings, cache_folder, structure
 from onnxshrink.model import Model
-from onnxshrink.quantization.processors import TARGETS
+from onnxshrink.quantization.processors import PROCESSORS
 from onnxshrink.structure.layers import find
 from onnxshrink.testing import example_models
 
@@ -130,7 +130,7 @@ def test_every_layer_is_timed_or_says_why_not(
 
     model = Model.load(EXAMPLES[name])
     feed = Samples.random_for(model, seed=0, count=1).read([0])
-    found = Timings(tmp_path, threads=1).layers(model, feed, TARGETS[target])
+    found = Timings(tmp_path, threads=1).layers(model, feed, PROCESSORS[target])
     names = [kernel.where for kernel in found.kernels] + [n for n, _ in found.skipped]
     assert sorted(names) == sorted(layer.name for layer in find(model))
     assert all(why for _, why in found.skipped)

@@ -25,7 +25,7 @@ from onnxshrink.quantization.dynamic import (
 )
 from onnxshrink.samples import Splits
 from onnxshrink.solvers.rounding import Grid
-from onnxshrink.structure.layers import Layer, find
+from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.testing import example_models
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -47,7 +47,7 @@ def model_of(text: str, opset: int = 17, **weights: Array) -> Model:
     return Model.load(proto)
 
 
-def layer_of(model: Model, name: str = "w") -> Layer:
+def layer_of(model: Model, name: str = "w") -> LinearWeight:
     layers = find(model, roles=("weight", "table"))
     return next(layer for layer in layers if layer.name == name)
 

@@ -19,7 +19,9 @@ AVX512 = "avx512f avx512bw avx512dq avx512vl"
 AVX2 = "processor : 0\nmodel name : Some CPU\nflags : fpu avx avx2\n"
 
 
-def layer_of(weight: np.ndarray, op: str = "MatMul", **attributes: Any) -> layers.Layer:
+def layer_of(
+    weight: np.ndarray, op: str = "MatMul", **attributes: Any
+) -> layers.LinearWeight:
     """Return the layer that multiplies ``x`` with a weight."""
     rank = weight.ndim
     shape = ["N", *[None] * (rank - 1)]
@@ -61,7 +63,7 @@ def test_flags_of_a_processor_choose_its_rules(
 
 def test_auto_is_this_machine_and_says_so() -> None:
     found, words = processors.resolve("auto")
-    assert found is processors.TARGETS[processors.detect().target]
+    assert found is processors.PROCESSORS[processors.detect().target]
     assert found.note in words
     assert processors.detect(AVX2, "x86_64").model == "Some CPU"
 
@@ -73,12 +75,12 @@ def test_an_unknown_target_names_the_nearest() -> None:
 
 def test_a_target_says_what_speaks_against_types() -> None:
     uint8, int8 = TensorProto.UINT8, TensorProto.INT8
-    avx2, arm, gpu = (processors.TARGETS[name] for name in ("avx2", "arm", "gpu"))
+    avx2, arm, gpu = (processors.PROCESSORS[name] for name in ("avx2", "arm", "gpu"))
     assert "run slowly on avx2" in avx2.concern(uint8, uint8)
     assert not avx2.concern(uint8, int8)
     assert not arm.concern(uint8, uint8)
     assert "takes int8 only" in gpu.concern(uint8, int8)
-    for target in processors.TARGETS.values():
+    for target in processors.PROCESSORS.values():
         assert not target.concern(target.activation, target.weight)
 
 
@@ -113,7 +115,7 @@ def test_activations_that_stay_small_do_not_saturate() -> None:
     layer = layer_of(codes)
     rows = np.full((8, 4), 100)
     rows[0] = 0
-    avx2, anywhere, vnni = (processors.TARGETS[n] for n in ("avx2", "any", "vnni"))
+    avx2, anywhere, vnni = (processors.PROCESSORS[n] for n in ("avx2", "any", "vnni"))
     assert not processors.saturates(layer, codes, avx2, rows).any()
     assert processors.saturates(layer, codes, avx2).all()
     assert processors.saturates(layer, codes, anywhere, rows).all()
@@ -217,7 +219,7 @@ def test_onnxruntime_clips_exactly_what_is_said(
 
 
 def clipped_sums(
-    layer: layers.Layer, codes: np.ndarray, rows: np.ndarray
+    layer: layers.LinearWeight, codes: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     """Return what clipping takes from each output for one row of activations."""
     found = []

@@ -17,7 +17,7 @@ from onnxshrink.quantization import weightonly
 from onnxshrink.quantization.weightonly import LEVELS, block_of, quantized, rewrite
 from onnxshrink.samples import Splits
 from onnxshrink.solvers.rounding import Grid, decode
-from onnxshrink.structure.layers import Layer, find
+from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.testing import example_models
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -39,13 +39,13 @@ def model_of(text: str, opset: int = 21, **weights: Array) -> Model:
     return Model.load(proto)
 
 
-def layer_of(model: Model, name: str = "w") -> Layer:
+def layer_of(model: Model, name: str = "w") -> LinearWeight:
     layers = find(model, roles=("weight", "table"))
     return next(layer for layer in layers if layer.name == name)
 
 
 def coded(
-    layer: Layer, weights: str = "int8", block: int = 0
+    layer: LinearWeight, weights: str = "int8", block: int = 0
 ) -> tuple[Grid, Array, Array]:
     """Return a grid, codes, and the array they stand for."""
     matrices = layer.layout.matrices(layer.weight.read())

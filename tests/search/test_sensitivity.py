@@ -21,7 +21,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.search.sensitivity import of_pass, of_weights, rank, rounded
-from onnxshrink.structure.layers import Layer, find
+from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.testing import example_models
 
 EXAMPLES = example_models()
@@ -88,7 +88,7 @@ def test_a_change_of_ones_own_is_measured() -> None:
     model = two_layers()
     ctx = context(model, x=x_of())
 
-    def erase_quiet(trial: Model, layer: Layer) -> None:
+    def erase_quiet(trial: Model, layer: LinearWeight) -> None:
         if layer.name == "b":
             trial.set_weight("b", np.zeros((4, 4), np.float32))
 
