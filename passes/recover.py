@@ -31,10 +31,10 @@ from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.solvers.obs import Curvature, refit
 from onnxshrink.statistics import ConvGram, ConvWindow
 from onnxshrink.structure import layers
+from onnxshrink.structure.codes import CODES, Decoder, decoder_of
 from onnxshrink.structure.layers import LinearWeight, Use
 from onnxshrink.structure.selection import selected
 from onnxshrink.tensors import LazyTensor
-from onnxshrink.training.fakequant import CODES, Decoder, decoder_of
 from onnxshrink.training.norms import why_fixed
 
 __all__ = ["Recover"]

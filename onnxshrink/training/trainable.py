@@ -14,12 +14,9 @@ import onnx_graphsurgeon as gs
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.quantization.schemes import limits
+from onnxshrink.structure.codes import CODES, MOVES, Decoder, decoder_of
 from onnxshrink.structure.selection import selected
 from onnxshrink.training.fakequant import (
-    CODES,
-    MOVES,
-    Decoder,
-    decoder_of,
     fake_quantized,
     float_products,
     is_pruned,
