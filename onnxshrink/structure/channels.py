@@ -891,9 +891,11 @@ def _slice(plan: _Plan, node: Node) -> None:
 
 
 def _resize(plan: _Plan, node: Node) -> None:
-    if _input(node, 3) is not None or attribute(node, "axes", None) is not None:
-        raise _UnknownError("states sizes")
     x, y = node.inputs[0], node.outputs[0]
+    rank = len(plan.shape(x))
+    axes = attribute(node, "axes", None) or range(rank)
+    if _input(node, 3) is not None and min(axis % rank for axis in axes) < 2:
+        raise _UnknownError("states sizes")
     before, after = plan.sizes(x), plan.sizes(y)
     if len(before) != len(after) or before[1] != after[1] or before[1] is None:
         raise _UnknownError("may change the number of channels")

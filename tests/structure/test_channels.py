@@ -48,12 +48,12 @@ def group(model: Model, name: str) -> Group:
 
 
 def maker(model: Model, weight: str) -> Group:
-    """Return the group of what a matrix [inputs, outputs] gives."""
+    """Return the group of the channels that a weight makes."""
     return next(
         one
         for one in channels.find(model)
         for part in one.where
-        if part.weight.name == weight and part.axis == 1
+        if part.weight.name == weight and part.role == "producer"
     )
 
 
@@ -330,6 +330,65 @@ def test_a_size_that_the_graph_reads_off_is_fixed() -> None:
     assert "reads off its size" in maker(model, "w").why
 
 
+def test_sizes_that_the_graph_reads_off_backwards_are_fixed() -> None:
+    """From entry 1 down to the first: the batch, and the number of channels."""
+    model = built(
+        """(float[N,2,3,3] x) => (float[N,2] y, int64[2] sizes) {
+            c = Conv(x, w)
+            shape = Shape(c)
+            sizes = Slice(shape, one, far, zero, back)
+            f = Flatten(c)
+            y = MatMul(f, out)
+        }""",
+        {
+            "w": (4, 2, 1, 1),
+            "out": (36, 2),
+            "one": np.array([1]),
+            "far": np.array([-(2**62)]),
+            "zero": np.array([0]),
+            "back": np.array([-1]),
+        },
+    )
+    assert "reads off its size" in maker(model, "w").why
+
+
+@pytest.mark.parametrize(
+    ("node", "opset", "why"),
+    [
+        ("b = Resize(a, , , sizes)", 17, "states sizes"),
+        ("b = Resize<axes = [-3, 2, 3]>(a, , , three)", 18, "states sizes"),
+        ("b = Resize<axes = [2, 3]>(a, , , two)", 18, ""),
+        ("b = Resize<axes = [2, 3]>(a, , double)", 18, ""),
+        ("b = Resize(a, , scales)", 17, ""),
+    ],
+)
+def test_a_resize_that_states_sizes_fixes_the_channels(
+    node: str, opset: int, why: str
+) -> None:
+    model = built(
+        f"""(float[1,2,3,3] x) => (float[1,2,6,6] y) {{
+            a = Conv(x, w)
+            {node}
+            y = Conv(b, out)
+        }}""",
+        {
+            "w": (4, 2, 1, 1),
+            "out": (2, 4, 1, 1),
+            "sizes": np.array([1, 4, 6, 6]),
+            "three": np.array([4, 6, 6]),
+            "two": np.array([6, 6]),
+            "double": np.array([2, 2], np.float32),
+            "scales": np.array([1, 1, 2, 2], np.float32),
+        },
+        opset=opset,
+    )
+    one = maker(model, "w")
+    assert why in one.why
+    assert bool(one.why) == bool(why)
+    if not why:
+        check_removal(model, one.name, [1])
+
+
 def test_a_channel_that_a_norm_sees_is_inexact() -> None:
     model = Model.load(MODELS / "vit.onnx")
     assert "LayerNormalization" in group(model, "patch.weight").inexact
@@ -413,6 +472,7 @@ def test_channels_last_are_followed_through_flatten() -> None:
     [
         "s = Shape(c) n = Gather(s, first)",
         "s = Shape(c) n = Slice(s, start, end)",
+        "s = Shape(c) n = Slice(s, start, four, start, four)",
         "n = Shape<start = 0, end = 1>(c)",
         "s = Shape(c) at = Constant<value_ints = [0]>() n = Gather(s, at)",
     ],
@@ -432,6 +492,7 @@ def test_a_flatten_that_computes_the_batch_leaves_channels_free(picks: str) -> N
             "first": np.array([0]),
             "start": np.array([0]),
             "end": np.array([1]),
+            "four": np.array([4]),
             "rest": np.array([-1]),
         },
     )
