@@ -1,0 +1,425 @@
+"""Convolution kernels as products of smaller ones: arrays in, arrays out.
+
+A kernel is an array [outputs, inputs, k1, ..., kn] of one group; the metric of data is
+the second moment of its patches, [inputs * k, inputs * k] in the order of
+``kernel.reshape(outputs, -1)``. Three forms, each exact at full rank:
+
+- ``channel``: k1 x .. x kn with few outputs, then 1 x .. x 1 (Zhang et al. 2016,
+  "Accelerating Very Deep Convolutional Networks", section 3.1; for 1 x 1 and for
+  matrices it is the SVD). With data, the principal directions of the outputs.
+- ``spatial``: k1 x 1 x .. x 1, then 1 x k2 x .. x kn (Jaderberg et al. 2014, "Speeding
+  up Convolutional Neural Networks with Low Rank Expansions", scheme 2). The axes may
+  change places if they are as long: what fits better is taken.
+- ``tucker``: 1 x .. x 1, k1 x .. x kn, 1 x .. x 1 (Kim et al. 2016, "Compression of
+  Deep Convolutional Neural Networks", section 3.1: Tucker-2 by HOSVD, then sweeps).
+
+``refit`` improves all factors jointly by alternating least squares on
+``E |W x - W' x|^2``: each factor enters linearly, so each is a least-squares problem,
+solved by conjugate gradients from where it is. The error never rises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxshrink.errors import UsageError
+from onnxshrink.solvers.svd import DAMPING, balanced, split, truncated
+
+__all__ = [
+    "FORMS",
+    "Chain",
+    "Form",
+    "channel",
+    "error",
+    "full_ranks",
+    "parameters",
+    "refit",
+    "spatial",
+    "tucker",
+]
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+Form = Literal["channel", "spatial", "tucker"]
+
+FORMS: tuple[Form, ...] = ("channel", "spatial", "tucker")
+_SWEEPS = 3
+_STEPS = 20
+"""Steps of conjugate gradients for each factor in each sweep."""
+_HOOI = 3
+"""Sweeps of higher-order orthogonal iteration."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Kernels that, one after the other, do what one kernel did.
+
+    Attributes:
+        form: How they were found.
+        kernels: Each float64 [outputs, inputs, k1, ..., kn], in the order they run.
+    """
+
+    form: Form
+    kernels: tuple[Float64, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Channels between the kernels."""
+        return tuple(len(kernel) for kernel in self.kernels[:-1])
+
+    @property
+    def parameters(self) -> int:
+        """Values in all kernels."""
+        return sum(kernel.size for kernel in self.kernels)
+
+    def composed(self) -> Float64:
+        """Return the kernel they stand for, [outputs, inputs, k1, ..., kn]."""
+        return np.asarray(np.einsum(_spec(self), *_small(self), optimize=True))
+
+
+def full_ranks(form: Form, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the ranks from which on a form is exact.
+
+    Args:
+        form: The form.
+        shape: Of the kernel, [outputs, inputs, k1, ..., kn].
+    """
+    outputs, inputs, first, rest = _sizes(shape)
+    if form == "channel":
+        return (min(outputs, inputs * first * rest),)
+    if form == "spatial":
+        return (min(inputs * first, outputs * rest),)
+    return min(inputs, outputs * first * rest), min(outputs, inputs * first * rest)
+
+
+def parameters(form: Form, shape: Sequence[int], ranks: Sequence[int]) -> int:
+    """Return how many values the kernels of a form have.
+
+    ``r (c k + o)`` for ``channel``, ``r (c k1 + o k2..kn)`` for ``spatial`` and
+    ``c r + k r s + s o`` for ``tucker``, for ``c`` inputs and ``o`` outputs.
+
+    Args:
+        form: The form.
+        shape: Of the kernel, [outputs, inputs, k1, ..., kn].
+        ranks: One, or for ``tucker`` two: of the inputs, then of the outputs.
+    """
+    outputs, inputs, first, rest = _sizes(shape)
+    if form == "channel":
+        return ranks[0] * (inputs * first * rest + outputs)
+    if form == "spatial":
+        return ranks[0] * (inputs * first + outputs * rest)
+    few, many = ranks
+    return inputs * few + few * many * first * rest + many * outputs
+
+
+def channel(
+    kernel: Array,
+    rank: int,
+    moment: Array | None = None,
+    damping: float = DAMPING,
+) -> Chain:
+    """Return k1 x .. x kn with ``rank`` outputs, then 1 x .. x 1.
+
+    Args:
+        kernel: [outputs, inputs, k1, ..., kn].
+        rank: Channels in between.
+        moment: Second moment of the patches; ``None`` minimises the kernel's error.
+        damping: As in ``svd.split``.
+    """
+    _check("channel", kernel.shape, (rank,))
+    flat = kernel.reshape(len(kernel), -1)
+    found = split(flat, inputs=moment, rank=rank, damping=damping)
+    left, right = found.factors(flat, rank)
+    ones = (1,) * (kernel.ndim - 2)
+    first = right.reshape(rank, *kernel.shape[1:])
+    return Chain("channel", (first, left.reshape(*left.shape, *ones)))
+
+
+def spatial(
+    kernel: Array,
+    rank: int,
+    moment: Array | None = None,
+    damping: float = DAMPING,
+) -> Chain:
+    """Return k1 x 1 x .. then 1 x k2 x .. x kn with ``rank`` channels in between.
+
+    Of a kernel with two axes as long both orders are tried. With data, what the first
+    kernel reads is whitened; that its windows depend on each other is left to
+    ``refit``.
+
+    Args:
+        kernel: [outputs, inputs, k1, ..., kn], n at least 2.
+        rank: Channels in between.
+        moment: Second moment of the patches; ``None`` minimises the kernel's error.
+        damping: As in ``svd.split``.
+    """
+    _check("spatial", kernel.shape, (rank,))
+    if kernel.ndim < 4:
+        raise UsageError("the spatial form needs a kernel with at least two axes")
+    straight = _along(kernel, rank, moment, damping)
+    turned = np.swapaxes(kernel, 2, 3)
+    if kernel.ndim > 4 or turned.shape != kernel.shape:
+        return straight
+    over = moment
+    if moment is not None:
+        axes = (len(kernel[0]), *kernel.shape[2:])
+        over = np.swapaxes(
+            np.swapaxes(moment.reshape(*axes, *axes), 1, 2), 4, 5
+        ).reshape(moment.shape)
+    other = _along(turned, rank, over, damping)
+    other = replace(
+        other, kernels=tuple(np.swapaxes(part, 2, 3) for part in other.kernels)
+    )
+    if error(kernel, other, moment) < error(kernel, straight, moment) * (1 - 1e-9):
+        return other
+    return straight
+
+
+def _along(kernel: Array, rank: int, moment: Array | None, damping: float) -> Chain:
+    """Split a kernel into its first axis and the others."""
+    outputs, inputs, first, rest = _sizes(kernel.shape)
+    # [(outputs, rest), (inputs, first)]: what the first kernel reads on the right.
+    apart = kernel.reshape(outputs, inputs, first, rest).transpose(0, 3, 1, 2)
+    matrix = apart.reshape(outputs * rest, inputs * first)
+    seen = None
+    if moment is not None:
+        square = moment.reshape(inputs, first, rest, inputs, first, rest)
+        seen = np.einsum("chwdiw->chdi", square).reshape(2 * (inputs * first,)) / rest
+    left, right = split(matrix, inputs=seen, rank=rank, damping=damping).factors(
+        matrix, rank
+    )
+    ones = (1,) * (kernel.ndim - 3)
+    one = right.reshape(rank, inputs, first, *ones)
+    two = left.reshape(outputs, rest, rank).swapaxes(1, 2)
+    return Chain(
+        "spatial",
+        (one, np.ascontiguousarray(two).reshape(outputs, rank, 1, *kernel.shape[3:])),
+    )
+
+
+def tucker(
+    kernel: Array,
+    ranks: tuple[int, int],
+    moment: Array | None = None,
+    damping: float = DAMPING,
+) -> Chain:
+    """Return 1 x .. x 1, k1 x .. x kn and 1 x .. x 1.
+
+    Args:
+        kernel: [outputs, inputs, k1, ..., kn].
+        ranks: Channels after the first and before the last.
+        moment: Second moment of the patches; ``None`` minimises the kernel's error.
+        damping: As in ``svd.split``.
+    """
+    _check("tucker", kernel.shape, ranks)
+    few, many = ranks
+    outputs, inputs, first, rest = _sizes(kernel.shape)
+    k = first * rest
+    wide = np.asarray(kernel, np.float64).reshape(outputs, inputs, k)
+    seen = None
+    if moment is not None:
+        square = moment.reshape(inputs, k, inputs, k)
+        seen = np.einsum("ckdk->cd", square) / k
+    # [(outputs, k), inputs] on the right, whitened by what 1 x 1 reads.
+    tall = wide.transpose(0, 2, 1).reshape(outputs * k, inputs)
+    by_input = split(tall, inputs=seen, damping=damping)
+    flat = wide.reshape(outputs, -1)
+    by_output = split(flat, inputs=moment, damping=damping)
+    if by_input.side == "outputs" or by_output.side == "inputs":
+        # Fewer outputs than inputs on either side: rare, and no better way is needed.
+        right = np.linalg.qr(truncated(tall, few)[2].T)[0].T
+        into, back = right, right.T
+        out = truncated(flat, many)[0]
+        lift, drop = out, out.T
+    else:
+        into, back = by_input.dual[:, :few].T, by_input.basis[:, :few]
+        lift, drop = by_output.basis[:, :many], by_output.dual[:, :many].T
+        for _ in range(_HOOI if moment is None else 0):
+            reduced = np.einsum("so,ock->sck", drop, wide)
+            right = truncated(
+                reduced.transpose(0, 2, 1).reshape(many * k, inputs),
+                min(few, many * k),
+            )[2]
+            if len(right) < few:
+                break
+            into, back = right, right.T
+            reduced = np.einsum("ock,cr->ork", wide, back)
+            found = truncated(reduced.reshape(outputs, -1), min(many, few * k))[0]
+            if found.shape[1] < many:
+                break
+            lift, drop = found, found.T
+    core = np.einsum("so,ock,cr->srk", drop, wide, back, optimize=True)
+    ones = (1,) * (kernel.ndim - 2)
+    return Chain(
+        "tucker",
+        (
+            np.ascontiguousarray(into).reshape(few, inputs, *ones),
+            core.reshape(many, few, *kernel.shape[2:]),
+            np.ascontiguousarray(lift).reshape(outputs, many, *ones),
+        ),
+    )
+
+
+def error(kernel: Array, chain: Chain, moment: Array | None = None) -> float:
+    """Return ``E |W x - W' x|^2``, or ``|W - W'|^2`` without a moment."""
+    missing = (kernel - chain.composed()).reshape(len(kernel), -1)
+    if moment is None:
+        return float(np.square(missing).sum())
+    return max(0.0, float(np.vdot(missing @ moment, missing)))
+
+
+def refit(
+    kernel: Array,
+    chain: Chain,
+    moment: Array | None = None,
+    *,
+    sweeps: int = _SWEEPS,
+    steps: int = _STEPS,
+) -> Chain:
+    """Improve all kernels of a chain jointly by alternating least squares.
+
+    Args:
+        kernel: What they should do together, [outputs, inputs, k1, ..., kn].
+        chain: Where to start.
+        moment: Second moment of the patches; ``None`` minimises the kernel's error.
+        sweeps: Rounds over all kernels.
+        steps: Steps of conjugate gradients for each.
+
+    Returns:
+        A chain whose error is at most that of ``chain``.
+    """
+    wide = np.asarray(kernel, np.float64)
+    target = _through(wide, moment)
+    best, least = chain, error(wide, chain, moment)
+    if least <= 1e-20 * float(np.vdot(target, wide)):
+        return chain
+    now = chain
+    for _ in range(sweeps):
+        for index in reversed(range(len(chain.kernels))):
+            now = _improved(now, index, target, moment, steps)
+        after = error(wide, now, moment)
+        if not after < least * (1 - 1e-4):
+            break
+        best, least = now, after
+    return _even(best)
+
+
+def _improved(
+    chain: Chain, index: int, target: Float64, moment: Array | None, steps: int
+) -> Chain:
+    """Let conjugate gradients find better values of one kernel."""
+    values = chain.kernels[index]
+
+    def applied(x: Float64) -> Float64:
+        whole = replace(chain, kernels=_with(chain.kernels, index, x)).composed()
+        return _adjoint(chain, index, _through(whole, moment))
+
+    wanted = _adjoint(chain, index, target)
+    rest = wanted - applied(values)
+    direction = rest.copy()
+    size = start = float(np.vdot(rest, rest))
+    for _ in range(steps):
+        if size <= 1e-18 * start or size == 0:
+            break
+        image = applied(direction)
+        curved = float(np.vdot(direction, image))
+        if not curved > 0:
+            break
+        values = values + (size / curved) * direction
+        rest = rest - (size / curved) * image
+        fresh = float(np.vdot(rest, rest))
+        direction = rest + (fresh / size) * direction
+        size = fresh
+    return replace(chain, kernels=_with(chain.kernels, index, values))
+
+
+def _even(chain: Chain) -> Chain:
+    """Give neighbouring kernels of a chain channels of the same norm."""
+    kernels = list(chain.kernels)
+    for at in range(len(kernels) - 1):
+        one, two = kernels[at], kernels[at + 1]
+        flat = two.swapaxes(0, 1).reshape(len(one), -1)
+        left, right = balanced(flat.T, one.reshape(len(one), -1))
+        kernels[at] = right.reshape(one.shape)
+        shape = (len(one), len(two), *two.shape[2:])
+        kernels[at + 1] = np.ascontiguousarray(left.T.reshape(shape).swapaxes(0, 1))
+    return replace(chain, kernels=tuple(kernels))
+
+
+def _with(
+    kernels: tuple[Float64, ...], index: int, new: Float64
+) -> tuple[Float64, ...]:
+    return (*kernels[:index], new, *kernels[index + 1 :])
+
+
+def _through(kernel: Float64, moment: Array | None) -> Float64:
+    """Return the kernel times the moment of its patches, in its own shape."""
+    if moment is None:
+        return kernel
+    return np.asarray(kernel.reshape(len(kernel), -1) @ moment).reshape(kernel.shape)
+
+
+def _adjoint(chain: Chain, index: int, kernel: Float64) -> Float64:
+    """Return the derivative of ``<kernel, composed>`` with respect to one kernel."""
+    left, right = _spec(chain).split("->")
+    parts = left.split(",")
+    small = _small(chain)
+    others = [i for i in range(len(parts)) if i != index]
+    spec = ",".join([right, *(parts[i] for i in others)]) + "->" + parts[index]
+    found = np.einsum(spec, kernel, *(small[i] for i in others), optimize=True)
+    return np.asarray(found).reshape(chain.kernels[index].shape)
+
+
+def _spec(chain: Chain) -> str:
+    """Return how einsum composes the kernels without their axes of size 1."""
+    names = _axes(chain)
+    channels = "cabdefg"[: len(chain.kernels)] + "o"
+    parts = [
+        channels[i + 1] + channels[i] + "".join(names[axis] for axis in axes)
+        for i, axes in enumerate(_own_axes(chain))
+    ]
+    return f"{','.join(parts)}->oc{names}"
+
+
+def _axes(chain: Chain) -> str:
+    return "uvwxyz"[: chain.kernels[0].ndim - 2]
+
+
+def _own_axes(chain: Chain) -> list[list[int]]:
+    """Return the spatial axes that each kernel has the values of: each axis once."""
+    count = chain.kernels[0].ndim - 2
+    sizes = [kernel.shape[2:] for kernel in chain.kernels]
+    owner = [
+        max(range(len(sizes)), key=lambda i: sizes[i][axis]) for axis in range(count)
+    ]
+    return [[a for a in range(count) if owner[a] == i] for i in range(len(sizes))]
+
+
+def _small(chain: Chain) -> list[Float64]:
+    """Return the kernels without the axes of size 1 that others have."""
+    found = []
+    for kernel, axes in zip(chain.kernels, _own_axes(chain), strict=True):
+        shape = [kernel.shape[2 + axis] for axis in axes]
+        found.append(kernel.reshape(*kernel.shape[:2], *shape))
+    return found
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return outputs, inputs, the first kernel axis and all others together."""
+    first = int(shape[2]) if len(shape) > 2 else 1
+    return int(shape[0]), int(shape[1]), first, math.prod(shape[3:])
+
+
+def _check(form: Form, shape: Sequence[int], ranks: Sequence[int]) -> None:
+    for rank, full in zip(ranks, full_ranks(form, shape), strict=True):
+        if not 1 <= rank <= full:
+            raise UsageError(
+                f"the {form} form of a kernel {list(shape)} has ranks from 1 to "
+                f"{full}, not {rank}"
+            )

@@ -1,0 +1,144 @@
+"""Decomposed kernels: exact at full rank, and as large as the papers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.signal import correlate
+
+from onnxshrink.errors import UsageError
+from onnxshrink.solvers import decompose
+from onnxshrink.solvers.decompose import Chain, Form
+
+Array = NDArray[Any]
+SHAPES = [(6, 4, 3, 3), (4, 7, 3, 5), (3, 9, 3), (5, 4, 1, 1), (4, 3, 2, 3, 2)]
+
+
+def draw(shape: tuple[int, ...], seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def second_moment(order: int) -> Array:
+    x = draw((3 * order, order), 1) @ draw((order, order), 2)
+    x[:, 0] = 0
+    return np.asarray(x.T @ x / len(x))
+
+
+def decomposed(
+    form: Form, kernel: Array, ranks: tuple[int, ...], moment: Array | None = None
+) -> Chain:
+    if form == "tucker":
+        return decompose.tucker(kernel, (ranks[0], ranks[1]), moment)
+    make = decompose.channel if form == "channel" else decompose.spatial
+    return make(kernel, ranks[0], moment)
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", decompose.FORMS)
+def test_full_rank_gives_the_kernel_back(
+    form: Form, shape: tuple[int, ...], data: bool
+) -> None:
+    if form == "spatial" and len(shape) < 4:
+        with pytest.raises(UsageError, match="two axes"):
+            decompose.spatial(draw(shape), 1)
+        return
+    kernel = draw(shape)
+    moment = second_moment(kernel[0].size) if data else None
+    chain = decomposed(form, kernel, decompose.full_ranks(form, shape), moment)
+    np.testing.assert_allclose(chain.composed(), kernel, atol=1e-10)
+    assert decompose.refit(kernel, chain, moment).ranks == chain.ranks
+
+
+@given(
+    form=st.sampled_from(decompose.FORMS),
+    shape=st.sampled_from([s for s in SHAPES if len(s) > 3]),
+    share=st.floats(0.1, 1),
+    data=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_refitting_never_makes_it_worse(
+    form: Form, shape: tuple[int, ...], share: float, data: bool
+) -> None:
+    kernel = draw(shape)
+    moment = second_moment(kernel[0].size) if data else None
+    full = decompose.full_ranks(form, shape)
+    ranks = tuple(max(1, round(share * rank)) for rank in full)
+    chain = decomposed(form, kernel, ranks, moment)
+    assert chain.ranks == ranks
+    assert chain.parameters == decompose.parameters(form, shape, ranks)
+    again = decompose.refit(kernel, chain, moment)
+    before = decompose.error(kernel, chain, moment)
+    assert decompose.error(kernel, again, moment) <= before * (1 + 1e-9) + 1e-9
+    assert again.ranks == ranks
+
+
+def test_parameters_are_those_of_the_papers() -> None:
+    """Jaderberg et al. section 3.1, Zhang et al. 3.1, Kim et al. equation 7."""
+    shape = (64, 32, 3, 3)
+    assert decompose.parameters("spatial", shape, (10,)) == 10 * (32 * 3 + 64 * 3)
+    assert decompose.parameters("channel", shape, (10,)) == 10 * (32 * 9 + 64)
+    tucker = 32 * 5 + 5 * 7 * 9 + 7 * 64
+    assert decompose.parameters("tucker", shape, (5, 7)) == tucker
+
+
+def test_the_channel_form_is_the_svd_of_the_flat_kernel() -> None:
+    kernel = draw((6, 4, 3, 3))
+    values = np.linalg.svd(kernel.reshape(6, -1))[1]
+    for rank in range(1, 7):
+        chain = decompose.channel(kernel, rank)
+        wanted = float(np.square(values[rank:]).sum())
+        assert decompose.error(kernel, chain) == pytest.approx(wanted, abs=1e-10)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_separable_kernel_needs_one_channel_whichever_axis_is_first(
+    turned: bool,
+) -> None:
+    one, two = draw((1, 3, 3, 1)), draw((5, 1, 1, 3))
+    kernel = np.einsum("rchw,orxy->ochy", one, two)
+    if turned:
+        kernel = np.swapaxes(kernel, 2, 3)
+    chain = decompose.spatial(kernel, 1)
+    np.testing.assert_allclose(chain.composed(), kernel, atol=1e-12)
+    image = draw((3, 7, 8), 4)
+    values = image
+    for part in chain.kernels:
+        values = np.stack([correlate(values, k, "valid")[0] for k in part])
+    wanted = np.stack([correlate(image, k, "valid")[0] for k in kernel])
+    np.testing.assert_allclose(values, wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", decompose.FORMS)
+def test_data_makes_the_outputs_better_not_the_kernel(form: Form) -> None:
+    kernel = draw((8, 6, 3, 3))
+    moment = second_moment(54)
+    ranks = (3, 4) if form == "tucker" else (4,)
+    plain, seen = (
+        decompose.refit(kernel, decomposed(form, kernel, ranks, m), m)
+        for m in (None, moment)
+    )
+    outputs = [decompose.error(kernel, chain, moment) for chain in (plain, seen)]
+    values = [decompose.error(kernel, chain) for chain in (plain, seen)]
+    assert outputs[1] < 0.8 * outputs[0]
+    assert values[0] < values[1]
+
+
+def test_tucker_refitted_is_at_least_as_good_as_each_of_its_sides() -> None:
+    """HOOI ends in a stationary point: no other projection of one side is better."""
+    kernel = draw((8, 6, 3, 3))
+    chain = decompose.refit(kernel, decompose.tucker(kernel, (4, 5)), sweeps=20)
+    again = decompose.refit(kernel, chain, sweeps=20, steps=60)
+    first, last = (decompose.error(kernel, c) for c in (chain, again))
+    assert last == pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 13])
+def test_a_rank_that_there_is_not_is_refused(rank: int) -> None:
+    with pytest.raises(UsageError, match="ranks from 1 to 12"):
+        decompose.spatial(draw((6, 4, 3, 3)), rank)
