@@ -77,7 +77,7 @@ class Split:
         """Return the smallest rank that holds a share of the energy."""
         held = np.cumsum(self.energies)
         wanted = energy * self.total * (1 - 1e-12)
-        return int(min(np.searchsorted(held, wanted) + 1, self.ranks))
+        return min(int(np.searchsorted(held, wanted)) + 1, self.ranks)
 
     def factors(self, matrix: Array, rank: int) -> tuple[Float64, Float64]:
         """Return ``left`` [outputs, rank] and ``right`` [rank, inputs], balanced.
