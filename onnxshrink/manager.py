@@ -28,6 +28,7 @@ from onnxshrink.errors import (
     PromiseError,
     UsageError,
 )
+from onnxshrink.lineage import Lineage
 from onnxshrink.measuring.measure import Stats, measure
 from onnxshrink.model import External, Model, Storage, SupportsModelProto
 from onnxshrink.pipeline import Pipeline
@@ -52,6 +53,8 @@ Where passes that repair come later (``Pass.repairs``: distill, recover), all fo
 for them: what counts is whether the repaired model holds.
 """
 
+STATE_FORMAT = 2
+"""Version of what ``resume`` reads; another one is refused."""
 _TIGHTENINGS = 24
 _REPAIRS = 2
 """Weaker forms of a pass that are repaired and judged, after the full one failed."""
@@ -335,7 +338,9 @@ class _Run:
         executor: Executor | None,
     ) -> None:
         self.manager = manager
-        self.source = source
+        self.source = source.copy()
+        self.source.lineage = Lineage()  # of another run, if it has one
+        source = self.source
         self.target = target
         self.folder = folder
         self.executor = executor
@@ -840,7 +845,10 @@ class _Run:
             return
         path = accepted.path
         inside = path.parent == self.folder
+        model = accepted.model
         state = {
+            "format": STATE_FORMAT,
+            "lineage": model.lineage.to_json(model.value_names()),
             "run": self._fingerprint,
             "next": index + 1,
             "path": path.name if inside else None,
@@ -862,6 +870,11 @@ class _Run:
             return None
         try:
             state = json.loads(file.read_text())
+            if state.get("format") != STATE_FORMAT:
+                raise UsageError(
+                    f"the state in {self.folder} was written by another version of "
+                    "onnxshrink, which keeps other things; run without --resume"
+                )
             if state["run"] != json.loads(json.dumps(self._fingerprint)):
                 raise UsageError(
                     f"the interrupted run in {self.folder} was another one (other "
@@ -870,12 +883,13 @@ class _Run:
             name = state["path"]
             path = self.baseline_path if name is None else self.folder / Path(name).name
             model = self.source if name is None else Model.load(path)
+            model.lineage = Lineage.from_json(state["lineage"])
             self.steps = [Step.from_json(step) for step in state["steps"]]
             if state["standard"] is not None:
                 self._hold_to(self.folder / Path(state["standard"]).name)
             stats = Stats.from_json(state["stats"])
             return _State(model, path, stats), int(state["next"])
-        except (KeyError, TypeError, ValueError, ModelError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ModelError) as error:
             raise UsageError(
                 f"the state in {self.folder} cannot be read ({error}); "
                 "run without --resume"

@@ -293,6 +293,9 @@ def shrink(
     for path in reports:
         result.report.write(path)
     result.report.render(screen.out, verbose=verbose)
+    if verbose:
+        for line in result.model.lineage.words(result.model.value_names()):
+            screen.text(f"lineage: {line}")
 
 
 def _show_page(ctx: click.Context) -> None:

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 
 from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
+from onnxshrink.lineage import Lineage
 from onnxshrink.model.clone import clone_graph
 from onnxshrink.model.encodings import recognise
 from onnxshrink.model.exporter import (
@@ -232,6 +233,7 @@ class Model:
         metadata: The model's ``metadata_props``.
         ir_version: The IR version it is written with.
         external: Whether its tensors came as external data.
+        lineage: What each value was in the model that a run started from.
     """
 
     def __init__(self, graph: Graph, origin: onnx.ModelProto) -> None:
@@ -242,6 +244,7 @@ class Model:
         self.metadata = {entry.key: entry.value for entry in origin.metadata_props}
         self.ir_version = origin.ir_version
         self.external = False
+        self.lineage = Lineage()
         self._files: frozenset[Path] = frozenset()
         self._names: set[str] | None = None
         self._numbers: dict[str, int] = {}
@@ -338,6 +341,7 @@ class Model:
         twin.metadata = dict(self.metadata)
         twin.ir_version = self.ir_version
         twin.external = self.external
+        twin.lineage = self.lineage.copy()
         twin._files = self._files
         return twin
 
@@ -507,6 +511,13 @@ class Model:
         visit(inferred.graph)
         return found
 
+    def value_names(self) -> Iterator[str]:
+        """Yield the names of the main graph's values: inputs, weights, outputs."""
+        yield from (tensor.name for tensor in self.graph.inputs)
+        yield from (c.name for c in self.graph.initializers.values())
+        for node in self.graph.nodes:
+            yield from (tensor.name for tensor in node.outputs if tensor.name)
+
     # --- edit ---------------------------------------------------------------------
 
     def fresh(self, name: str) -> str:
@@ -537,6 +548,7 @@ class Model:
         if number:
             self._numbers[base] = number
         self._names.add(candidate)
+        self.lineage.add(candidate)
         return candidate
 
     def _note_names(self, node: gs.Node) -> None:
@@ -634,10 +646,13 @@ class Model:
         Nodes inside subgraphs count; the node that produces ``new`` does not. A graph
         output keeps its name: the new tensor takes it over, or an Identity node carries
         it where the new tensor cannot be renamed. An output of the main graph that is
-        itself an input of it stays what it is.
+        itself an input of it stays what it is. A ``new`` that a pass made is from then
+        on what ``old`` was, see ``Lineage``.
         """
         if old is new:
             return
+        if self.lineage.is_new(new.name):
+            self.lineage.replace(old.name, new.name)
         makers = {id(node) for node in new.inputs}
         readers = list(old.outputs)
         list.__setitem__(
@@ -682,8 +697,8 @@ class Model:
             self.add_node("Identity", [new], outputs=[target], name=name, graph=graph)
         return target
 
-    @staticmethod
-    def _rename(tensor: gs.Tensor, name: str) -> None:
+    def _rename(self, tensor: gs.Tensor, name: str) -> None:
+        self.lineage.replace(tensor.name, name)
         home = tensor.__dict__.get("_home")
         if isinstance(tensor, gs.Constant) and home is not None:
             home.initializers = {
@@ -986,7 +1001,7 @@ class Model:
         if not ratio > 0:
             raise UsageError(f"max_decode_ratio is greater than 0, not {ratio}")
         lent: set[str] = set()
-        self.fresh("")  # notes the names that are there
+        self.lineage.forget([self.fresh("")])  # notes the names that are there
         numbers = dict(self._numbers)
 
         def fresh(name: str) -> str:
@@ -1014,6 +1029,7 @@ class Model:
             # The model itself does not hold them: the next save uses them again.
             if self._names is not None:
                 self._names -= lent
+            self.lineage.forget(lent)
             self._numbers = numbers
 
     def to_proto(self, storage: Storage = "plain") -> onnx.ModelProto:

@@ -480,7 +480,9 @@ class Rewriter:
     def replace(self, old: gs.Tensor, new: gs.Tensor) -> bool:
         """Let everything that reads ``old`` read ``new``; erase what computed ``old``.
 
-        An output of the model keeps its name: the new tensor takes it over.
+        An output of the model keeps its name: the new tensor takes it over. A new
+        tensor that a rule made is what ``old`` was, see ``Lineage``; where ``new`` was
+        there before and means something else from now on, call ``supplant``.
 
         Returns:
             Whether it was possible. It is not where ``old`` is an output and ``new`` is
@@ -488,6 +490,8 @@ class Rewriter:
         """
         if old is new or not self.can_replace(old, new):
             return False
+        if self.model.lineage.is_new(new.name):
+            self.model.lineage.replace(old.name, new.name)
         for graph in self._results.pop(old, []):
             for index, tensor in enumerate(graph.outputs):
                 if tensor is old:
@@ -505,9 +509,20 @@ class Rewriter:
         self.sweep(old)
         return True
 
+    def supplant(self, old: gs.Tensor, new: gs.Tensor) -> bool:
+        """Replace ``old`` by ``new``, which was something else and now is what it was.
+
+        As the output of a Conv is once a BatchNormalization behind it is folded in.
+        """
+        if not self.can_replace(old, new):
+            return False
+        self.model.lineage.replace(old.name, new.name)
+        return self.replace(old, new)
+
     def _take_name(self, old: gs.Tensor, new: gs.Tensor) -> None:
         name = old.name
         old.name = self.model.fresh(name)
+        self.model.lineage.replace(name, old.name)
         new.name = name
         if isinstance(old, Variable) and isinstance(new, Variable):
             new.dtype, new.shape = old.dtype, old.shape

@@ -397,7 +397,9 @@ def fold_behind(rewriter: Rewriter, node: Node) -> bool:
         if not rewriter.can_replace(node.outputs[0], x):
             continue
         if absorb(rewriter, linear, affine):
-            return rewriter.replace(node.outputs[0], x)
+            if linear.add is not None:
+                rewriter.model.lineage.add(linear.node.outputs[0].name)
+            return rewriter.supplant(node.outputs[0], x)
     return False
 
 
@@ -465,7 +467,7 @@ def into_norm(rewriter: Rewriter, node: Node) -> bool:
             continue
         rewriter.set_array(norm, 1, new_gamma)
         rewriter.set_array(norm, 2, new_beta)
-        return rewriter.replace(node.outputs[0], x)
+        return rewriter.supplant(node.outputs[0], x)
     return False
 
 
@@ -651,7 +653,8 @@ def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
         if not rewriter.can_replace(node.outputs[0], x):
             continue
         scale = factor if node.op == "Mul" else 1.0 / factor
-        linear = _linear_above(rewriter, x, 6)
+        between: list[gs.Tensor] = []
+        linear = _linear_above(rewriter, x, 6, between)
         if linear is None:
             continue
         weight = rewriter.constant(linear.weight)
@@ -661,7 +664,9 @@ def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
             continue
         affine = Affine(x, np.asarray(scale), np.zeros(()), _OVERHEAD)
         if absorb(rewriter, linear, affine):
-            return rewriter.replace(node.outputs[0], x)
+            for tensor in between:
+                rewriter.model.lineage.scale(tensor.name, scale)
+            return rewriter.supplant(node.outputs[0], x)
     return False
 
 
@@ -670,8 +675,17 @@ def _above(rewriter: Rewriter, tensor: gs.Tensor) -> bool:
     return node is not None and node.op in ("MatMul", "Transpose", "Reshape")
 
 
-def _linear_above(rewriter: Rewriter, tensor: gs.Tensor, depth: int) -> Linear | None:
-    """Find a linear operator that ``tensor`` is proportional to, for it alone."""
+def _linear_above(
+    rewriter: Rewriter, tensor: gs.Tensor, depth: int, between: list[gs.Tensor]
+) -> Linear | None:
+    """Find a linear operator that ``tensor`` is proportional to, for it alone.
+
+    Args:
+        rewriter: The graph.
+        tensor: The value.
+        depth: Nodes to go up at most.
+        between: Receives the values that a factor of the operator reaches on the way.
+    """
     node = rewriter.producer(tensor)
     if node is None or depth == 0 or node.domain:
         return None
@@ -679,7 +693,11 @@ def _linear_above(rewriter: Rewriter, tensor: gs.Tensor, depth: int) -> Linear |
     if found is not None:
         values = rewriter.constant(found.weight)
         alone = len(found.weight.outputs) == 1 and not rewriter.is_result(found.weight)
-        return found if alone and values is not None else None
+        if not alone or values is None:
+            return None
+        if found.add is not None:
+            between.append(found.node.outputs[0])
+        return found
     if node.op == "MatMul":
         paths = [0, 1]
     elif node.op in ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"):
@@ -690,8 +708,9 @@ def _linear_above(rewriter: Rewriter, tensor: gs.Tensor, depth: int) -> Linear |
         source = node.inputs[path]
         if not rewriter.is_only_for(source, node):
             continue
-        found = _linear_above(rewriter, source, depth - 1)
+        found = _linear_above(rewriter, source, depth - 1, between)
         if found is not None:
+            between.append(source)
             return found
     return None
 

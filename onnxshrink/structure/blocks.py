@@ -130,6 +130,8 @@ def remove(model: Model, blocks: Sequence[Block]) -> None:
     """Replace the output of each block by its input, in place.
 
     Nodes and weights that nothing reads any more stay until ``model.drop_unused()``.
+    The input then stands where the output stood, and its lineage says so: what reads it
+    was made for that. An input of the model stays what it is.
 
     Args:
         model: The model the blocks were found in.
@@ -138,6 +140,8 @@ def remove(model: Model, blocks: Sequence[Block]) -> None:
     # From the last on: where two neighbours go, the first one's output is what the
     # second one's readers are led to before it is replaced itself.
     for block in reversed(blocks):
+        if block.start.inputs:
+            model.lineage.replace(block.end.name, block.start.name)
         model.replace_uses(block.end, block.start)
 
 

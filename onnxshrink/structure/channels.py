@@ -194,18 +194,21 @@ class _Axes:
         of: Number by (identity of the tensor, axis).
         sizes: Size of each axis.
         starts: Number of the first position of each.
+        tensors: The tensor of each.
         total: Positions in all.
     """
 
     of: dict[tuple[int, int], int] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    tensors: list[gs.Tensor] = field(default_factory=list)
     total: int = 0
 
     def number(self, tensor: gs.Tensor, axis: int, size: int) -> int:
         key = (id(tensor), axis)
         if key not in self.of:
             self.of[key] = len(self.sizes)
+            self.tensors.append(tensor)
             self.sizes.append(size)
             self.starts.append(self.total)
             self.total += size
@@ -228,6 +231,7 @@ class _Plan:
         self.runs: list[_Run] = []
         self._weights: dict[int, Weight | None] = {}
         self._known: dict[int, Weight] = {}
+        self._aliases: dict[int, list[gs.Tensor]] = {}
         self._none: Indices = np.zeros(0, np.int64)
         for tensor in model.graph.inputs:
             self.fix(tensor, f"{tensor.name!r} is an input of the model")
@@ -271,6 +275,7 @@ class _Plan:
             found = self.model.constant(tensor) if tensor.name else None
             if found is not None:
                 found = self._known.setdefault(id(found.constant), found)
+                self._aliases.setdefault(id(found.constant), []).append(tensor)
             self._weights[id(tensor)] = found
         return self._weights[id(tensor)]
 
@@ -470,7 +475,13 @@ class _Plan:
         """Remove positions of axes from weights, and adapt nodes to what is left."""
         by_root: dict[int, dict[int, Indices]] = {}
         for (root, axis), number in self.axes.of.items():
-            if number in gone and root in self._known:
+            if number not in gone:
+                continue
+            left = np.delete(np.arange(self.axes.sizes[number]), gone[number])
+            named = [self.axes.tensors[number], *self._aliases.get(root, ())]
+            for value in dict.fromkeys(tensor.name for tensor in named):
+                self.model.lineage.keep(value, axis, left)
+            if root in self._known:
                 by_root.setdefault(root, {})[axis] = gone[number]
         for root, cuts in by_root.items():
             values = self._known[root].read()
