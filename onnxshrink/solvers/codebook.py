@@ -470,6 +470,7 @@ def refit(
     index: Array,
     *,
     held: Array | None = None,
+    share: Array | None = None,
 ) -> Float64:
     """Return the values of a table that change a layer's outputs least.
 
@@ -482,29 +483,31 @@ def refit(
         table: Values of any shape.
         index: Which of them, flat, stands for each weight, int [rows, inputs].
         held: Which of them stay, bool of the table's shape; ``None``: zeros.
+        share: Factor of each row's errors, [rows, 1].
     """
     stack = _stack(weight, gram)
     flat = np.asarray(table, np.float64).reshape(-1)
     free = (flat != 0) if held is None else ~held.reshape(-1)
     places = np.asarray(index, np.intp).reshape(-1)
     shape = (len(stack), -1, weight.shape[1])
+    squares = None if share is None else np.square(share).reshape(len(stack), -1, 1)
 
     def gradient(values: Float64) -> Float64:
         with threadpool_limits(1, "blas"):
             image = values.reshape(shape) @ stack
+        if squares is not None:
+            image *= squares
         summed = np.bincount(places, image.reshape(-1), minlength=flat.size)
         return np.where(free, summed, 0.0)
 
     now = flat.copy()
     residual = gradient((weight.reshape(-1) - now[places]).astype(np.float64))
-    used = np.bincount(
-        places,
-        np.broadcast_to(
-            np.einsum("gii->gi", stack)[:, None, :],
-            (len(stack), len(weight) // len(stack), weight.shape[1]),
-        ).reshape(-1),
-        minlength=flat.size,
-    )
+    each = len(weight) // len(stack)
+    diagonal = np.einsum("gii->gi", stack)[:, None, :]
+    if squares is not None:
+        diagonal = diagonal * squares
+    spread = np.broadcast_to(diagonal, (len(stack), each, weight.shape[1]))
+    used = np.bincount(places, spread.reshape(-1), minlength=flat.size)
     scale = np.divide(1.0, used, out=np.zeros(flat.size), where=used > 0)
     towards = scale * residual
     direction, size = towards.copy(), float(residual @ towards)

@@ -62,6 +62,8 @@ _MERGED = 8192
 """Bins that the dynamic program sees at most."""
 _MERGED_EACH = 48
 """Bins it sees for each centroid, so that few centroids are found sooner."""
+_CURVE = 2048
+"""Bins for errors of all numbers of centroids."""
 _CHUNK = 1 << 20
 _LLOYD = 300
 """Most iterations on bins."""
@@ -563,8 +565,8 @@ def errors(
 ) -> Float64:
     """Return the least squared error with 1, 2, ... ``count`` centroids.
 
-    On at most 8,192 bins: above that many distinct values an estimate, a few parts in a
-    thousand too high for 256 centroids.
+    On at most 2,048 bins: above that many distinct values an estimate, 1 % too high for
+    256 centroids.
 
     Args:
         values: As in ``fit``.
@@ -581,7 +583,7 @@ def errors(
     """
     limit = _limit(count)
     points = points_of(values, importance)
-    few = merged(points, limit)
+    few = merged(points, min(limit, _CURVE))
     if zero:
         left, right = _sides(few, count)
         found = [_divisions(left, right, others)[0] for others in range(count)]
