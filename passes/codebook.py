@@ -20,7 +20,7 @@ from onnxshrink.quantization import inputs
 from onnxshrink.quantization.weightonly import SMALL_TABLE, home, within_reach
 from onnxshrink.solvers import codebook, kmeans
 from onnxshrink.structure import layers
-from onnxshrink.structure.layers import Layer, Layout, Role, Use
+from onnxshrink.structure.layers import Layout, LinearWeight, Role, Use
 from onnxshrink.tensors import LazyTensor, bits_of
 
 __all__ = ["Codebook", "CodebookSite"]
@@ -199,7 +199,7 @@ class Codebook(SitePass):
             detail["scale"] = self.scale
         return detail
 
-    def _layers(self, model: Model, ctx: Context) -> Iterator[Layer]:
+    def _layers(self, model: Model, ctx: Context) -> Iterator[LinearWeight]:
         roles: list[Role] = ["weight", "table"]
         roles += ["bias"] if "biases" in self.also else []
         seen = False
@@ -217,7 +217,7 @@ class Codebook(SitePass):
                 f"{what} no weight of a Conv, Gemm, MatMul, Gather or recurrent node",
             )
 
-    def _unfit(self, layer: Layer) -> str:
+    def _unfit(self, layer: LinearWeight) -> str:
         """Return why a layer cannot have such a codebook, or nothing."""
         weight, size = layer.weight, layer.weight.size
         if _is_bias(layer):
@@ -236,7 +236,7 @@ class Codebook(SitePass):
             return _CODED
         return ""
 
-    def _tables(self, layer: Layer) -> int:
+    def _tables(self, layer: LinearWeight) -> int:
         """Return how many tables a layer gets."""
         groups, outputs, _ = layer.layout.matrices_shape
         if _is_bias(layer) or self.granularity == "tensor":
@@ -245,7 +245,7 @@ class Codebook(SitePass):
             return groups * outputs // self.group
         return layer.weight.size // self.block
 
-    def _stored(self, layer: Layer, count: int) -> int:
+    def _stored(self, layer: LinearWeight, count: int) -> int:
         """Estimate the bytes a layer takes with ``count`` values in a table."""
         weight = layer.weight
         item = bits_of(weight.data_type) // 8
@@ -260,7 +260,7 @@ class Codebook(SitePass):
         return found
 
     def _divided(
-        self, found: Sequence[Layer], grams: _Grams, ctx: Context
+        self, found: Sequence[LinearWeight], grams: _Grams, ctx: Context
     ) -> dict[str, int]:
         """Divide values among layers so that the sum of relative errors is least."""
         options: dict[str, list[tuple[int, float, int]]] = {}
@@ -343,7 +343,9 @@ class Codebook(SitePass):
             result = fresh.get(layer.name) or memo[key]
             self._write(model, layer, result, ctx)
 
-    def _write(self, model: Model, layer: Layer, result: _Result, ctx: Context) -> None:
+    def _write(
+        self, model: Model, layer: LinearWeight, result: _Result, ctx: Context
+    ) -> None:
         words = result.words
         if result.scale is not None:
             _scaled(model, layer, result.values, result.scale)
@@ -373,7 +375,7 @@ class _Grams:
     """Gram matrices of layers' inputs, where there is data; kept if they are small."""
 
     def __init__(
-        self, pass_: Codebook, model: Model, found: Sequence[Layer], ctx: Context
+        self, pass_: Codebook, model: Model, found: Sequence[LinearWeight], ctx: Context
     ) -> None:
         self.model, self.found, self.ctx = model, found, ctx
         self.wants = pass_.rounding != "nearest" and _has_data(ctx)
@@ -381,7 +383,7 @@ class _Grams:
             ("codebook", "grams"), {}
         )
 
-    def batches(self) -> Iterator[list[tuple[Layer, Float64 | None]]]:
+    def batches(self) -> Iterator[list[tuple[LinearWeight, Float64 | None]]]:
         """Yield layers, some at a time, with their Gram matrices if known."""
         if not self.wants:
             yield [(layer, None) for layer in self.found]
@@ -399,8 +401,8 @@ class _Grams:
             if id(layer.weight.tensor) not in self.held
         }
         for group in inputs.groups(list(left.values())):
-            seen_by, _ = inputs.watch(self.model, group, self.ctx)
-            batch: list[tuple[Layer, Float64 | None]] = []
+            seen_by, _ = inputs.input_grams(self.model, group, self.ctx)
+            batch: list[tuple[LinearWeight, Float64 | None]] = []
             for name, seen in seen_by.items():
                 layer = left.pop(name)
                 gram = layers.gram(layer, seen)[0]
@@ -412,7 +414,7 @@ class _Grams:
         if left:
             yield [(layer, None) for layer in left.values()]
 
-    def each(self) -> Iterator[tuple[Layer, Float64 | None]]:
+    def each(self) -> Iterator[tuple[LinearWeight, Float64 | None]]:
         """Yield layers in their order."""
         found = {
             layer.name: (layer, gram)
@@ -421,7 +423,7 @@ class _Grams:
         }
         yield from (found[layer.name] for layer in self.found)
 
-    def _hold(self, layer: Layer, gram: Float64 | None) -> None:
+    def _hold(self, layer: LinearWeight, gram: Float64 | None) -> None:
         held = sum(one.nbytes for _, one in self.held.values() if one is not None)
         if gram is None or held + gram.nbytes <= _HELD:
             self.held[id(layer.weight.tensor)] = (layer.weight.tensor, gram)
@@ -455,7 +457,7 @@ class _Study:
     shares_rows: bool = False
 
     @classmethod
-    def of(cls, options: Codebook, layer: Layer, gram: Float64 | None) -> _Study:
+    def of(cls, options: Codebook, layer: LinearWeight, gram: Float64 | None) -> _Study:
         return cls(
             layer.weight.tensor,
             layer.layout,
@@ -844,7 +846,7 @@ def _has_data(ctx: Context) -> bool:
     return ctx.samples.calibration is not None and not ctx.samples.random
 
 
-def _is_bias(layer: Layer) -> bool:
+def _is_bias(layer: LinearWeight) -> bool:
     return all(use.role == "bias" for use in layer.uses)
 
 
@@ -987,7 +989,7 @@ def _cheapest(
 # --- writing --------------------------------------------------------------------------
 
 
-def _scaled(model: Model, layer: Layer, values: Array, scale: Array) -> None:
+def _scaled(model: Model, layer: LinearWeight, values: Array, scale: Array) -> None:
     """Let readers have the values times a scale: a product of constants."""
     graph, name = layer.weight.graph, layer.weight.value.name or "weight"
     old = layer.weight.value
@@ -998,7 +1000,7 @@ def _scaled(model: Model, layer: Layer, values: Array, scale: Array) -> None:
     node.inputs[0] = old
 
 
-def _may_be_looked_up(layer: Layer) -> bool:
+def _may_be_looked_up(layer: LinearWeight) -> bool:
     """Whether rows of a large table are all that is read of a weight."""
     return layer.weight.size > SMALL_TABLE and all(
         use.role == "table"
@@ -1008,14 +1010,14 @@ def _may_be_looked_up(layer: Layer) -> bool:
     )
 
 
-def _is_looked_up(model: Model, layer: Layer) -> bool:
+def _is_looked_up(model: Model, layer: LinearWeight) -> bool:
     return _may_be_looked_up(layer) and all(
         within_reach(model, layer, use) for use in layer.uses
     )
 
 
 def _gathered(
-    model: Model, layer: Layer, use: Use, codes: Array, table: Array | None
+    model: Model, layer: LinearWeight, use: Use, codes: Array, table: Array | None
 ) -> None:
     """Let a lookup gather codes and look these up in the table."""
     assert table is not None
