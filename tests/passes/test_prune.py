@@ -18,7 +18,7 @@ from onnxshrink.base import Context, Site
 from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
-from onnxshrink.passes.prune import Prune
+from onnxshrink.passes.prune import Prune, _stored_bytes
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.solvers.magnitude import (
@@ -469,6 +469,46 @@ def test_a_bias_of_two_layers_is_left_alone() -> None:
     )
     after = _pruned(Prune(), model, _splits(x=_inputs(20, 3)))
     assert after.weight("b").read().tolist() == [1, 1, 1]
+
+
+def test_a_bias_that_is_also_an_output_is_left_alone() -> None:
+    weight = np.random.default_rng(10).standard_normal((3, 3)).astype(np.float32)
+    model = _model(
+        "g (float[N,3] x) => (float[N,3] y, float[3] b) { y = Gemm(x, w, b) }",
+        w=weight,
+        b=np.ones(3, np.float32),
+    )
+    after = _pruned(Prune(), model, _splits(x=_inputs(20, 3) + 3))
+    assert _zeros(after) == 5
+    assert after.weight("b").read().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("zeros", "bits", "nbytes"),
+    [
+        (0, 32, 6400),  # plain
+        (800, 32, 200 + 3200),  # a bit each, and the values
+        (1440, 32, 80 + 50 + 640),  # 160 gaps of 4 bits, and 100 gaps that skip 16
+        (1440, 16, 80 + 50 + 320),
+        (1590, 32, 10 + 6 + 40),  # 10 gaps of 8 bits, and 6 that skip 256
+    ],
+)
+def test_stored_bytes_are_those_of_the_smallest_form(
+    zeros: int, bits: int, nbytes: int
+) -> None:
+    assert _stored_bytes(1600, zeros, bits) == nbytes
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.9, 0.95])
+def test_stored_bytes_are_near_those_of_the_file(sparsity: float) -> None:
+    random = np.random.default_rng(0)
+    values = random.standard_normal(40_000).astype(np.float32)
+    zeros = int(sparsity * values.size)
+    values[random.permutation(values.size)[:zeros]] = 0
+    model = _matmul(values.reshape(200, 200))
+    nothing = len(_matmul(np.zeros((200, 200), np.float32)).to_bytes("auto"))
+    written = len(model.to_bytes("auto")) - nothing
+    assert _stored_bytes(40_000, zeros, 32) == pytest.approx(written, rel=0.06)
 
 
 def test_sites_do_not_depend_on_which_others_are_done() -> None:

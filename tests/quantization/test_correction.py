@@ -225,6 +225,24 @@ def test_what_a_scale_cannot_pass_is_left_alone_with_a_reason(nodes, why):
     assert np.array_equal(model.weight("a").read(), weights["a"])
 
 
+@pytest.mark.parametrize("returned", ["a", "b", "c", "d"])
+def test_a_weight_or_bias_that_is_also_an_output_stays(returned):
+    """``a`` and ``c`` are weights, ``b`` and ``d`` what is added behind the first."""
+    weights = {
+        "a": uneven(random(4, 4, 1, 1), 0),
+        "b": random(4),
+        "c": random(4, 4, 1, 1),
+        "d": random(1, 4, 1, 1),
+    }
+    nodes = "h = Conv(x, a, b) s = Add(h, d) r = Relu(s) y = Conv(r, c)"
+    model = parsed(nodes, "1, 4, 2, 2", weights)
+    assert equalize(model.copy(), context(model)) == 1
+    model.graph.outputs.append(model.weight(returned).value)
+    assert equalize(model, context(model)) == 0
+    for name, array in weights.items():
+        assert np.array_equal(model.weight(name).read(), array)
+
+
 @pytest.mark.parametrize("name", example_models())
 def test_example_models_compute_what_they_did(name):
     model = Model.load(example_models()[name])
@@ -355,6 +373,17 @@ def test_layers_that_cannot_be_corrected_are_named():
         "h": "it has no bias that is free to change",
         "elsewhere": "the float model has no such layer",
     }
+
+
+@pytest.mark.parametrize(("returned", "corrected"), [("qb", "m"), ("d", "h")])
+def test_a_bias_that_is_also_an_output_is_not_corrected(returned, corrected):
+    plain, coded, x = quantized_chain()
+    before = coded.weight(returned).read()
+    coded.graph.outputs.append(coded.weight(returned).value)
+    ctx = context(coded, x)
+    assert correct_bias(plain, coded, ctx) == 1
+    assert [where for where, _ in ctx.done] == [corrected]
+    assert np.array_equal(coded.weight(returned).read(), before)
 
 
 def test_bias_correction_wants_real_samples():

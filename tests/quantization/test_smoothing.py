@@ -125,6 +125,20 @@ def test_activations_with_other_readers_get_a_mul(extra: str) -> None:
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("returned", ["v", "b"])
+def test_a_weight_that_is_also_an_output_stays(returned: str) -> None:
+    model = model_of(
+        "(float[5,32] x) => (float[5,8] y) "
+        "{ p = MatMul(x, v) a = Add(p, b) y = MatMul(a, w) }",
+        w=values(32, 8),
+        **BIAS,
+    )
+    model.graph.outputs.append(model.weight(returned).value)
+    group = next(g for g in groups(model) if g.tensor.name == "a")
+    assert apply(model, group, np.exp(values(32, seed=2))) == "a Mul"
+    np.testing.assert_array_equal(model.weight(returned).read(), BIAS[returned])
+
+
 ATTENTION = """(float[2,5,32] x) => (float[2,5,8] y) {{
     q = MatMul(x, wq) v = MatMul(x, wv) b = Add(v, bv)
     qr = Reshape(q, cut) qt = Transpose<perm = [0, 2, 1, 3]>(qr)

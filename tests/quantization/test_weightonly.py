@@ -222,6 +222,14 @@ def test_a_table_read_along_another_axis_is_refused() -> None:
         rewrite(model, layer, grid, codes)
 
 
+def test_a_weight_that_is_also_an_output_is_refused() -> None:
+    model = model_of(
+        "(float[N,64] x) => (float[N,24] y, float[64,24] w) { y = MatMul(x, w) }",
+        w=values(64, 24),
+    )
+    assert "also an output" in weightonly.why_not(layer_of(model))
+
+
 def test_scales_of_few_codes_fit_half_precision() -> None:
     grid, _ = quantized(values(8, 64), LEVELS["int4"], block=16)
     assert (grid.scale == grid.scale.astype(np.float16)).all()

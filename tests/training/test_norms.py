@@ -155,6 +155,13 @@ def test_a_norm_that_cannot_be_folded_says_why() -> None:
     assert "read by other nodes" in notes[-1]
 
 
+@pytest.mark.parametrize(("returned", "found"), [("m2", ["m1"]), ("b2", ["m1", "m2"])])
+def test_a_mean_that_is_also_an_output_stays(returned: str, found: list[str]) -> None:
+    model = stack()
+    model.graph.outputs.append(model.weight(returned).value)
+    assert find_norms(model, (), (), lambda *_: None) == found
+
+
 def test_names_choose_norms() -> None:
     model = stack()
     assert find_norms(model, ("m1",), (), print) == ["m1"]

@@ -698,6 +698,26 @@ def test_codes_that_cannot_be_trained_say_why(decode: str, why: str) -> None:
     assert why in whys(model)["q"]
 
 
+def test_a_weight_that_is_also_an_output_stays() -> None:
+    model = model_of(
+        "g (float[N,8] x) => (float[N,6] y, float[8,6] w) { y = MatMul(x, w) }",
+        w=draw(1, 8, 6),
+    )
+    notes: dict[str, str] = {}
+    assert not find_trainable(model, ["y"], (), (), notes.__setitem__)
+    assert "also an output" in notes["w"]
+
+
+@pytest.mark.parametrize("returned", ["s", "xs", "rs2"])
+def test_a_scale_that_is_also_an_output_stays(returned: str) -> None:
+    model = qdq()
+    model.graph.outputs.append(model.weight(returned).value)
+    chosen = find_trainable(model, ["y"], (), (), lambda *_: None, scales="learned")
+    names = {n for one in chosen if isinstance(one, Scale) for n in one.names}
+    assert returned not in names
+    assert names
+
+
 @pytest.mark.parametrize("broken", ["s", "z", "shape"])
 def test_parameters_that_do_not_fit_are_refused_in_words(broken: str) -> None:
     model = model_of(
