@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onnxshrink._version import __version__
 
 if TYPE_CHECKING:
-    from onnxshrink.base import Context, Pass, Promise, Site, SitePass
+    from onnxshrink.base import Context, Pass, Promise, Savings, Site, SitePass
     from onnxshrink.errors import (
         ModelError,
         OnnxshrinkError,
@@ -42,6 +42,7 @@ _HOME = {
     "Report": "reporting.report",
     "Result": "manager",
     "Samples": "samples",
+    "Savings": "base",
     "Site": "base",
     "SitePass": "base",
     "Splits": "samples",
@@ -66,6 +67,7 @@ __all__ = [
     "Report",
     "Result",
     "Samples",
+    "Savings",
     "Site",
     "SitePass",
     "Splits",

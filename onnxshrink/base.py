@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from onnxshrink.errors import UsageError
 
 if TYPE_CHECKING:
     from onnxshrink.model import Model
     from onnxshrink.samples import Samples, Splits
     from onnxshrink.statistics import Statistic
+    from onnxshrink.structure.layers import LinearWeight
 
-__all__ = ["Context", "Pass", "Progress", "Promise", "Site", "SitePass"]
+__all__ = [
+    "Context",
+    "Cost",
+    "Costs",
+    "Memory",
+    "Pass",
+    "Progress",
+    "Promise",
+    "Savings",
+    "Site",
+    "SitePass",
+]
 
 _MOVED = {"selected": "onnxshrink.structure.selection"}
 """Names that lived here before: (name, where it lives now)."""
@@ -56,22 +71,160 @@ class Promise(Enum):
 
 
 @dataclass(frozen=True)
-class Site:
+class Savings:
+    """What acting at a site saves, as far as it is known before it is done.
+
+    Attributes:
+        bytes: Bytes the file loses before encoding; negative if it grows.
+        macs: Multiply-accumulates saved for one sample.
+        seconds: Time saved in a run on one sample; ``None`` if that is not known.
+    """
+
+    bytes: int = 0
+    macs: int = 0
+    seconds: float | None = None
+
+    def __mul__(self, share: float) -> Savings:
+        """Return a share of each."""
+        seconds = None if self.seconds is None else self.seconds * share
+        return Savings(round(self.bytes * share), round(self.macs * share), seconds)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a form of a layer costs.
+
+    Attributes:
+        bytes: Bytes of its weights.
+        macs: Multiply-accumulates for one sample.
+        seconds: Time of a run on one sample; ``None`` if that is not known.
+    """
+
+    bytes: int = 0
+    macs: int = 0
+    seconds: float | None = None
+
+    def __add__(self, other: Cost) -> Cost:
+        """Return the cost of one after the other."""
+        known = self.seconds is not None and other.seconds is not None
+        return Cost(
+            self.bytes + other.bytes,
+            self.macs + other.macs,
+            (self.seconds or 0.0) + (other.seconds or 0.0) if known else None,
+        )
+
+    def __sub__(self, other: Cost) -> Savings:
+        """Return what is saved by the other form in place of this one."""
+        known = self.seconds is not None and other.seconds is not None
+        return Savings(
+            self.bytes - other.bytes,
+            self.macs - other.macs,
+            (self.seconds or 0.0) - (other.seconds or 0.0) if known else None,
+        )
+
+
+class _WithOldNames(type):
+    """Takes arguments that a class took before, for one more release."""
+
+    if not TYPE_CHECKING:  # type checkers see the new arguments only
+
+        def __call__(cls, *args: Any, **fields: Any) -> Any:
+            """Make an object from old or new arguments."""
+            return super().__call__(*cls._renewed(args, fields), **fields)
+
+    def _renewed(cls, args: tuple[Any, ...], fields: dict[str, Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+
+def _deprecated(old: str, new: str, level: int = 3) -> None:
+    warnings.warn(
+        f"{old} goes in the next release; use {new}",
+        DeprecationWarning,
+        stacklevel=level,
+    )
+
+
+class _SiteType(_WithOldNames):
+    """Takes ``bytes_saved``, ``macs_saved`` and ``detail``, by place or by name."""
+
+    def _renewed(cls, args: tuple[Any, ...], fields: dict[str, Any]) -> tuple[Any, ...]:
+        names = ("bytes_saved", "macs_saved", "detail")
+        by_place = args[2:5] if len(args) > 2 and isinstance(args[2], int) else ()
+        old = dict(zip(names, by_place, strict=False))
+        old |= {name: fields.pop(name) for name in names if name in fields}
+        if not old:
+            return args
+        for name in old:
+            new = "savings=Savings(...)" if name != "detail" else "fields of a subclass"
+            _deprecated(f"{cls.__name__}({name}=...)", new, 4)
+        if "detail" in old:
+            fields["_detail"] = old["detail"]
+        if "bytes_saved" in old or "macs_saved" in old:
+            before = fields.get("savings", Savings())
+            fields["savings"] = Savings(
+                old.get("bytes_saved", before.bytes),
+                old.get("macs_saved", before.macs),
+            )
+        return args[:2] if by_place else args
+
+
+@dataclass(frozen=True)
+class Site(metaclass=_SiteType):
     """One place where a pass can act: a weight, a node, a group of channels.
+
+    A pass derives from it where ``rewrite`` needs to know more than the place::
+
+        @dataclass(frozen=True, kw_only=True)
+        class PrunedWeight(Site):
+            sparsity: float
+            order: NDArray[np.int64] = field(repr=False, compare=False)
+
+    The plan shows these fields, and the report names those that back-off changed, but
+    for fields with ``repr=False``.
 
     Attributes:
         where: Name of the weight or node, unique within one plan.
         kind: What stands there, usually the op type that uses it.
-        bytes_saved: Estimate of the bytes the file loses, for the plan only.
-        macs_saved: Estimate of the multiply-accumulates saved for one sample.
-        detail: Everything ``rewrite`` needs to act here, printable.
+        savings: What acting here saves; what back-off and the plan rank by.
     """
 
     where: str
     kind: str
-    bytes_saved: int = 0
-    macs_saved: int = 0
-    detail: Mapping[str, object] = field(default_factory=dict)
+    savings: Savings = Savings()
+    _detail: Mapping[str, object] | None = field(default=None, repr=False, kw_only=True)
+
+    def how(self) -> dict[str, object]:
+        """Return how the pass acts here: the fields of a subclass that are shown."""
+        known = {f.name for f in dataclasses.fields(Site)}
+        own = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.repr and f.name not in known
+        }
+        shown = {
+            key: value
+            for key, value in own.items()
+            if value is not None and not (isinstance(value, str) and not value)
+        }
+        return {**shown, **(self._detail or {})}
+
+    @property
+    def bytes_saved(self) -> int:
+        """``savings.bytes``; the name goes in the next release."""
+        _deprecated("Site.bytes_saved", "savings.bytes")
+        return self.savings.bytes
+
+    @property
+    def macs_saved(self) -> int:
+        """``savings.macs``; the name goes in the next release."""
+        _deprecated("Site.macs_saved", "savings.macs")
+        return self.savings.macs
+
+    @property
+    def detail(self) -> Mapping[str, object]:
+        """What ``how`` returns; the name goes in the next release."""
+        _deprecated("Site.detail", "fields of a subclass")
+        return self.how()
 
 
 class Progress(Protocol):
@@ -81,21 +234,157 @@ class Progress(Protocol):
         """Report that ``done`` of ``total`` steps of ``what`` are finished."""
 
 
+class Costs(Protocol):
+    """What forms of a layer cost: of one that is there, and of those it may become."""
+
+    def conv(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: Sequence[int],
+        size: Sequence[int],
+        *,
+        groups: int = 1,
+        itemsize: float = 4,
+    ) -> Cost:
+        """Return the cost of a convolution, its bias not counted.
+
+        Args:
+            inputs: Channels in, of all groups.
+            outputs: Channels out, of all groups.
+            kernel: Extent of the kernel along each axis.
+            size: Extent of its output along each axis, for one sample.
+            groups: As the attribute ``group`` of Conv.
+            itemsize: Bytes of a stored weight.
+        """
+
+    def matmul(
+        self, rows: int, inputs: int, outputs: int, *, itemsize: float = 4
+    ) -> Cost:
+        """Return the cost of a product ``[rows, inputs] @ [inputs, outputs]``.
+
+        Args:
+            rows: Rows of the activations of one sample: tokens, or 1.
+            inputs: Rows of the weight.
+            outputs: Columns of the weight.
+            itemsize: Bytes of a stored weight.
+        """
+
+
 class Engine(Protocol):
     """What a context offers from rooms above; handed in by whoever makes it."""
+
+    @property
+    def costs(self) -> Costs:
+        """What layers cost, see ``Context.costs``."""
 
     def statistics(
         self, ctx: Context, model: Model, wanted: Mapping[str, Statistic]
     ) -> Mapping[str, Statistic]:
         """Feed statistics with calibration data, see ``Context.statistics``."""
 
+    def inputs(self, ctx: Context, layers: Iterable[LinearWeight]) -> Mapping[str, Any]:
+        """Gather what layers read, see ``Context.inputs``."""
+
 
 def _silent(done: int, total: int, what: str) -> None:
     """Discard progress."""
 
 
+class Memory:
+    """What a step has worked out, kept for its next attempts within a limit.
+
+    A large entry that was not asked for the longest makes room first. An entry that
+    takes more than the limit alone is not kept.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        """Start with nothing.
+
+        Args:
+            limit: Bytes kept at most, counted roughly.
+        """
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._making: dict[Hashable, threading.Lock] = {}
+        self._entries: dict[Hashable, tuple[Any, int]] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether there is an entry."""
+        return key in self._entries
+
+    def get(self, key: Hashable, default: Any = None) -> Any:
+        """Return an entry, or the default."""
+        with self._lock:
+            if key not in self._entries:
+                return default
+            self._entries[key] = entry = self._entries.pop(key)
+            return entry[0]
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keep an entry, if it fits."""
+        size = _bytes(value)
+        with self._lock:
+            self._entries.pop(key, None)
+            if size > self.limit:
+                return
+            self._entries[key] = value, size
+            held = sum(size for _, size in self._entries.values())
+            for old, (_, freed) in list(self._entries.items()):
+                if held <= self.limit:
+                    break
+                if freed >= _LARGE or held - freed <= self.limit:
+                    del self._entries[old]
+                    held -= freed
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the entry, made first if there is none; threads wait for the first."""
+        with self._lock:
+            alone = self._making.setdefault(key, threading.Lock())
+        with alone:
+            found = self.get(key, _MISSING)
+            if found is _MISSING:
+                found = make()
+                self.put(key, found)
+        return found  # type: ignore[no-any-return]
+
+
+_MISSING = object()
+_LARGE = 1 << 20
+"""Bytes from which an entry is dropped before those that take less."""
+
+
+def _bytes(value: object, seen: set[int] | None = None) -> int:
+    """Count the bytes of arrays, text and containers that an object holds."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(getattr(value, "nbytes", None), int):
+        return int(value.nbytes)  # type: ignore[attr-defined]
+    if isinstance(value, (bytes, bytearray, str)):
+        return len(value)
+    if isinstance(value, Mapping):
+        parts: Iterable[object] = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    else:
+        parts = getattr(value, "__dict__", {}).values()
+    return 64 + sum(_bytes(part, seen) for part in parts)
+
+
+class _ContextType(_WithOldNames):
+    """Takes ``left``."""
+
+    def _renewed(cls, args: tuple[Any, ...], fields: dict[str, Any]) -> tuple[Any, ...]:
+        if "left" in fields:
+            _deprecated("Context(left=...)", "skips", 4)
+            fields["skips"] = fields.pop("left")
+        return args
+
+
 @dataclass
-class Context:
+class Context(metaclass=_ContextType):
     """What a pass may use besides the model; made by the manager, one for each step.
 
     Attributes:
@@ -108,12 +397,14 @@ class Context:
         executor: Where ``map`` runs; ``None`` runs in the calling thread.
         progress: Receives progress of long work.
         done: What the pass said it did, in order.
-        left: What the pass said it left alone, and why.
+        skips: (where, why) of what the pass said it left alone.
         cache: Statistics that an earlier request of the same model already gathered.
         folder: An existing folder of this step's own, whose files are there again when
             an interrupted run is resumed; a pass that keeps its progress here must see
             for itself that what it finds was left by the same work. It is deleted once
             the step is done. ``None`` where nothing could be resumed.
+        memory: What ``remember`` keeps; one for all attempts of a step.
+        engine: Does what rooms above this one know how to do.
     """
 
     samples: Splits
@@ -124,10 +415,17 @@ class Context:
     executor: Executor | None = None
     progress: Progress = _silent
     done: list[tuple[str, str]] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
+    skips: list[tuple[str, str]] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
     folder: Path | None = None
+    memory: Memory = field(default_factory=Memory)
     engine: Engine | None = None
+
+    @property
+    def left(self) -> list[tuple[str, str]]:
+        """``skips``; the name goes in the next release."""
+        _deprecated("Context.left", "skips")
+        return self.skips
 
     def did(self, where: str, what: str) -> None:
         """Record what was done at a weight or node."""
@@ -135,7 +433,48 @@ class Context:
 
     def skipped(self, where: str, why: str) -> None:
         """Record a weight or node that was left alone, and why."""
-        self.left.append((where, why))
+        self.skips.append((where, why))
+
+    def need_data(
+        self,
+        why: str,
+        split: Literal["calibration", "training", "validation"] = "calibration",
+    ) -> Samples:
+        """Return samples the pass cannot do without; random inputs are none.
+
+        Args:
+            why: What they are for, after "to": ``"to see what the layers read"``.
+            split: Which of the samples.
+
+        Raises:
+            UsageError: There are none; says what for, and how to give them.
+        """
+        samples: Samples | None = getattr(self.samples, split)
+        random = self.samples.random
+        if samples is not None and samples.used and not random:
+            return samples
+        words = "there is no data" if random else "the data given leaves none"
+        raise UsageError(
+            f"{split} samples are needed {why}, and {words}; give "
+            f"{'samples' if random else 'more'} with --data, such as --data "
+            "samples.npz (data= in Python)"
+        )
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return ``make()``, worked out once for all attempts of the step.
+
+        The manager runs a pass several times before it decides on a step: as asked for,
+        weakened while it backs off, and again before each repair. All of them, and the
+        passes that repair, see the same memory; the next step starts with none.
+
+        Args:
+            key: Says what it is and everything it depends on: the pass and the idea by
+                name, options that matter, and the model where it is read
+                (``activations.gathering.fingerprint``).
+            make: Works it out; pure, since an entry may be forgotten and made again
+                where memory is short. Nobody changes what it returns.
+        """
+        return self.memory.remember(key, make)
 
     def map(
         self, function: Callable[[T], R], tasks: Iterable[T], what: str = ""
@@ -180,6 +519,26 @@ class Context:
             The statistics under the same names, fed.
         """
         return self._engine().statistics(self, model, wanted)
+
+    def inputs(self, layers: Iterable[LinearWeight]) -> Mapping[str, Any]:
+        """Return what layers read on calibration data: Gram matrix, mean and norms.
+
+        Layers that read one tensor in one way share a statistic, and what was gathered
+        once is there for all attempts of the step.
+
+        Args:
+            layers: Layers of one model, as ``structure.layers.find`` yields them.
+
+        Returns:
+            What is known of the inputs of each layer, by the name of its weight; a
+            layer whose inputs cannot be seen from outside is absent.
+        """
+        return self._engine().inputs(self, layers)
+
+    @property
+    def costs(self) -> Costs:
+        """Bytes, multiply-accumulates and seconds of forms of a layer."""
+        return self._engine().costs
 
     def _engine(self) -> Engine:
         if self.engine is None:

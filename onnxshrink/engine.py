@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onnxshrink.activations.gathering import gather
-from onnxshrink.base import Context
+from onnxshrink.base import Context, Costs
+from onnxshrink.measuring.costs import FixedCosts
 from onnxshrink.model import Model
 from onnxshrink.samples import Splits
 from onnxshrink.statistics import Statistic
+from onnxshrink.structure.layers import LinearWeight
 
 __all__ = ["Engine", "make_context"]
 
@@ -17,11 +19,23 @@ __all__ = ["Engine", "make_context"]
 class Engine:
     """Runs models on behalf of a pass, for ``Context``."""
 
+    def __init__(self, costs: Costs | None = None) -> None:
+        """Set up.
+
+        Args:
+            costs: What layers cost; by default a fixed table.
+        """
+        self.costs = costs or FixedCosts()
+
     def statistics(
         self, ctx: Context, model: Model, wanted: Mapping[str, Statistic]
     ) -> Mapping[str, Statistic]:
         """Feed statistics with calibration data, see ``Context.statistics``."""
         return gather(model, wanted, ctx)
+
+    def inputs(self, ctx: Context, layers: Iterable[LinearWeight]) -> Mapping[str, Any]:
+        """Gather what layers read, see ``Context.inputs``."""
+        raise NotImplementedError("activations.inputs")
 
 
 def make_context(samples: Splits, reference: Model, **fields: Any) -> Context:

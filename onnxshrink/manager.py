@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from onnxshrink import runtime
 from onnxshrink._version import __version__
-from onnxshrink.base import Context, Pass, Progress, Promise, Site, SitePass
+from onnxshrink.base import Context, Memory, Pass, Progress, Promise, Site, SitePass
 from onnxshrink.engine import make_context
 from onnxshrink.errors import (
     ModelError,
@@ -83,7 +83,7 @@ class _Attempt:
     path: Path
     verdict: Verdict
     done: list[tuple[str, str]]
-    left: list[tuple[str, str]]
+    skips: list[tuple[str, str]]
     plan: backoff.Plan | None = None
     """How strongly it acted at each site, where that is not as listed."""
     grown: str = ""
@@ -229,7 +229,7 @@ class PassManager:
                     note = "; ".join([*done, *([note] if note else [])])
                 else:
                     changed.append(pass_.name)
-                planned.append(Planned(pass_, sites, tuple(ctx.left), note))
+                planned.append(Planned(pass_, sites, tuple(ctx.skips), note))
         return planned
 
     # --- run ----------------------------------------------------------------------
@@ -371,6 +371,7 @@ class _Run:
         self.judge = self._validator(self.splits)
         self.scout: Validator | None = None
         self.steps: list[Step] = []
+        self.memory = Memory()
 
     def _baseline(self) -> Path:
         """Return a file onnxruntime can open that holds the model as it was given."""
@@ -418,6 +419,7 @@ class _Run:
         """Run a pass, or several that are judged together, and say what is kept."""
         manager = self.manager
         started = time.perf_counter()
+        self.memory = Memory()
         manager.progress(
             index, len(manager.pipeline), manager.pipeline.passes[index].name
         )
@@ -575,7 +577,7 @@ class _Run:
                 after=state.stats,
                 verdict=one.verdict,
                 did=tuple(attempt.done) if one.kept else (),
-                skipped=tuple(attempt.left),
+                skipped=tuple(attempt.skips),
                 left_out=tuple(changes) if one.kept else (),
             )
             self.steps.append(step)
@@ -631,6 +633,7 @@ class _Run:
 
     def _context(self, index: int, tag: str = "") -> Context:
         ctx = self.manager._context(self.reference, self.splits, self.executor)
+        ctx.memory = self.memory
         if self.target is not None:
             ctx.folder = self.folder / f"step-{index}{tag}"
             ctx.folder.mkdir(exist_ok=True)
@@ -649,7 +652,7 @@ class _Run:
         prepared = self.manager._prepared(before, pass_)
         if isinstance(pass_, SitePass):
             sites = list(pass_.sites(prepared, ctx))
-            listed = list(ctx.left)
+            listed = list(ctx.skips)
             names = [site.where for site in sites]
             if len(set(names)) != len(names):
                 raise PromiseError("the pass lists the same site twice")
@@ -701,7 +704,7 @@ class _Run:
     ) -> Model:
         candidate = prepared.copy()
         ctx.done[:] = []
-        ctx.left[:] = listed
+        ctx.skips[:] = listed
         pass_.rewrite_all(candidate, sites, ctx)
         return candidate
 
@@ -731,7 +734,7 @@ class _Run:
             path,
             verdict,
             list(ctx.done),
-            list(ctx.left),
+            list(ctx.skips),
             grown=grown(*sizes),
         )
 
@@ -751,7 +754,7 @@ class _Run:
         ctx = self._context(index)
         prepared = self.manager._prepared(state.model, pass_)
         sites = list(pass_.sites(prepared, ctx))
-        listed = list(ctx.left)
+        listed = list(ctx.skips)
         if not sites:
             return None
         scout = self._scout()

@@ -226,7 +226,7 @@ def _check_model(pass_: Pass, name: str, model: Model, seed: int, data: bool) ->
         f"{where}: the model was {'' if changed else 'not '}changed, and the pass "
         f"says it did {context.done or 'nothing'}",
     )
-    for said in [*context.done, *context.left]:
+    for said in [*context.done, *context.skips]:
         _law(bool(said[1].strip()), f"{where}: {said!r} says nothing")
     if isinstance(pass_, SitePass):
         _check_sites(pass_, where, start, lambda: _context(model, seed, splits))
@@ -314,7 +314,7 @@ def _check_sites(
 
     weights = [weight for weight in start.weights() if weight.size > 0]
     if weights and not sites and pass_.promise is not Promise.SAME:
-        _law(bool(context.left), f"{where}: no weight was taken, and nothing says why")
+        _law(bool(context.skips), f"{where}: no weight was taken, and nothing says why")
 
     for chosen in (
         dataclasses.replace(pass_, skip=("*",)),
@@ -430,7 +430,7 @@ def check_case(
     skipped: list[tuple[str, str]] = []
     for pass_ in Pipeline.parse(case.pipeline, passes):
         model, context = apply(pass_, model, splits=_samples(case, model))
-        skipped += context.left
+        skipped += context.skips
     expected, found = normalised(wanted), normalised(model.to_proto())
     if expected != found:
         difference = difflib.unified_diff(

@@ -368,7 +368,7 @@ class _Run:
         if options.norms == "estimate":
             self.norms = find_norms(model, options.only, options.skip, ctx.skipped)
         if not self.chosen:
-            why = f": {ctx.left[0][0]}: {ctx.left[0][1]}" if ctx.left else ""
+            why = f": {ctx.skips[0][0]}: {ctx.skips[0][1]}" if ctx.skips else ""
             picked = (
                 " that only and skip choose" if options.only or options.skip else ""
             )

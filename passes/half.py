@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxshrink.activations.gathering import unavailable
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.statistics import Range
 from onnxshrink.storage.encoder import Encoder, Encoding, plain_nbytes
@@ -187,7 +187,7 @@ class Half(SitePass):
                 continue
             saved = plain_nbytes(weight.name, weight.tensor) - weight.nbytes // 2
             kind = nodes[0].op if nodes else "unused"
-            yield Site(weight.name, kind, saved - _NODE_BYTES)
+            yield Site(weight.name, kind, Savings(bytes=saved - _NODE_BYTES))
         for name, count in others.items():
             ctx.skipped(name, f"{count} weights hold {name}, not float32")
         if not found:
@@ -237,7 +237,7 @@ class Half(SitePass):
         if not found:
             ctx.skipped("model", "no operator in float32 is left to run in halves")
         return [
-            Site(where, node.op, conversion.saved(reads))
+            Site(where, node.op, Savings(bytes=conversion.saved(reads)))
             for where, node, reads in found
         ]
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Weight
 from onnxshrink.samples import Splits
@@ -56,18 +56,26 @@ _PATTERN = re.compile(r"(\d{1,5}):(\d{1,5})|(\d{1,5})x(\d{1,5})")
 _ROLES: tuple[Role, ...] = ("weight", "table", "bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PruneSite(Site):
     """A weight to prune, and how far it is pruned on the way there.
 
     Attributes:
+        sparsity: Share of its entries, or blocks, that are zero afterwards.
+        threshold: Below which magnitude they are, if that is how it was asked for.
+        pattern: The N:M pattern or the blocks, if there are such.
+        importance: By which they are chosen.
         path: Zeros at strengths 0, 1/32, ..., 1, in entries or in blocks; empty if
             there is nothing in between.
         total: Entries or blocks it has.
     """
 
-    path: tuple[int, ...] = ()
-    total: int = 0
+    sparsity: float
+    threshold: float | None = None
+    pattern: str = ""
+    importance: Measure = "magnitude"
+    path: tuple[int, ...] = field(default=(), repr=False)
+    total: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +221,6 @@ class Prune(SitePass):
         self, layer: LinearWeight, study: _Study, path: tuple[int, ...], zero: int
     ) -> Site:
         total = self._total(layer)
-        detail: dict[str, object] = {"sparsity": path[-1] / total}
-        if self.threshold is not None:
-            detail["threshold"] = self.threshold
-        if self.pattern:
-            detail["pattern"] = self.pattern
-        detail["importance"] = study.measure
         bits = bits_of(layer.weight.data_type)
         size = layer.weight.size
         before = _stored_bytes(size, size * zero // total, bits)
@@ -226,8 +228,11 @@ class Prune(SitePass):
         return PruneSite(
             layer.name,
             layer.kind,
-            max(0, before - after),
-            detail=detail,
+            Savings(bytes=max(0, before - after)),
+            sparsity=path[-1] / total,
+            threshold=self.threshold,
+            pattern=self.pattern,
+            importance=study.measure,
             path=() if self.zeros.of else path,
             total=total,
         )
@@ -348,11 +353,11 @@ class Prune(SitePass):
         zeros = int(at)
         if zeros <= site.path[0]:
             return None
-        detail = {k: v for k, v in site.detail.items() if k != "threshold"}
         return replace(
             site,
-            bytes_saved=int(site.bytes_saved * strength),
-            detail={**detail, "sparsity": zeros / site.total},
+            savings=Savings(bytes=int(site.savings.bytes * strength)),
+            sparsity=zeros / site.total,
+            threshold=None,
         )
 
     # --- what activations say -----------------------------------------------------
@@ -450,13 +455,13 @@ class Prune(SitePass):
         """Zero the least important entries of several weights."""
         found = {layer.name: layer for layer in layers.find(model, roles=_ROLES)}
         # What is seen of activations must not depend on which sites were done before.
-        everything = self._layers(model, replace(ctx, left=[]))
+        everything = self._layers(model, replace(ctx, skips=[]))
         studies = self._studies(model, everything, ctx)
         tasks = []
         for site in sites:
+            assert isinstance(site, PruneSite)
             layer, study = found[site.where], studies[site.where]
-            share = float(str(site.detail["sparsity"]))
-            zeros = round(share * self._total(layer))
+            zeros = round(site.sparsity * self._total(layer))
             tasks.append(
                 _Task(layer.weight.tensor, layer.layout, study, self.zeros, zeros)
             )
@@ -474,15 +479,13 @@ class Prune(SitePass):
         with threadpool_limits(1):
             fresh = ctx.map(_prune, [task for _, task in new], self.name)
         results = dict(zip((key for key, _ in new), fresh, strict=True))
-        for site, key in zip(sites, keys, strict=True):
+        for site, task, key in zip(sites, tasks, keys, strict=True):
             values, shift = results[key] if key in results else memo[key]
             memo.keep(key, (values, shift))
             layer = found[site.where]
             model.set_weight(layer.weight, values)
             zeros = _count_zeros(layer.weight.tensor)
-            words = (
-                f"{zeros / layer.weight.size:.1%} zero, by {site.detail['importance']}"
-            )
+            words = f"{zeros / layer.weight.size:.1%} zero, by {task.study.measure}"
             bias = layers.bias_of(model, layer) if shift is not None else None
             if bias is not None and shift is not None:
                 moved = bias.read().astype(np.float64) + shift.reshape(bias.shape)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.fold import Fold
@@ -65,6 +65,19 @@ _TYPES = {
 }
 SMALLEST = 1024
 """Weights of fewer entries save less than the nodes around them cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSite(Site):
+    """A weight to store as codes.
+
+    Attributes:
+        form: What becomes of the activations it multiplies.
+        bits: Bits of a code.
+    """
+
+    form: Form
+    bits: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +249,7 @@ class Quantize(SitePass):
             site = self._site(prepared, layer, layer.name in static_ok, data, ctx)
             if site is not None:
                 sites.append(site)
-                if self.activations == "static" and site.detail["form"] != "static":
+                if self.activations == "static" and site.form != "static":
                     why = reasons.get(
                         layer.name, "it is no operator of the static form"
                     )
@@ -252,7 +265,7 @@ class Quantize(SitePass):
         static_ok: bool,
         data: bool,
         ctx: Context,
-    ) -> Site | None:
+    ) -> QuantizeSite | None:
         dynamic_ok = not dynamic.why_not(model, layer)
         if self.activations == "auto":
             dynamic_ok = dynamic_ok and dynamic.pays(layer)
@@ -265,11 +278,12 @@ class Quantize(SitePass):
             return None
         bits = _bits(self.weights if form != "dynamic" else "int8")
         saved = layer.weight.nbytes - layer.weight.size * bits // 8
-        return Site(
+        return QuantizeSite(
             layer.name,
             layer.kind,
-            bytes_saved=max(0, saved),
-            detail={"form": form, "bits": bits},
+            Savings(bytes=max(0, saved)),
+            form=form,
+            bits=bits,
         )
 
     # --- acting ---------------------------------------------------------------------
@@ -287,7 +301,8 @@ class Quantize(SitePass):
             ctx.did("model", folded)
         names: dict[str, list[str]] = {"static": [], "dynamic": [], "none": []}
         for site in sites:
-            names[str(site.detail["form"])].append(site.where)
+            assert isinstance(site, QuantizeSite)
+            names[site.form].append(site.where)
         processor, note = processors.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
@@ -449,7 +464,7 @@ def _quantized_already(model: Model) -> str:
 def _prepare(model: Model, ctx: Context) -> str:
     """Fold a model, so that layers stand beside each other; return what that did."""
     before = sum(1 for _ in model.nodes())
-    quiet = dataclasses.replace(ctx, done=[], left=[])
+    quiet = dataclasses.replace(ctx, done=[], skips=[])
     Fold().apply(model, quiet)
     after = sum(1 for _ in model.nodes())
     return f"folded first: {before} nodes -> {after}" if after < before else ""

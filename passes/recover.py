@@ -213,6 +213,19 @@ class _Work:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoverSite(Site):
+    """A layer to bring back to what it gave.
+
+    Attributes:
+        changes: What of it may change.
+        towards: Value of the reference that its outputs should be.
+    """
+
+    changes: Mode
+    towards: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recover(SitePass):
     """Bring altered layers back to what they gave in the reference, without labels.
 
@@ -279,10 +292,11 @@ class Recover(SitePass):
                 "reference on real samples, and there are none; give --data"
             )
         return [
-            Site(
+            RecoverSite(
                 work.where,
                 work.node.op,
-                detail={"changes": work.mode, "towards": work.request.wanted},
+                changes=work.mode,
+                towards=work.request.wanted,
             )
             for work in found
         ]
@@ -291,7 +305,7 @@ class Recover(SitePass):
         count = sum(map(len, _pool(ctx, self.samples)))
         finder = _Finder(model, ctx.reference, self, count)
         found = finder.find(ctx)
-        if not found and not ctx.left:
+        if not found and not ctx.skips:
             what = "only and skip choose" if self.only or self.skip else "there is"
             ctx.skipped(self.name, f"{what} no weight of a Conv, Gemm or MatMul")
         return found
@@ -305,7 +319,7 @@ class Recover(SitePass):
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
         """Recover several layers, first to last."""
         chosen = {site.where for site in sites}
-        quiet = replace(ctx, left=[])
+        quiet = replace(ctx, skips=[])
         works = [w for w in self._works(model, quiet) if w.where in chosen]
         if self.order == "parallel":
             self._recover(model, works, self._together(model, ctx), ctx)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.structure import blocks, channels, layers
@@ -30,6 +30,43 @@ _FRESH = "values of "
 """What the site of a fresh initialisation is called, before the weight's name."""
 _EPSILON = 1e-5
 """Added to a variance of BatchNormalization before its root is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSite(Site):
+    """A block to leave out.
+
+    Attributes:
+        start: Name of the value it begins with.
+        nodes: How many it has.
+    """
+
+    start: str
+    nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelsSite(Site):
+    """A group of channels that becomes smaller.
+
+    Attributes:
+        channels: How many there are.
+        kept: How many stay.
+    """
+
+    channels: int
+    kept: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshSite(Site):
+    """A weight that begins anew.
+
+    Attributes:
+        start: How it begins.
+    """
+
+    start: Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +126,7 @@ class Student(SitePass):
         """List blocks to leave out, channels to remove and weights to begin anew."""
         costs = _Costs(model, ctx)
         gone = self._surplus(model, ctx)
-        sites = [costs.of_block(block) for block in gone]
+        sites: list[Site] = [costs.of_block(block) for block in gone]
         rest = model.copy()
         if gone:
             named = {block.name for block in gone}
@@ -102,7 +139,7 @@ class Student(SitePass):
             ]
         if not self.inherit:
             sites += [
-                Site(_FRESH + weight.name, "weight", detail={"start": start})
+                FreshSite(_FRESH + weight.name, "weight", start=start)
                 for weight, start, _ in self._fresh(rest, ctx.skipped)
             ]
         if self.keep == 1 and self.width == 1 and self.inherit:
@@ -175,21 +212,16 @@ class Student(SitePass):
 
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Keep more channels; blocks and fresh weights know no less."""
-        size, kept = site.detail.get("channels"), site.detail.get("kept")
         if strength >= 1:
             return site
-        if not isinstance(size, int) or not isinstance(kept, int):
+        if not isinstance(site, ChannelsSite):
             return None
+        size, kept = site.channels, site.kept
         more = self._rounded(size - (size - kept) * strength, size)
         if more >= size:
             return None
         share = (size - more) / (size - kept)
-        return replace(
-            site,
-            bytes_saved=round(site.bytes_saved * share),
-            macs_saved=round(site.macs_saved * share),
-            detail={**site.detail, "kept": more},
-        )
+        return replace(site, savings=site.savings * share, kept=more)
 
     def _fresh(
         self, model: Model, skipped: Callable[[str, str], None] = lambda *_: None
@@ -249,8 +281,9 @@ class Student(SitePass):
             site = chosen.get(group.name)
             if site is None or group.why:
                 continue
-            count = site.detail["kept"]
-            if not isinstance(count, int) or site.detail["channels"] != group.size:
+            assert isinstance(site, ChannelsSite)
+            count = site.kept
+            if site.channels != group.size:
                 # A block that the plan leaves out is still there.
                 count = self._kept(group)
             kept.append((group, _strongest(group, count)))
@@ -348,16 +381,21 @@ class _Costs:
             for weight in weights.values()
             if all(id(node) in inside for node, _ in weight.uses)
         ]
-        detail = {"from": block.start.name, "nodes": len(block.nodes)}
-        return Site(block.name, block.kind, sum(freed), self._macs(block.nodes), detail)
+        return BlockSite(
+            block.name,
+            block.kind,
+            Savings(sum(freed), self._macs(block.nodes)),
+            start=block.start.name,
+            nodes=len(block.nodes),
+        )
 
     def of_group(self, group: Group, kept: int) -> Site:
         share = 1 - kept / group.size
         sizes = {id(p.weight.constant): p.weight.nbytes for p in group.where}
-        return Site(
+        return ChannelsSite(
             group.name,
             group.nodes[0].op,
-            round(share * sum(sizes.values())),
-            round(share * self._macs(group.nodes)),
-            {"channels": group.size, "kept": kept},
+            Savings(sum(sizes.values()), self._macs(group.nodes)) * share,
+            channels=group.size,
+            kept=kept,
         )

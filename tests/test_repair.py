@@ -21,10 +21,12 @@ from onnxshrink import (
     Promise,
     PromiseError,
     Samples,
+    Savings,
     Site,
     SitePass,
     Splits,
 )
+from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.manager import OnBreach
 from onnxshrink.search.backoff import Plan, blend, nothing
 
@@ -121,6 +123,13 @@ class Spoil(Mend):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turned(Site):
+    """How far ``w1`` is turned."""
+
+    turn: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn(SitePass):
     """Mix ``w1`` with its rotation: nothing at strength 0, all of it at 1."""
 
@@ -128,13 +137,15 @@ class Turn(SitePass):
     promise: ClassVar[Promise] = Promise.CLOSE
 
     def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
-        return [Site("w1", "Gemm", 100, 0, {"turn": 1.0})]
+        return [Turned("w1", "Gemm", Savings(bytes=100), turn=1.0)]
 
     def weaken(self, site: Site, strength: float) -> Site | None:
-        return Site("w1", "Gemm", round(100 * strength), 0, {"turn": strength})
+        savings = Savings(bytes=round(100 * strength))
+        return Turned("w1", "Gemm", savings, turn=strength)
 
     def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
-        turn = np.float32(float(str(site.detail["turn"])))
+        assert isinstance(site, Turned)
+        turn = np.float32(site.turn)
         one = np.eye(4, dtype=np.float32)
         model.set_weight("w1", one * (1 - turn) + np.roll(one, 1, axis=1) * turn)
         ctx.did("w1", f"turned {turn:.2f}")
@@ -265,6 +276,36 @@ def test_the_same_pair_writes_the_same_bytes(tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Studious(Turn):
+    """Studies ``w1`` before it turns it."""
+
+    name: ClassVar[str] = "test-studious"
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        def study() -> str:
+            STUDIES.append("w1")
+            return "as it should be"
+
+        assert ctx.remember((self.name, fingerprint(model)), study) == "as it should be"
+        return super().sites(model, ctx)
+
+
+STUDIES: list[str] = []
+
+
+def test_what_a_pass_works_out_is_there_for_all_attempts_of_its_step() -> None:
+    STUDIES.clear()
+    result = manager(Studious(), Mend(most=0.8), Studious()).run(classifier())
+
+    # The first is tried in full, backed off, and weakened before repairs; the last is
+    # a step of its own.
+    first, _, last = result.report.steps
+    assert first.left_out
+    assert first.accepted
+    assert len(STUDIES) == 2, last.reason
+
+
 def test_a_blend_gives_back_the_least_damaging_sites_first() -> None:
     sites = tuple(Site(f"w{i}", "Gemm") for i in range(5))
     plan = Plan(sites, (0.0, 1.0, 0.0, 0.0, 0.0), order=(2, 0, 3, 4, 1))
@@ -292,7 +333,7 @@ class Teach(Pass):
     turn: float = 1.0
 
     def apply(self, model: Model, ctx: Context) -> None:
-        Turn().rewrite(model, Site("w1", "MatMul", detail={"turn": self.turn}), ctx)
+        Turn().rewrite(model, Turned("w1", "MatMul", turn=self.turn), ctx)
 
     def answers(
         self, model: Model, samples: Samples, ctx: Context

@@ -433,7 +433,7 @@ def render_plan(
 
 
 def _render_sites(console: Console, step: Planned, most: int) -> None:
-    sites = sorted(step.sites or (), key=lambda site: -site.bytes_saved)
+    sites = sorted(step.sites or (), key=lambda site: -site.savings.bytes)
     made = table(
         ["where", "kind", "bytes saved", "MACs saved", "how"],
         left=(0, 1, 4),
@@ -442,19 +442,19 @@ def _render_sites(console: Console, step: Planned, most: int) -> None:
     for site in sites[:most]:
         how = ", ".join(
             f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in site.detail.items()
+            for key, value in site.how().items()
         )
         made.add_row(
             clean(site.where, 60),
             clean(site.kind, 30),
-            size_text(site.bytes_saved),
-            count_text(site.macs_saved),
+            size_text(site.savings.bytes),
+            count_text(site.savings.macs),
             clean(how, 60),
         )
     console.print(made)
     if len(sites) > most:
         console.print(f"   ... and {len(sites) - most} more; -v lists all")
-    total = sum(site.bytes_saved for site in sites)
+    total = sum(site.savings.bytes for site in sites)
     console.print(
         f"   {len(sites)} sites, about {size_text(total)} saved before encoding"
     )

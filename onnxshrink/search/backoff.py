@@ -64,11 +64,11 @@ class Plan:
 
 
 def _difference(listed: Site, kept: Site, strength: float) -> str:
+    before, after = listed.how(), kept.how()
     changed = [
-        f"{key} {_short(value)} -> {_short(kept.detail[key])}"
-        for key, value in listed.detail.items()
-        if key in kept.detail and isinstance(value, (int, float, str))
-        if kept.detail[key] != value
+        f"{key} {_short(value)} -> {_short(after[key])}"
+        for key, value in before.items()
+        if key in after and after[key] != value
     ]
     return ", ".join(changed) or f"weakened to {strength:.0%}"
 
@@ -213,23 +213,23 @@ def _strengthen(pass_: SitePass, even: Plan, damage: Damage) -> Plan:
 
 
 def _saved(pass_: SitePass, plan: Plan) -> int:
-    return sum(site.bytes_saved for site in plan.chosen(pass_))
+    return sum(site.savings.bytes for site in plan.chosen(pass_))
 
 
 def _groups(plan: Plan) -> list[list[int]]:
     """Cut the sites into at most eight groups that save about as much each."""
     sites = plan.sites
-    order = sorted(range(len(sites)), key=lambda i: -sites[i].bytes_saved)
+    order = sorted(range(len(sites)), key=lambda i: -sites[i].savings.bytes)
     if len(order) <= _GROUPS:
         return [[index] for index in order]
-    share = sum(site.bytes_saved for site in sites) / _GROUPS
+    share = sum(site.savings.bytes for site in sites) / _GROUPS
     groups: list[list[int]] = [[]]
     saved = 0
     for index in order:
         if groups[-1] and saved >= share * len(groups) and len(groups) < _GROUPS:
             groups.append([])
         groups[-1].append(index)
-        saved += sites[index].bytes_saved
+        saved += sites[index].savings.bytes
     return groups
 
 

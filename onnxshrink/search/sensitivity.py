@@ -340,13 +340,13 @@ def of_pass(
     prepared = model.copy()
     prepared.require_opset(pass_.opset)
     sites = list(pass_.sites(prepared, ctx))
-    skipped = list(ctx.left)
-    quiet = dataclasses.replace(ctx, progress=_silent, done=[], left=[])
+    skipped = list(ctx.skips)
+    quiet = dataclasses.replace(ctx, progress=_silent, done=[], skips=[])
 
     def act(trial: Model, indices: Sequence[int]) -> None:
         pass_.rewrite_all(trial, [sites[index] for index in indices], quiet)
 
-    places = [(site.where, site.kind, site.bytes_saved) for site in sites]
+    places = [(site.where, site.kind, site.savings.bytes) for site in sites]
     probe = _Probe(prepared, act, ctx, samples)
     return _measured(str(Pipeline((pass_,))), places, skipped, probe, ctx)
 

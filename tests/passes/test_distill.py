@@ -113,7 +113,7 @@ def run(student: Model, ctx: Context, **options: Any) -> str:
     """Distill in place; return what was said."""
     Distill(**{**QUICK, **options}).apply(student, ctx)
     student.check()
-    return "\n".join(what for _, what in [*ctx.done, *ctx.left])
+    return "\n".join(what for _, what in [*ctx.done, *ctx.skips])
 
 
 # --- it learns --------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_a_matrix_of_zeros_stays() -> None:
     student.set_weight("w1", np.zeros((6, 12), np.float32))
     ctx = context(model)
     run(student, ctx)
-    assert ("w1", "all of it is zero, and zeros stay") in ctx.left
+    assert ("w1", "all of it is zero, and zeros stay") in ctx.skips
     assert not values(student)["w1"].any()
 
 
@@ -664,7 +664,7 @@ def test_auto_leaves_out_what_cannot_be_compared() -> None:
     ctx = context(model)
     said = run(student, ctx, match=("auto",), epochs=1)
     assert "match=auto: b\n" in f"{said}\n"
-    assert [where for where, why in ctx.left if "match=auto: 't'" in why] == ["t"]
+    assert [where for where, why in ctx.skips if "match=auto: 't'" in why] == ["t"]
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -43,7 +43,7 @@ def images(count: int) -> np.ndarray:
 
 
 def reasons(context: Context) -> dict[str, str]:
-    return dict(context.left)
+    return dict(context.skips)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -129,7 +129,7 @@ def test_activations_beyond_the_range_keep_their_nodes_in_float() -> None:
         x = np.linspace(-top, top, 4 * 40, dtype=np.float32).reshape(40, 4)
         splits = Splits.build(model, Samples.from_arrays({"x": x}))
         half, context = apply(Half(mode="compute"), model, splits=splits)
-        left = {where for where, why in context.left if "too near to 65504" in why}
+        left = {where for where, why in context.skips if "too near to 65504" in why}
         assert left == kept
         got = runtime.session(half).run({"x": x})["y"]
         np.testing.assert_allclose(got, np.maximum(x, 0), rtol=3e-3, atol=1e-2)

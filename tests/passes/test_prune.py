@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
 from onnxshrink import testing
-from onnxshrink.base import Context, Site
+from onnxshrink.base import Context
 from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
@@ -618,8 +618,7 @@ def test_auto_takes_obs_only_with_real_data() -> None:
 
     def measure(splits: Splits | None, **options: Any) -> object:
         (site,) = Prune(**options).sites(model, _context(model, splits))
-        assert isinstance(site, Site)
-        return site.detail["importance"]
+        return site.how()["importance"]
 
     data = _splits(x=_inputs(8, 4))
     assert measure(data) == "obs"

@@ -79,7 +79,7 @@ def test_convolutions_run_on_codes_close_to_floats() -> None:
     after, context = quantized("quantize", convolutions(), x=x)
     assert [node.op for node in after.graph.nodes].count("QuantizeLinear") == 3
     assert snr(run(convolutions(), x=x), run(after, x=x)) > 32
-    assert not context.left
+    assert not context.skips
     assert any("target" in what for _, what in context.done)
 
 
@@ -194,7 +194,7 @@ def test_a_row_of_zeros_keeps_its_bias() -> None:
 def test_values_that_are_always_zero_stay_float() -> None:
     made = convolutions(b=np.full(16, -1e3, np.float32))
     after, context = quantized("quantize", made, x=draw(8, 3, 8, 8))
-    assert any("is 0 in all calibration samples" in why for _, why in context.left)
+    assert any("is 0 in all calibration samples" in why for _, why in context.skips)
     x = draw(8, 3, 8, 8)
     assert np.isfinite(run(after, x=x)).all()
 
@@ -223,7 +223,7 @@ def test_static_without_data_says_what_to_give() -> None:
         Quantize(activations="static", allow_random=True), convolutions()
     )
     assert TensorProto.INT8 in types(after)
-    assert ("calibration", "random inputs: ranges are those of noise") in context.left
+    assert ("calibration", "random inputs: ranges are those of noise") in context.skips
 
 
 @pytest.mark.parametrize("equalize", ["smooth", "awq"])
@@ -273,7 +273,7 @@ def test_a_kept_calibration_is_read_by_a_later_run(
     assert plain.to_bytes() == first.to_bytes() == second.to_bytes()
     other, context = quantized(f"{text},cache={tmp_path}", made, x=x + 1)
     assert other.to_bytes() != first.to_bytes()
-    assert not [where for where, _ in context.left if "calibration" in where]
+    assert not [where for where, _ in context.skips if "calibration" in where]
 
 
 def test_an_interrupted_calibration_goes_on(
@@ -332,7 +332,7 @@ def test_integer_kernels_that_cannot_take_few_bits_say_so() -> None:
         "quantize:activations=dynamic,weights=int4", made, x=draw(32, 8)
     )
     assert "MatMulInteger" in [node.op for node in after.graph.nodes]
-    assert any("int4 is not for layers" in why for _, why in ctx.left)
+    assert any("int4 is not for layers" in why for _, why in ctx.skips)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_layers_become_codes_whatever_stands_between_them(name: str, form: str) 
     x = draw(16, 64, seed=2) if inputs == ROWS else draw(16, 3, 8, 8, seed=2)
     after, context = quantized(f"quantize:activations={form}", made, x=x)
     assert snr(run(made, x=x), run(after, x=x)) > 27
-    left = dict(context.left)
+    left = dict(context.skips)
     for weight in ("w", "v", "v2", "v3", "m"):
         kept = any(w.name == weight and w.data_type == 1 for w in after.weights())
         # What stays as it was is named, and why.
@@ -545,7 +545,7 @@ def test_a_model_quantized_before_is_left_as_it_is(tmp_path: Path, text: str) ->
     once, _ = quantized(text, made, x=x)
     twice, context = quantized("quantize", once, x=x)
     assert twice.to_bytes() == once.to_bytes()
-    assert context.left
+    assert context.skips
     result = shrink(tmp_path, once, "quantize", x=x)
     assert result.exit_code == 0
     assert np.array_equal(run(once, x=x), run(Model.load(tmp_path / "out.onnx"), x=x))

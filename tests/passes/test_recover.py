@@ -71,7 +71,7 @@ def _outputs(model: Model, **feeds: Array) -> dict[str, Any]:
 
 
 def _whys(context: Context) -> dict[str, str]:
-    return dict(context.left)
+    return dict(context.skips)
 
 
 GEMM = "g (float[N,6] x) => (float[N,4] y) { y = Gemm<transB = 1>(x, w, b) }"

@@ -104,20 +104,20 @@ def test_the_plan_says_what_a_layer_saves() -> None:
     block = sum(w.nbytes for w in teacher.weights() if w.name.startswith("blocks.1."))
     assert first.where == "/blocks.1/Add_1_output_0"
     # Beside the layer's weights, exporters give each layer constants of its own.
-    assert block <= first.bytes_saved < 1.01 * block
+    assert block <= first.savings.bytes < 1.01 * block
     tokens, width, hidden = 25, 64, 192
     linear = tokens * (4 * width * width + 2 * width * hidden)
     # Made-up samples come two at a time.
-    assert first.macs_saved == 2 * (linear + 2 * tokens * tokens * width)
+    assert first.savings.macs == 2 * (linear + 2 * tokens * tokens * width)
 
 
 def test_the_plan_says_what_thinner_layers_save() -> None:
     found = {s.where: s for s in sites_of(Student(width=0.5), load("lenet-5"))}
     # Half of 20, 50 and 500, to the nearest multiple of 8.
-    assert found["conv1.weight"].detail == {"channels": 20, "kept": 8}
-    assert found["conv2.weight"].detail == {"channels": 50, "kept": 24}
-    assert found["fc1.weight"].detail == {"channels": 500, "kept": 248}
-    assert all(site.bytes_saved > 0 < site.macs_saved for site in found.values())
+    assert found["conv1.weight"].how() == {"channels": 20, "kept": 8}
+    assert found["conv2.weight"].how() == {"channels": 50, "kept": 24}
+    assert found["fc1.weight"].how() == {"channels": 500, "kept": 248}
+    assert all(s.savings.bytes > 0 < s.savings.macs for s in found.values())
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,12 @@ def test_a_weaker_site_keeps_more_channels() -> None:
     sites = {site.where: site for site in sites_of(student, model)}
     hidden = student.weaken(sites["blocks.0.fc1.weight"], 0.5)
     assert hidden is not None
-    assert hidden.detail == {"channels": 192, "kept": 144}
-    assert 0 < hidden.bytes_saved < sites["blocks.0.fc1.weight"].bytes_saved
+    assert hidden.how() == {"channels": 192, "kept": 144}
+    listed = sites["blocks.0.fc1.weight"]
+    assert 0 < hidden.savings.bytes < listed.savings.bytes
     heads = student.weaken(sites["blocks.0.attention.query.weight"], 0.5)
     assert heads is not None
-    assert heads.detail["kept"] == 3
+    assert heads.how()["kept"] == 3
     assert student.weaken(sites["blocks.0.fc1.weight"], 0.01) is None
     assert student.weaken(sites["/blocks.1/Add_1_output_0"], 0.5) is None
     student.rewrite_all(model, [hidden, heads], testing._context(model, 0))
@@ -214,7 +215,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 def test_nothing_to_do_is_said() -> None:
     _, context = testing.apply(Student(keep=1), load("lenet-5"))
     assert not context.done
-    assert ("student", "keep=1 and width=1 leave everything as it is") in context.left
+    assert ("student", "keep=1 and width=1 leave everything as it is") in context.skips
 
 
 def digits(count: int) -> tuple[dict[str, Array], Array]:

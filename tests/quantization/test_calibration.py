@@ -549,8 +549,8 @@ def test_a_damaged_file_is_ignored_with_a_note(tmp_path: Path, damage):
     file.write_bytes(damage(file.read_bytes()))
     ctx = context(model)
     assert_same(gather_cached(model, wanted(), ctx, tmp_path), expected)
-    assert ctx.left[0][0] == file.name
-    assert "ignored" in ctx.left[0][1]
+    assert ctx.skips[0][0] == file.name
+    assert "ignored" in ctx.skips[0][1]
 
 
 def test_a_file_with_anothers_content_is_not_believed(tmp_path: Path):
@@ -561,7 +561,7 @@ def test_a_file_with_anothers_content_is_not_believed(tmp_path: Path):
     file.write_bytes(foreign.read_bytes())
     ctx = context(model)
     assert_same(gather_cached(model, wanted(), ctx, tmp_path / "a"), expected)
-    assert "belongs to another model" in ctx.left[0][1]
+    assert "belongs to another model" in ctx.skips[0][1]
 
 
 def test_a_file_with_pickled_objects_is_ignored(tmp_path: Path):
@@ -571,7 +571,7 @@ def test_a_file_with_pickled_objects_is_ignored(tmp_path: Path):
     np.savez(file, about=np.array([{}], object), allow_pickle=True)
     ctx = context(model)
     gather_cached(model, wanted(), ctx, tmp_path)
-    assert "ignored" in ctx.left[0][1]
+    assert "ignored" in ctx.skips[0][1]
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path):

@@ -221,7 +221,7 @@ def test_what_a_scale_cannot_pass_is_left_alone_with_a_reason(nodes, why):
     )
     ctx = context(model)
     assert equalize(model, ctx) == 0
-    assert any(why in reason for _, reason in ctx.left), ctx.left
+    assert any(why in reason for _, reason in ctx.skips), ctx.skips
     assert np.array_equal(model.weight("a").read(), weights["a"])
 
 
@@ -369,7 +369,7 @@ def test_layers_that_cannot_be_corrected_are_named():
             node.outputs[0].name = "elsewhere"
     ctx = context(coded, x)
     assert correct_bias(plain, coded, ctx) == 0
-    assert dict(ctx.left) == {
+    assert dict(ctx.skips) == {
         "h": "it has no bias that is free to change",
         "elsewhere": "the float model has no such layer",
     }

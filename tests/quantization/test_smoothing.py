@@ -258,7 +258,7 @@ def test_even_activations_are_left_alone() -> None:
     before = model.to_bytes()
     ctx = context(model, x=np.clip(values(128, 32), -1, 1))
     assert smooth(model, ctx) == 0
-    assert "of the error would be left" in ctx.left[0][1]
+    assert "of the error would be left" in ctx.skips[0][1]
     assert model.to_bytes() == before
 
 

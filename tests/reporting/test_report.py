@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from onnxshrink.base import Promise, Site
+from onnxshrink.base import Promise, Savings, Site
 from onnxshrink.errors import OutputError, UsageError
 from onnxshrink.measuring.measure import Stats
 from onnxshrink.registry import get
@@ -136,7 +137,7 @@ def test_json_is_strict_whatever_the_values() -> None:
     values = {
         "numbers": [math.inf, -math.inf, math.nan, np.float32(0.5), np.int64(3)],
         "others": [Promise.SAME, Path("a/b"), {2}, (1, None), np.arange(2), "\udc80é"],
-        3: Site("w", "Gemm", 1),
+        3: Site("w", "Gemm", Savings(bytes=1)),
     }
     text = dump(values)
     assert text.isascii()
@@ -237,8 +238,17 @@ def test_a_step_is_one_line() -> None:
     assert step_line(report().steps[2]) == "quantize: rolled back: top1 fell (1.0 s)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared(Site):
+    """A place with a share."""
+
+    share: float
+
+
 def test_a_plan_shows_the_largest_sites_first_and_says_what_it_hides() -> None:
-    sites = tuple(Site(f"w{n}", "Gemm", n, 2 * n, {"share": 0.5}) for n in range(30))
+    sites = tuple(
+        Shared(f"w{n}", "Gemm", Savings(n, 2 * n), share=0.5) for n in range(30)
+    )
     skipped = (("tiny", "has 3 values"),)
     planned = [
         Planned(get("prune")(), sites, skipped, "planned without fold"),
@@ -248,6 +258,9 @@ def test_a_plan_shows_the_largest_sites_first_and_says_what_it_hides() -> None:
     render_plan(screen, "prune,fold", planned)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert shown.index("w29") < shown.index("w28")
+    assert "29 B" in shown
+    assert "58" in shown
+    assert "share=0.5" in shown
     assert "w3 " not in shown
     assert "... and 10 more; -v lists all" in shown
     assert "leaves tiny alone: has 3 values" in shown

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.model import Model
 from onnxshrink.search.backoff import Plan, back_off, tighten
 
@@ -28,18 +28,25 @@ class AllOrNothing(SitePass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level(Site):
+    """A place and how strongly it is acted at."""
+
+    level: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gentle(AllOrNothing):
     """Sites carry the strength they are done with."""
 
     name: ClassVar[str] = "gentle"
 
     def weaken(self, site: Site, strength: float) -> Site | None:
-        saved = round(1000 * strength)
-        return Site(site.where, site.kind, saved, 0, {"level": strength})
+        savings = Savings(bytes=round(1000 * strength))
+        return Level(site.where, site.kind, savings, level=strength)
 
 
 def sites(count: int) -> list[Site]:
-    return [Site(f"w{i}", "Gemm", 1000, 0, {"level": 1.0}) for i in range(count)]
+    return [Level(f"w{i}", "Gemm", Savings(1000), level=1.0) for i in range(count)]
 
 
 def left_out(plan: Plan) -> set[str]:
@@ -79,7 +86,7 @@ def test_many_sites_are_measured_in_groups() -> None:
 
 
 def level(some: Sequence[Site]) -> dict[str, float]:
-    return {site.where: float(str(site.detail["level"])) for site in some}
+    return {site.where: site.level for site in some if isinstance(site, Level)}
 
 
 def test_one_strength_is_found_for_all() -> None:
@@ -102,7 +109,7 @@ def test_sturdy_sites_take_budget_where_that_saves_more() -> None:
 
 
 def test_sites_that_save_most_are_strengthened_in_groups() -> None:
-    many = [Site(f"w{i}", "Gemm", 1000 - i, 0, {"level": 1.0}) for i in range(60)]
+    many = [Level(f"w{i}", "Gemm", Savings(1000 - i), level=1.0) for i in range(60)]
     calls = 0
 
     def damage(some: Sequence[Site]) -> float:
@@ -134,7 +141,7 @@ def test_tightening_ends_in_nothing_left_to_give(pass_: SitePass) -> None:
     assert plan is None
 
 
-def test_a_change_names_the_detail_that_became_gentler() -> None:
+def test_a_change_names_the_field_that_became_gentler() -> None:
     plan = Plan(tuple(sites(1)), (0.5,), (0,))
 
     assert plan.changes(Gentle()) == [("w0", "level 1 -> 0.5")]

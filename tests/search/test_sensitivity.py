@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from onnxshrink import runtime
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.cli import main
 from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
@@ -121,7 +121,7 @@ class Erase(SitePass):
 
     def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
         ctx.skipped("weak", "is a scalar")
-        return [Site("b", "MatMul", 64), Site("a", "MatMul", 64)]
+        return [Site(name, "MatMul", Savings(bytes=64)) for name in "ba"]
 
     def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
         model.set_weight(site.where, np.zeros((4, 4), np.float32))

@@ -92,7 +92,7 @@ def _table(name: str, given: argparse.Namespace) -> Table:
             ).apply(student, now)
             seconds[way].append(time.perf_counter() - begin)
             candidates[way] = student
-            said = "; ".join(what for _, what in [*now.done, *now.left])
+            said = "; ".join(what for _, what in [*now.done, *now.skips])
             print(f"{name}, seed {seed}, {way}: {said}", flush=True)
         for way, candidate in candidates.items():
             rows[way].append(_errors(candidate, test, labels))
