@@ -13,7 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, attribute
 from onnxshrink.quantization import inputs
@@ -42,15 +42,23 @@ _SCALINGS = 4
 _CODED = "it has a codebook already"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodebookSite(Site):
     """A weight whose entries are to share values.
 
     Attributes:
         values: How many values there are.
+        dim: Weights that one code stands for, if more than one.
+        group: Output channels that share a table, if not all do.
+        block: Weights that share a table, if not all do.
+        scale: ``channel`` if each output channel has a factor of its own.
     """
 
     values: int = 16
+    dim: int | None = None
+    group: int | None = None
+    block: int | None = None
+    scale: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,24 +188,15 @@ class Codebook(SitePass):
                 CodebookSite(
                     layer.name,
                     layer.kind,
-                    before - after,
-                    detail=self._detail(count),
+                    Savings(bytes=before - after),
                     values=count,
+                    dim=self.dim if self.dim > 1 else None,
+                    group=self.group if self.granularity == "channel" else None,
+                    block=self.block if self.granularity == "block" else None,
+                    scale=self.scale if self.scale != "none" else "",
                 )
             )
         return sites
-
-    def _detail(self, count: int) -> dict[str, object]:
-        detail: dict[str, object] = {"values": count}
-        if self.dim > 1:
-            detail["dim"] = self.dim
-        if self.granularity == "channel":
-            detail["group"] = self.group
-        if self.granularity == "block":
-            detail["block"] = self.block
-        if self.scale != "none":
-            detail["scale"] = self.scale
-        return detail
 
     def _layers(self, model: Model, ctx: Context) -> Iterator[LinearWeight]:
         roles: list[Role] = ["weight", "table"]
@@ -303,8 +302,7 @@ class Codebook(SitePass):
         return replace(
             site,
             values=count,
-            bytes_saved=int(site.bytes_saved * (0.75 + 0.25 * share)),
-            detail={**site.detail, "values": count},
+            savings=Savings(bytes=int(site.savings.bytes * (0.75 + 0.25 * share))),
         )
 
     # --- act ----------------------------------------------------------------------

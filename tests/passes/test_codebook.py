@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnxshrink import runtime
-from onnxshrink.base import Context, Site
+from onnxshrink.base import Context, Savings, Site
 from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
@@ -207,7 +207,7 @@ def test_a_budget_is_kept_and_printed_as_a_pipeline() -> None:
     ctx = context(model)
     pass_ = Codebook(bytes=0.12)
     sites = pass_.sites(model, ctx)
-    left = sum(model.weight(s.where).nbytes - s.bytes_saved for s in sites)
+    left = sum(model.weight(s.where).nbytes - s.savings.bytes for s in sites)
     assert left <= 0.12 * 2 * 64 * 64 * 4
     by_name = {s.where: s.values for s in sites if isinstance(s, CodebookSite)}
     # The heavy tail needs more values for the same share of its energy.
@@ -226,7 +226,7 @@ def test_a_budget_is_kept_and_printed_as_a_pipeline() -> None:
 
 def test_weakening_raises_the_number_of_values() -> None:
     pass_ = Codebook(bits=2)
-    site = CodebookSite("w", "MatMul", 1000, detail={"values": 4}, values=4)
+    site = CodebookSite("w", "MatMul", Savings(bytes=1000), values=4)
     counts = []
     for strength in (1.0, 0.75, 0.5, 0.25, 0.01):
         weaker = pass_.weaken(site, strength)
@@ -289,4 +289,4 @@ def test_the_file_of_a_real_model_is_as_small_as_its_codes(tmp_path: Path) -> No
     # Loaded again, every weight has its codebook already.
     again = context(stored)
     assert not Codebook(bits=4).sites(stored, again)
-    assert sum("codebook already" in why for _, why in again.left) == 3
+    assert sum("codebook already" in why for _, why in again.skips) == 3
