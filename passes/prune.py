@@ -436,7 +436,7 @@ class Prune(SitePass):
         gram, mean, rows = layers.gram(layer, statistics)
         if not np.isfinite(gram).all():  # the model itself overflows on this data
             return _Task(tensor, layout, _Study(tensor), self.zeros)
-        adjusts = "biases" not in self.also and layers.bias_of(model, layer) is not None
+        adjusts = "biases" not in self.also and layers.free_bias(layer) is not None
         study = _Study(
             tensor,
             "obs",
@@ -486,11 +486,10 @@ class Prune(SitePass):
             model.set_weight(layer.weight, values)
             zeros = _count_zeros(layer.weight.tensor)
             words = f"{zeros / layer.weight.size:.1%} zero, by {task.study.measure}"
-            bias = layers.bias_of(model, layer) if shift is not None else None
-            if bias is not None and shift is not None:
-                moved = bias.read().astype(np.float64) + shift.reshape(bias.shape)
-                model.set_weight(bias, moved.astype(bias.dtype))
-                words += f"; {bias.name} adjusted"
+            bias = layers.free_bias(layer) if shift is not None else None
+            if bias is not None and bias.weight is not None and shift is not None:
+                bias.add(shift)
+                words += f"; {bias.weight.name} adjusted"
             ctx.did(layer.name, words)
 
 

@@ -500,7 +500,8 @@ class _Finder:
         target = self._target(node, layer.name)
         if isinstance(target, str):
             return target
-        bias = layers.bias_of(self.model, layer) if self.options.bias else None
+        free = layers.free_bias(layer) if self.options.bias else None
+        bias = free.weight if free is not None else None
         plain = (scale, attribute(node, "beta", 1.0)) == (1.0, 1.0)
         no_bias = len(node.inputs) < 3 or not node.inputs[2].name
         may_add = (

@@ -145,6 +145,11 @@ class Weight:
         self._graph = graph
 
     @property
+    def model(self) -> Model:
+        """The model it belongs to."""
+        return self._model
+
+    @property
     def graph(self) -> gs.Graph:
         """The graph it belongs to."""
         if self._graph is None:

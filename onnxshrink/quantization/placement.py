@@ -33,7 +33,7 @@ from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, ValueInfo, attribute
 from onnxshrink.model.exporter import in_order
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
-from onnxshrink.structure.layers import Layout, LinearWeight, find
+from onnxshrink.structure.layers import LinearWeight, find
 
 __all__ = [
     "Coded",
@@ -43,7 +43,6 @@ __all__ = [
     "Planner",
     "Reading",
     "bias_codes",
-    "channel_axis",
     "clipped_range",
     "smallest_scale",
     "write",
@@ -524,14 +523,6 @@ def clipped_range(model: Model, node: Node) -> tuple[float, float] | None:
                 return None
             bounds[index - 1] = float(known.read().reshape(()))
     return bounds[0], bounds[1]
-
-
-def channel_axis(layout: Layout, node: Node) -> int:
-    """Return the axis of a weight's output channels."""
-    if node.op == "Conv":
-        return 0
-    # [inputs, outputs] for MatMul and a plain Gemm.
-    return 0 if layout.order == (0, 1, 2) else 1
 
 
 def bias_codes(

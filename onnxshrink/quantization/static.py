@@ -412,7 +412,7 @@ class _Static:
         """Give codes the shape and type of the weight."""
         layer = one.layer
         data_type, low, high = LEVELS[self.recipe.weights]
-        axis = placement.channel_axis(layer.layout, one.node)
+        axis = layer.output_axis
         whole = not self.recipe.per_channel
         scheme = Scheme(data_type, low, high, True, None if whole else axis)
         shaped = layer.layout.array(codes.reshape(layer.layout.matrices_shape))

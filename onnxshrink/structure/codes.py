@@ -1,4 +1,4 @@
-"""Integer codes of a weight, and the nodes that make real values of them."""
+"""How weights are stored: floats, or integer codes and the nodes that decode them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import onnx_graphsurgeon as gs
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx
 
-__all__ = ["CODES", "MOVES", "Decoder", "decoder_of"]
+__all__ = ["CODES", "FLOATS", "MOVES", "Decoder", "decoder_of", "is_float"]
 
 Array = np.ndarray[Any, Any]
 
 _T = onnx.TensorProto
+FLOATS = frozenset({_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.BFLOAT16})
+"""Element types of weights that passes change."""
 CODES = frozenset(
     {_T.INT2, _T.INT4, _T.INT8, _T.INT16, _T.UINT2, _T.UINT4, _T.UINT8, _T.UINT16}
 )
@@ -90,6 +92,11 @@ class Decoder:
             model.replace_uses(end, made)
         for node in self.nodes:
             model.remove(node)
+
+
+def is_float(weight: Weight) -> bool:
+    """Whether the weight's values are float32, float64, float16 or bfloat16."""
+    return weight.data_type in FLOATS
 
 
 def _spread(array: Array, shape: Sequence[int], axis: int | None, block: int) -> Array:

@@ -2,15 +2,22 @@
 
 A weight of Conv, Gemm, MatMul and their kin is, whatever its shape on disk, a stack of
 matrices [groups, outputs, inputs]: entry [g, o, i] multiplies input i of group g in the
-sum that is output o. ``Layout`` turns the array into that and back, ``find`` lists the
-weights of a model, and ``LinearWeight.statistics_for`` says which activations tell what
-a weight multiplies.
+sum that is output o. ``Layout`` turns the array into that and back.
+
+``find`` lists the weights of a model, each with every node that reads it:
+
+======================== ==========================================================
+``LinearWeight``         name, values, ``codes`` if it is quantized, whether it may be
+                         changed, ``bias`` of its only node
+its ``uses``, one a node operator, axes of the weight, alpha, what the node reads and
+                         gives, and along which axes their channels lie
+======================== ==========================================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +28,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.statistics import (
     ChannelNorm,
     ConvGram,
@@ -29,6 +37,8 @@ from onnxshrink.statistics import (
     Gram,
     Statistic,
 )
+from onnxshrink.structure.bias import Bias, bias_at
+from onnxshrink.structure.codes import CODES, FLOATS, Decoder, decoder_of, is_float
 from onnxshrink.structure.selection import selected
 
 __all__ = [
@@ -36,8 +46,8 @@ __all__ = [
     "Layout",
     "LinearWeight",
     "Use",
-    "bias_of",
     "find",
+    "free_bias",
     "gram",
     "is_float",
     "norms",
@@ -49,16 +59,6 @@ ROWS = 32
 """Rows of inputs, for each of them, that a convolution's Gram matrix is made of."""
 POSITIONS = 16
 """Output positions of a sample that are used at least."""
-
-FLOATS = frozenset(
-    {
-        onnx.TensorProto.FLOAT,
-        onnx.TensorProto.DOUBLE,
-        onnx.TensorProto.FLOAT16,
-        onnx.TensorProto.BFLOAT16,
-    }
-)
-"""Element types of weights that passes change."""
 
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 NORMALISATIONS = frozenset(
@@ -73,8 +73,6 @@ _THROUGH = frozenset(
     {"Cast", "DequantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 """Operators a weight may pass through on its way to a layer."""
-_DEFAULT_DOMAINS = (None, "", "ai.onnx")
-
 Role = Literal["weight", "table", "bias"]
 
 
@@ -125,6 +123,95 @@ class Use:
     role: Role
     layout: Layout
 
+    @property
+    def kind(self) -> str:
+        """Operator type of the node."""
+        return str(self.node.op)
+
+    # --- the weight ---------------------------------------------------------------
+
+    @property
+    def output_axis(self) -> int | None:
+        """Axis of the weight that counts outputs, of all groups for a Conv.
+
+        ``None`` for a vector, which has one output, and for a bias.
+        """
+        rank = len(self.layout.shape)
+        if self.kind in ("Conv", "ConvTranspose") and self.role == "weight":
+            return 0 if self.kind == "Conv" else 1
+        if self.role == "bias" or rank < 2:
+            return None
+        return rank - 1 if self.is_transposed else rank - 2
+
+    @property
+    def input_axis(self) -> int:
+        """Axis of the weight that counts inputs, of one group for a Conv.
+
+        A kernel's axes follow those of outputs and inputs. Of a bias: the last axis.
+        """
+        rank = len(self.layout.shape)
+        if self.kind in ("Conv", "ConvTranspose") and self.role == "weight":
+            return 1 if self.kind == "Conv" else 0
+        if self.role == "bias" or rank < 2:
+            return rank - 1
+        return rank - 2 if self.is_transposed else rank - 1
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight holds inputs before outputs, as that of a MatMul does."""
+        return self.layout.order != (0, 1, 2)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, matrices of a stack; 1 for a single matrix."""
+        return self.layout.matrices_shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Channels of what the node gives."""
+        if self.kind == "ConvTranspose" and self.role == "weight":
+            return self.layout.shape[1] * self.groups
+        if self.kind == "Conv" and self.role == "weight":
+            return self.layout.shape[0]
+        axis = self.output_axis
+        return 1 if axis is None else self.layout.shape[axis]
+
+    @property
+    def alpha(self) -> float:
+        """What the node multiplies the product with: alpha of Gemm."""
+        return float(attribute(self.node, "alpha", 1.0)) if self.kind == "Gemm" else 1.0
+
+    # --- the activations ----------------------------------------------------------
+
+    @property
+    def input(self) -> gs.Tensor | None:
+        """What the weight is multiplied with; ``None`` of a table or a bias.
+
+        Of the recurrent weight of an LSTM, GRU or RNN: its states, all but the first
+        and the last of which it is multiplied with; ``None`` if the node does not give
+        them, or has two directions.
+        """
+        found = _multiplied(self)
+        return None if found is None else found[0]
+
+    @property
+    def input_channels(self) -> int:
+        """Axis of ``input`` along which its channels lie; -1 if there is no input."""
+        found = _multiplied(self)
+        return -1 if found is None else found[1]
+
+    @property
+    def output(self) -> gs.Tensor:
+        """What the node gives, a bias behind it not counted."""
+        return self.node.outputs[0]
+
+    @property
+    def output_channels(self) -> int:
+        """Axis of ``output`` along which its channels lie."""
+        if self.kind in ("Conv", "ConvTranspose"):
+            return 1
+        return -2 if self.kind in ("Gemm", "MatMul") and self.index == 0 else -1
+
 
 @dataclass(frozen=True, eq=False)
 class LinearWeight:
@@ -134,11 +221,14 @@ class LinearWeight:
         weight: The weight.
         uses: Every reading of it, if all are by known operators.
         why_not: Why no pass should change it; empty if one may.
+        codes: What decodes it, if it is stored as integer codes and ``find`` was asked
+            for such: then ``layout`` is that of the decoded values.
     """
 
     weight: Weight
     uses: tuple[Use, ...]
     why_not: str = ""
+    codes: Decoder | None = None
 
     @property
     def name(self) -> str:
@@ -153,7 +243,53 @@ class LinearWeight:
     @property
     def kind(self) -> str:
         """Operator type of the first use."""
-        return str(self.uses[0].node.op)
+        return self.uses[0].kind
+
+    @property
+    def node(self) -> Node:
+        """The node of the first use."""
+        return self.uses[0].node
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is read more than once."""
+        return len(self.uses) > 1
+
+    @property
+    def output_axis(self) -> int | None:
+        """Axis of the weight that counts outputs, for the first use."""
+        return self.uses[0].output_axis
+
+    @property
+    def input_axis(self) -> int:
+        """Axis of the weight that counts inputs, for the first use."""
+        return self.uses[0].input_axis
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, matrices of a stack; 1 for a single matrix."""
+        return self.uses[0].groups
+
+    @property
+    def input(self) -> gs.Tensor | None:
+        """What the first use multiplies it with."""
+        return self.uses[0].input
+
+    @property
+    def output(self) -> gs.Tensor:
+        """What the first use gives."""
+        return self.uses[0].output
+
+    @property
+    def bias(self) -> Bias | None:
+        """What is added to the outputs of its only use; ``None`` if it has several."""
+        if self.is_shared or not self.uses or self.uses[0].role != "weight":
+            return None
+        use = self.uses[0]
+        axis = use.output_channels
+        if axis > 0:
+            axis -= len(use.layout.shape)
+        return bias_at(self.weight.model, use.node, use.channels, axis)
 
     def statistics_for(
         self, what: Literal["gram", "norm"], samples: int = 1
@@ -167,16 +303,17 @@ class LinearWeight:
 
         Returns:
             ``None`` if a use has inputs that no statistic covers: a table, a bias, a
-            recurrent layer that does not give its states.
+            stack of matrices, a recurrent layer that does not give its states.
         """
         if any(use.layout != self.layout for use in self.uses):
             return None
         found = []
         for use in self.uses:
-            tensor = _multiplied(use)
-            if tensor is None:
+            tensor = use.input
+            is_stack = use.kind == "MatMul" and use.groups > 1
+            if tensor is None or is_stack:
                 return None
-            found.append((tensor[0], _statistic(use, tensor[1], what, samples)))
+            found.append((tensor, _statistic(use, what, samples)))
         return tuple(found)
 
     @property
@@ -186,17 +323,13 @@ class LinearWeight:
         return (self.name, *(n.name for n in nodes), *(n.op for n in nodes))
 
 
-def is_float(weight: Weight) -> bool:
-    """Whether the weight's values are float32, float64, float16 or bfloat16."""
-    return weight.data_type in FLOATS
-
-
 def find(
     model: Model,
     *,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     roles: Sequence[Role] = ("weight",),
+    codes: bool = False,
 ) -> Iterator[LinearWeight]:
     """Yield the layers of a model, each weight once, in file order.
 
@@ -209,12 +342,18 @@ def find(
         only: Names or glob patterns of weights or nodes, or op types.
         skip: The same; wins over ``only``.
         roles: Which readings make a weight a layer.
+        codes: Whether weights that are stored as codes are wanted with what decodes
+            them. Otherwise they have no uses, and ``why_not`` says what they are.
     """
-    called = _calls(model)
     for weight in model.weights():
         if len(weight.shape) == 0 or weight.size == 0:
             continue
-        uses, others, behind = _readings(weight)
+        decoder = _decoder(model, weight) if codes else None
+        if decoder is not None:
+            uses, others = _readings_of_codes(model, decoder)
+            behind: list[tuple[str, Node]] = []
+        else:
+            uses, others, behind = _readings(weight)
         wanted = [use for use in uses if use.role in roles]
         if not wanted and not (behind and "weight" in roles):
             continue
@@ -224,24 +363,15 @@ def find(
         if not selected(names, only, skip):
             continue
         wanted += [use for use in uses if use.role not in roles]
-        yield LinearWeight(
-            weight,
-            tuple(wanted),
-            _why_not(weight, wanted, roles, others, behind, called),
-        )
+        why_not = _why_not(weight, wanted, roles, others, behind, decoder is not None)
+        yield LinearWeight(weight, tuple(wanted), why_not, decoder)
 
 
-def _calls(model: Model) -> Mapping[int, str]:
-    """Name by identity the functions' graphs that are called more than once."""
-    counts: dict[tuple[str, str], int] = {}
-    for node in model.nodes():
-        key = (node.domain or "", node.op)
-        counts[key] = counts.get(key, 0) + 1
-    return {
-        id(function): function.name
-        for function in model.graph.functions
-        if counts.get((function.domain or "", function.name), 0) > 1
-    }
+def _decoder(model: Model, weight: Weight) -> Decoder | None:
+    if weight.data_type not in CODES or len(weight.shape) < 2:
+        return None
+    found = decoder_of(model, weight)
+    return found if isinstance(found, Decoder) else None
 
 
 def _readings(
@@ -262,9 +392,59 @@ def _readings(
     return uses, others, behind
 
 
+def _readings_of_codes(model: Model, decoder: Decoder) -> tuple[list[Use], list[Node]]:
+    """Sort what reads decoded values: layers and lookups, and other nodes.
+
+    A Reshape between is looked through: what is decoded in blocks has one.
+    """
+    uses: list[Use] = []
+    others: list[Node] = []
+
+    def visit(tensor: gs.Tensor, shape: tuple[int, ...]) -> None:
+        for node in dict.fromkeys(tensor.outputs):
+            if node.op == "Reshape" and node.inputs[0] is tensor:
+                known = model.constant(node.inputs[1])
+                wanted = None if known is None else known.read().reshape(-1).tolist()
+                made = None if wanted is None else _reshaped(shape, wanted)
+                if made is not None:
+                    visit(node.outputs[0], made)
+                    continue
+            for index, read in enumerate(node.inputs):
+                if read is tensor:
+                    use = _use(node, index, shape)
+                    if use is None:
+                        others.append(node)
+                    else:
+                        uses.append(use)
+
+    for end, rows in decoder.ends:
+        if rows is None:
+            visit(end, decoder.shape)
+            continue
+        lookup = next(n for n in decoder.nodes if n.op == "Gather")
+        use = _use(lookup, 0, decoder.shape)
+        if use is None:
+            others.append(lookup)
+        else:
+            uses.append(use)
+    return uses, others
+
+
+def _reshaped(shape: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the shape that Reshape gives, or ``None`` if it does not fit."""
+    sizes = [
+        shape[at] if size == 0 and at < len(shape) else size
+        for at, size in enumerate(wanted)
+    ]
+    rest = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and rest:
+        sizes[sizes.index(-1)] = math.prod(shape) // rest
+    return tuple(sizes) if math.prod(sizes) == math.prod(shape) else None
+
+
 def _layers_behind(node: Node, depth: int = 4) -> Iterator[Node]:
     """Yield the layers whose weight is what this node makes of its input."""
-    if node.op not in _THROUGH or node.domain not in _DEFAULT_DOMAINS or not depth:
+    if node.op not in _THROUGH or not is_onnx(node.domain) or not depth:
         return
     for reader in dict.fromkeys(node.outputs[0].outputs):
         for index, tensor in enumerate(reader.inputs):
@@ -285,7 +465,7 @@ def _why_not(
     roles: Sequence[Role],
     others: Sequence[Node],
     behind: Sequence[tuple[str, Node]],
-    called: Mapping[int, str],
+    is_decoded: bool,
 ) -> str:
     if behind:
         op, reader = behind[0]
@@ -293,7 +473,7 @@ def _why_not(
         if op == "DequantizeLinear":
             return f"it is quantized for {label}; change weights before quantizing them"
         return f"it reaches {label} through {op}; run fold first"
-    if weight.data_type not in FLOATS:
+    if weight.data_type not in FLOATS and not is_decoded:
         kind = onnx.TensorProto.DataType.Name(weight.data_type).lower()
         return f"its values are {kind}, not floating point"
     if weight.is_input:
@@ -317,7 +497,7 @@ def _why_not(
 
 def _use(node: Node, index: int, shape: tuple[int, ...]) -> Use | None:
     """Describe how a node reads a weight, or ``None`` if it is no layer."""
-    if node.domain not in _DEFAULT_DOMAINS:
+    if not is_onnx(node.domain):
         return None
     layout = _weight_layout(node, index, shape)
     if layout is not None:
@@ -332,8 +512,7 @@ def _use(node: Node, index: int, shape: tuple[int, ...]) -> Use | None:
 
 def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
     """Return what a use multiplies the weight with, and the axis of its channels."""
-    node, index, layout = use.node, use.index, use.layout
-    groups = layout.matrices_shape[0]
+    node, index = use.node, use.index
     if use.role != "weight":
         return None
     if node.op in {"Conv", "ConvTranspose"}:
@@ -342,19 +521,17 @@ def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
         transposed = bool(attribute(node, "transA" if index else "transB", 0))
         return node.inputs[1 - index], -1 if transposed != bool(index) else -2
     if node.op == "MatMul":
-        axis = -1 if index or len(layout.shape) == 1 else -2
-        return (node.inputs[1 - index], axis) if groups == 1 else None
+        axis = -1 if index or len(use.layout.shape) == 1 else -2
+        return node.inputs[1 - index], axis
     if index == 1:
         return node.inputs[0], -1
-    if groups == 1 and node.outputs and node.outputs[0].name:
+    if use.groups == 1 and node.outputs and node.outputs[0].name:
         # Every state but the first and the last is an input of the next step.
         return node.outputs[0], -1
     return None
 
 
-def _statistic(
-    use: Use, axis: int, what: Literal["gram", "norm"], samples: int
-) -> Statistic:
+def _statistic(use: Use, what: Literal["gram", "norm"], samples: int) -> Statistic:
     # ConvTranspose: what one input pixel gives each output pixel is an output of its
     # own; that outputs of neighbours overlap is left out of account.
     if use.node.op == "Conv":
@@ -363,7 +540,22 @@ def _statistic(
             needed = -(-ROWS * use.layout.matrices_shape[2] // max(samples, 1))
             return ConvGram(window, positions=max(POSITIONS, needed))
         return ConvNorm(window)
+    axis = use.input_channels
     return Gram(axis) if what == "gram" else ChannelNorm(axis)
+
+
+def free_bias(layer: LinearWeight) -> Bias | None:
+    """Return the bias that can take up a change of the layer's outputs.
+
+    That is a float constant, added as it is to what the layer's only node gives, with
+    one value for each output, [groups * outputs], that nothing else reads.
+    """
+    bias = layer.bias
+    if bias is None or bias.why_not or bias.scale is not None:
+        return None
+    groups, outputs, _ = layer.layout.matrices_shape
+    is_plain = layer.uses[0].alpha == bias.factor == 1.0
+    return bias if is_plain and bias.channels == groups * outputs else None
 
 
 def norms(layer: LinearWeight, statistics: Sequence[Statistic]) -> Array:
@@ -419,40 +611,6 @@ def gram(
         sums += np.asarray(seen)
         rows += part.rows
     return total, sums / max(rows, 1), rows
-
-
-def bias_of(model: Model, layer: LinearWeight) -> Weight | None:
-    """Return the bias that is added to the layer's outputs, if it is free to change.
-
-    That is one value for each output, read by this layer's only node and no other.
-    """
-    if len(layer.uses) != 1:
-        return None
-    node = layer.uses[0].node
-    groups, outputs, _ = layer.layout.matrices_shape
-    tensor: gs.Tensor | None = None
-    reader, at = node, 2
-    if node.op in {"Conv", "Gemm"} and layer.uses[0].index == 1:
-        plain = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
-        if plain == (1.0, 1.0) and len(node.inputs) > 2:
-            tensor = node.inputs[2]
-    elif (
-        node.op == "MatMul"
-        and layer.uses[0].index == 1
-        and len(layer.layout.shape) == 2
-    ):
-        readers = list(dict.fromkeys(node.outputs[0].outputs))
-        if len(readers) == 1 and readers[0].op == "Add":
-            reader = readers[0]
-            at = 1 if reader.inputs[0] is node.outputs[0] else 0
-            tensor = reader.inputs[at]
-    bias = None if tensor is None or not tensor.name else model.constant(tensor)
-    if bias is None or not is_float(bias) or bias.is_input or bias.is_output:
-        return None
-    if bias.size != groups * outputs or bias.shape[-1] != bias.size:
-        return None
-    free = bias.uses == ((reader, at),)
-    return bias if free else None
 
 
 def _is_bias(node: Node, index: int) -> bool:

@@ -1,0 +1,236 @@
+"""What is added to the outputs of a linear operator, however it is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxshrink.errors import ModelError
+from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model.topology import is_onnx, returned_by
+from onnxshrink.structure.codes import is_float
+
+__all__ = ["Bias", "bias_at", "takes_bias"]
+
+Array = NDArray[np.float64]
+
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_WITH_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Operators that add a bias themselves, their third input."""
+_CODED = frozenset({"DequantizeLinear", "QuantizeLinear"})
+_STEPS = 4
+"""Nodes between an operator and the Add behind it at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """What is added to the outputs of a layer, wherever that is done.
+
+    Attributes:
+        node: The node that adds it: the layer's own, or an Add behind it.
+        index: Which input of that node it is.
+        channels: Outputs of the layer.
+        weight: Its values, or the int32 codes of them; ``None`` if it is computed.
+        scale: What a code stands for, one value or one for each; ``None`` of floats.
+        factor: What the node multiplies it with: beta of Gemm.
+        why_not: Why it is not free to change; empty if it is: a constant with one
+            value for each output that nothing else reads.
+    """
+
+    node: Node
+    index: int
+    channels: int
+    weight: Weight | None = None
+    scale: Weight | None = None
+    factor: float = 1.0
+    why_not: str = ""
+
+    @property
+    def tensor(self) -> gs.Tensor:
+        """The tensor that the node reads."""
+        return self.node.inputs[self.index]
+
+    @property
+    def output(self) -> gs.Tensor:
+        """The outputs of the layer with the bias in them."""
+        return self.node.outputs[0]
+
+    def read(self) -> Array:
+        """Return its values before ``factor``, float64 [channels].
+
+        Raises:
+            ModelError: It is not a constant with one value for each output.
+        """
+        weight = self.weight
+        if weight is None or weight.size != self.channels:
+            raise ModelError(f"the bias of {self.node.name or self.node.op} varies")
+        return (weight.read().astype(np.float64) * self._step()).reshape(-1)
+
+    def write(self, values: NDArray[Any]) -> Array:
+        """Set its values, [channels]; return what they became by rounding, float64.
+
+        Raises:
+            ModelError: It is not free to change.
+        """
+        weight = self.weight
+        if weight is None or self.why_not:
+            raise ModelError(
+                f"the bias of {self.node.name or self.node.op} cannot be changed: "
+                f"{self.why_not or 'it is computed'}"
+            )
+        wanted = np.asarray(values, np.float64).reshape(weight.shape) / self._step()
+        if weight.dtype.kind == "i":
+            room = np.iinfo(weight.dtype)
+            wanted = np.clip(np.rint(wanted), room.min, room.max)
+        weight.model.set_weight(weight, wanted.astype(weight.dtype))
+        return self.read()
+
+    def add(self, shift: NDArray[Any]) -> Array:
+        """Add to the outputs; return what was added in the end, float64 [channels]."""
+        old = self.read()
+        wanted = old + np.asarray(shift, np.float64).reshape(-1) / self.factor
+        return (self.write(wanted) - old) * self.factor
+
+    def _step(self) -> Array:
+        """Return what a code stands for, in a shape that goes with the weight."""
+        if self.scale is None or self.weight is None:
+            return np.ones(())
+        step = self.scale.read().astype(np.float64).reshape(-1)
+        return np.broadcast_to(step, self.weight.size).reshape(self.weight.shape)
+
+
+def bias_at(model: Model, node: Node, channels: int, axis: int) -> Bias | None:
+    """Return what is added to the outputs of a linear operator, if anything is.
+
+    That is its own input, or the constant of an Add that alone reads what it gives, as
+    it is or behind QuantizeLinear and DequantizeLinear. The constant may stand behind
+    Identity, be a Constant node, or be int32 codes behind DequantizeLinear.
+
+    Args:
+        model: The model.
+        node: A Conv, ConvTranspose, Gemm or MatMul.
+        channels: Channels of what it gives.
+        axis: Axis of these, counted from the end: negative.
+    """
+    if node.op not in _LINEAR or not is_onnx(node.domain):
+        return None
+    if node.op in _WITH_BIAS and len(node.inputs) > 2 and node.inputs[2].name:
+        factor = float(attribute(node, "beta", 1.0)) if node.op == "Gemm" else 1.0
+        along = axis if node.op == "Gemm" else -1
+        return _described(model, node, 2, channels, along, factor)
+    found = _add_behind(model, node)
+    return None if found is None else _described(model, *found, channels, axis)
+
+
+def takes_bias(model: Model, node: Node) -> bool:
+    """Whether a node has an input for a bias that nothing is connected to."""
+    if node.op not in _WITH_BIAS or not is_onnx(node.domain):
+        return False
+    if node.op == "Gemm" and model.opset < 11:  # C is optional from there on
+        return False
+    return len(node.inputs) < 3 or not node.inputs[2].name
+
+
+def _add_behind(model: Model, node: Node) -> tuple[Node, int] | None:
+    """Return the Add of a constant that alone reads what a node gives, and where."""
+    tensor = node.outputs[0]
+    for _ in range(_STEPS):
+        readers = list(tensor.outputs)
+        if len(readers) != 1 or returned_by(tensor) or not is_onnx(readers[0].domain):
+            return None
+        reader: Node = readers[0]
+        if reader.op == "Add" and len(reader.inputs) == 2:
+            index = 1 if reader.inputs[0] is tensor else 0
+            return (reader, index) if _held(model, reader, index) else None
+        if reader.op not in _CODED or reader.inputs[0] is not tensor:
+            return None
+        tensor = reader.outputs[0]
+    return None
+
+
+def _held(
+    model: Model, node: Node, index: int
+) -> tuple[Weight, Weight | None, Node, int] | None:
+    """Return the constant that an input holds, its scale, and who reads it where."""
+    tensor = node.inputs[index]
+    known = model.constant(tensor)
+    if known is not None:
+        return known, None, node, index
+    maker = tensor.inputs[0] if tensor.inputs else None
+    if maker is None or maker.op != "DequantizeLinear" or not is_onnx(maker.domain):
+        return None
+    codes, scale = (model.constant(t) for t in maker.inputs[:2])
+    return None if codes is None or scale is None else (codes, scale, maker, 0)
+
+
+def _described(
+    model: Model,
+    node: Node,
+    index: int,
+    channels: int,
+    axis: int,
+    factor: float = 1.0,
+) -> Bias:
+    held = _held(model, node, index)
+    if held is None:
+        return Bias(node, index, channels, factor=factor, why_not="it is computed")
+    weight, scale, reader, at = held
+    return Bias(
+        node,
+        index,
+        channels,
+        weight,
+        scale,
+        factor,
+        _why_not(model, weight, scale, reader, at, channels, axis)
+        or ("" if reader is node else _why_not_alone(node, reader)),
+    )
+
+
+def _why_not(
+    model: Model,
+    weight: Weight,
+    scale: Weight | None,
+    reader: Node,
+    at: int,
+    channels: int,
+    axis: int,
+) -> str:
+    """Return why a constant is not one free value for each output."""
+    if weight.is_input:
+        return "it is a graph input that a caller may set"
+    if weight.is_output:
+        return "it is also an output of its graph"
+    if scale is None and not is_float(weight):
+        return f"it holds {weight.dtype}"
+    if scale is not None:
+        if weight.dtype.kind != "i":
+            return f"its codes are {weight.dtype}"
+        if scale.size not in (1, channels) or _shifts(model, reader):
+            return "its codes have a zero point, or a scale that does not fit"
+    shape = weight.shape
+    is_along = len(shape) >= -axis and shape[axis] == channels
+    if weight.size != channels or not (is_along or channels == 1):
+        return "it is not one value for each output"
+    if weight.uses != ((reader, at),):
+        return "other nodes read it too"
+    return ""
+
+
+def _shifts(model: Model, decoder: Node) -> bool:
+    """Whether a DequantizeLinear has a zero point other than 0."""
+    if len(decoder.inputs) < 3 or not decoder.inputs[2].name:
+        return False
+    zero = model.constant(decoder.inputs[2])
+    return zero is None or bool(zero.read().any())
+
+
+def _why_not_alone(node: Node, decoder: Node) -> str:
+    """Return why what a DequantizeLinear gives is not one node's alone."""
+    made = decoder.outputs[0]
+    alone = list(made.outputs) == [node] and not returned_by(made)
+    return "" if alone else "other nodes read it too"
