@@ -576,12 +576,10 @@ class LoadCost:
         seconds: Wall time.
         peak_memory_bytes: Highest resident memory while loading and running nothing,
             beyond that of the process before.
-        memory_bytes: Resident memory once loaded, beyond that of the process before.
     """
 
     seconds: float
     peak_memory_bytes: int
-    memory_bytes: int
 
 
 _PROBE = """
@@ -613,7 +611,7 @@ session = onnxruntime.InferenceSession(
     sys.argv[1], options, providers=sys.argv[4:], enable_fallback=0
 )
 seconds = time.perf_counter() - start
-print("probe", seconds, memory("VmHWM") - before, memory("VmRSS") - before)
+print("probe", seconds, memory("VmHWM") - before)
 """
 
 
@@ -649,7 +647,7 @@ def load_cost(
     except (OSError, subprocess.SubprocessError):
         return None
     words = done.stdout.split()
-    if done.returncode or len(words) < 4 or words[-4] != "probe":
+    if done.returncode or len(words) < 3 or words[-3] != "probe":
         return None
-    seconds, peak, kept = words[-3:]
-    return LoadCost(float(seconds), max(0, int(peak)), max(0, int(kept)))
+    seconds, peak = words[-2:]
+    return LoadCost(float(seconds), max(0, int(peak)))

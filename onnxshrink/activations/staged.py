@@ -120,11 +120,6 @@ class Walk:
     _cuts: dict[Span, dict[str, Array]] = field(default_factory=dict)
     _held: int = 0
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the values held."""
-        return self._held
-
     def values(
         self,
         names: Sequence[str],

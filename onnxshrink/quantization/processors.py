@@ -45,7 +45,6 @@ __all__ = [
     "kernel_order",
     "resolve",
     "sampled",
-    "saturates",
     "saturation",
 ]
 
@@ -72,13 +71,12 @@ class Processor:
         activation: Data type of activations, as in ``TensorProto``.
         weight: Data type of weights.
         symmetric_activations: Whether the zero point of activations has to be 0.
-        saturation: ``never``: sums are exact; ``data``: they may clip, and
-            ``saturates`` tests the layer's own activations; ``bound``: there it leaves
-            no weights that could clip anywhere. The static and dynamic forms keep to
-            the bound for both: each output gives up what it must and no more, which
-            lost no accuracy against the test on data, and holds for inputs that
-            calibration did not see.
-        slow: Pairs (activation, weight) of types that run, but slowly.
+        saturation: ``never``: sums are exact. ``data``: sums may clip on this
+            processor. ``bound``: sums may clip on some processor, and this one is not
+            known. The static and dynamic forms narrow weights in both cases until no
+            input could clip: each output gives up what it must and no more. That lost
+            no accuracy against a test on the calibration data, and it holds for inputs
+            that calibration did not see.
         note: What was taken for granted, for a report.
     """
 
@@ -87,34 +85,16 @@ class Processor:
     weight: int
     symmetric_activations: bool
     saturation: Literal["never", "data", "bound"]
-    slow: frozenset[tuple[int, int]]
     note: str
-
-    def concern(self, activation: int, weight: int) -> str:
-        """Say what speaks against a pair of data types here; nothing if it is fine."""
-        names = [
-            onnx.TensorProto.DataType.Name(kind).lower()
-            for kind in (activation, weight)
-        ]
-        pair = f"{names[0]} activations with {names[1]} weights"
-        if (activation, weight) in self.slow:
-            return f"{pair} run slowly on {self.name}; int8 weights are fast"
-        if self.symmetric_activations and activation != _INT8:
-            return f"{pair} do not run on {self.name}, which takes int8 only"
-        return ""
 
 
 def _processor(name: str, activation: int, saturation: str, note: str) -> Processor:
-    # U8U8 on x86 has kernels that widen to 16 bits first, with VNNI as well (MLAS,
-    # platform.cpp); on AVX2 they took 1.6x to 5x the time of U8S8.
-    slow = {(_UINT8, _UINT8)} if name in {"avx2", "vnni", "any"} else set()
     return Processor(
         name=name,
         activation=activation,
         weight=_INT8,
         symmetric_activations=name == "gpu",
         saturation=cast(Literal["never", "data", "bound"], saturation),
-        slow=frozenset(slow),
         note=note,
     )
 
@@ -304,30 +284,6 @@ def saturation(
         found.append(_seen(weight, _paired(rows[:, order].astype(np.int64))))
     peak, share, lost = (np.concatenate(part) for part in zip(*found, strict=True))
     return Saturation(peak, share, lost)
-
-
-def saturates(
-    layer: LinearWeight,
-    codes: Codes,
-    processor: Processor,
-    activations: Codes | None = None,
-) -> NDArray[np.bool_]:
-    """Say which outputs of a layer must be narrowed for a processor.
-
-    Args:
-        layer: The layer.
-        codes: int8 codes in the shape of its weight.
-        processor: The rules; ``never`` gives all ``False``.
-        activations: As for ``saturation``; without any, the bound decides.
-
-    Returns:
-        bool [groups * outputs].
-    """
-    groups, outputs, _ = layer.layout.matrices_shape
-    if processor.saturation == "never":
-        return np.zeros(groups * outputs, bool)
-    rows = activations if processor.saturation == "data" else None
-    return saturation(layer, codes, rows).bites()
 
 
 def headroom(peak: Float64, activation_top: int = 255) -> Float64:

@@ -20,10 +20,8 @@ from onnxshrink.tensors import bits_of, numpy_type
 
 __all__ = [
     "INT8",
-    "INT8_7BIT",
     "MIN_OPSET",
     "UINT8",
-    "UINT8_7BIT",
     "Scheme",
     "affine",
     "dequantize",
@@ -132,12 +130,8 @@ def limits(data_type: int) -> tuple[int, int]:
 
 INT8 = Scheme(_Type.INT8, -127, 127, symmetric=True)
 """Weights; -128 is left out so that the range is the same on both sides."""
-INT8_7BIT = Scheme(_Type.INT8, -64, 63, symmetric=True)
-"""Weights whose products with uint8 codes never saturate 16 bits in pairs."""
 UINT8 = Scheme(_Type.UINT8, 0, 255, symmetric=False)
 """Activations."""
-UINT8_7BIT = Scheme(_Type.UINT8, 0, 127, symmetric=False)
-"""Activations whose products with int8 codes never saturate 16 bits in pairs."""
 
 
 def affine(low: ArrayLike, high: ArrayLike, scheme: Scheme) -> tuple[Float32, Array]:

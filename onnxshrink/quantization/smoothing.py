@@ -49,8 +49,6 @@ MUL_PAYS = 0.5
 _NORMS = frozenset(
     {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 )
-_HEADS = (("Transpose", 0), ("MatMul", 0), ("Transpose", 1), ("Reshape", 0))
-"""From joined heads up to the values: operators, and through which input."""
 _TINY = 1e-5
 _QUIETEST = 64.0
 """How far below the largest activation a channel may count."""

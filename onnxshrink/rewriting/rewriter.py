@@ -8,7 +8,7 @@ anything left to do; only the neighbourhood of a change is looked at again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -606,11 +606,6 @@ def is_plain(node: gs.Node) -> bool:
     return node.domain in STANDARD and not any(
         isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values()
     )
-
-
-def attributes(node: gs.Node) -> Iterator[tuple[str, Any]]:
-    """Yield a node's attributes in the order of their names."""
-    yield from sorted(node.attrs.items())
 
 
 def in_function(rewriter: Rewriter, node: gs.Node) -> bool:

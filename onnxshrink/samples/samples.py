@@ -853,20 +853,6 @@ class Splits:
             lines += [] if samples is None else [f"data: {n}" for n in samples.notes]
         return tuple(dict.fromkeys(lines))
 
-    def for_choices(self) -> Splits | None:
-        """Return splits whose ``evaluation`` is what choices may be made on.
-
-        That is the validation samples, else the calibration samples: a choice made on
-        evaluation samples would flatter the final figure.
-
-        Returns:
-            ``None`` where there are neither, or all is random anyway.
-        """
-        chosen = self.validation or self.calibration
-        if self.random or chosen is None:
-            return None
-        return replace(self, evaluation=chosen)
-
     def to_json(self) -> dict[str, object]:
         """Return the facts for a report."""
         facts: dict[str, object] = {

@@ -912,11 +912,6 @@ class Histogram(Stored):
         places = self._first + np.arange(len(self.counts) + 1)
         return np.asarray(places * self.width, dtype=np.float64)
 
-    @property
-    def centres(self) -> Float64:
-        """Middles of the bins, float64 [len(counts)]."""
-        return self.edges[:-1] + self.width / 2
-
     def quantile(self, share: float) -> float:
         """Value below which this share of the values lies, linear within a bin."""
         if not self.count:

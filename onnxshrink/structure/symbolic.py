@@ -9,7 +9,6 @@ followed as a list of such dimensions.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -963,9 +962,3 @@ def static(dims: Dims | None) -> tuple[int, ...] | None:
         return None
     numbers = tuple(dim for dim in dims if isinstance(dim, int))
     return numbers if len(numbers) == len(dims) else None
-
-
-def elements(dims: Dims | None) -> int | None:
-    """Return how many elements a static shape has, or ``None``."""
-    numbers = static(dims)
-    return None if numbers is None else math.prod(numbers)

@@ -533,17 +533,6 @@ class Validator:
 
     # --- candidates ---------------------------------------------------------------
 
-    def check_signature(self, candidate: Source) -> str:
-        """Return how inputs and outputs differ from the reference's, or ``""``.
-
-        Raises:
-            ModelError: onnxruntime cannot load the candidate.
-        """
-        reference = self._reference()
-        session = self._session(candidate)
-        inputs, outputs = signature_of(candidate, session)
-        return signature_problem(reference.inputs, reference.outputs, inputs, outputs)
-
     def check(
         self,
         candidate: Source,

@@ -44,7 +44,7 @@ def test_a_walk_gives_what_whole_runs_give(name: str, limit: int) -> None:
             elif isinstance(wanted[value], np.ndarray):
                 assert now[value].dtype == wanted[value].dtype
                 assert now[value].shape == wanted[value].shape
-        assert walk.held_bytes <= limit
+        assert walk._held <= limit
 
 
 def _chain() -> tuple[Model, Samples, Context]:

@@ -73,17 +73,6 @@ def test_an_unknown_target_names_the_nearest() -> None:
         processors.resolve("avx1")
 
 
-def test_a_target_says_what_speaks_against_types() -> None:
-    uint8, int8 = TensorProto.UINT8, TensorProto.INT8
-    avx2, arm, gpu = (processors.PROCESSORS[name] for name in ("avx2", "arm", "gpu"))
-    assert "run slowly on avx2" in avx2.concern(uint8, uint8)
-    assert not avx2.concern(uint8, int8)
-    assert not arm.concern(uint8, uint8)
-    assert "takes int8 only" in gpu.concern(uint8, int8)
-    for target in processors.PROCESSORS.values():
-        assert not target.concern(target.activation, target.weight)
-
-
 def test_the_bound_is_that_of_the_worst_pair_of_neighbours() -> None:
     codes = np.array([[127, 127, 0, 0], [127, 0, 127, 0], [100, -100, 28, 28]]).T
     found = processors.saturation(layer_of(codes), codes)
@@ -115,11 +104,8 @@ def test_activations_that_stay_small_do_not_saturate() -> None:
     layer = layer_of(codes)
     rows = np.full((8, 4), 100)
     rows[0] = 0
-    avx2, anywhere, vnni = (processors.PROCESSORS[n] for n in ("avx2", "any", "vnni"))
-    assert not processors.saturates(layer, codes, avx2, rows).any()
-    assert processors.saturates(layer, codes, avx2).all()
-    assert processors.saturates(layer, codes, anywhere, rows).all()
-    assert not processors.saturates(layer, codes, vnni).any()
+    assert not processors.saturation(layer, codes, rows).bites().any()
+    assert processors.saturation(layer, codes).bites().all()
 
 
 @pytest.mark.parametrize("bits", [7, 8])

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper
 from onnxshrink.errors import UsageError
 from onnxshrink.quantization.schemes import (
     INT8,
-    INT8_7BIT,
     UINT8,
     Scheme,
     affine,
@@ -137,7 +136,7 @@ def test_zero_is_exact_and_the_range_is_covered(
 def test_symmetric_ranges_have_the_middle_as_zero(first: float, second: float) -> None:
     for scheme, middle in (
         (INT8, 0),
-        (INT8_7BIT, 0),
+        (Scheme(TensorProto.INT8, -64, 63, symmetric=True), 0),
         (Scheme(TensorProto.UINT8, 1, 255, symmetric=True), 128),
     ):
         low, high = min(first, second), max(first, second)

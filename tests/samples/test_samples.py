@@ -533,16 +533,6 @@ def test_one_file_is_divided_into_disjoint_parts():
     assert splits.labelled
 
 
-def test_choices_are_made_on_validation_samples():
-    splits = Splits.build(model(LINEAR), np.ones((100, 2), np.float32))
-    choices = splits.for_choices()
-    assert choices is not None
-    assert choices.evaluation is splits.validation
-    few = Splits.build(model(LINEAR), np.ones((3, 2), np.float32)).for_choices()
-    assert few is not None
-    assert few.evaluation is few.calibration
-
-
 def test_evaluation_data_is_used_exactly_as_given():
     m = model(LINEAR)
     data = np.zeros((50, 2), np.float32)
@@ -576,7 +566,6 @@ def test_no_data_is_a_smoke_test_with_disjoint_seeds():
     assert one["x"].shape == (3, 2)
     assert not np.array_equal(one["x"], two["x"])
     assert "smoke test" in splits.describe()[0]
-    assert splits.for_choices() is None
 
 
 def test_a_fixed_batch_size_is_kept_whole_in_every_split():

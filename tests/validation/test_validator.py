@@ -627,7 +627,6 @@ def test_the_signature_must_stay(change: Any, problem: str):
         import re
 
         assert re.search(problem, verdict.reason)
-        assert validator().check_signature(model) == verdict.reason
 
 
 def _info(name: str, kind: int, shape: Any) -> onnx.ValueInfoProto:
