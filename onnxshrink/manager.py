@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ from onnxshrink.reporting.plan import Planned
 from onnxshrink.reporting.report import Report, Step
 from onnxshrink.samples import Splits
 from onnxshrink.search import backoff
+from onnxshrink.state import SavedRun, StateFolder, digest
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
 
 __all__ = ["OnBreach", "PassManager", "Planned", "Result", "shrink"]
@@ -53,8 +53,6 @@ Where passes that repair come later (``Pass.repairs``: distill, recover), all fo
 for them: what counts is whether the repaired model holds.
 """
 
-STATE_FORMAT = 2
-"""Version of what ``resume`` reads; another one is refused."""
 _TIGHTENINGS = 24
 _REPAIRS = 2
 """Weaker forms of a pass that are repaired and judged, after the full one failed."""
@@ -93,7 +91,7 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
-class _State:
+class _Accepted:
     """What is accepted so far: a model, the file that holds it, its figures."""
 
     model: Model
@@ -102,7 +100,7 @@ class _State:
 
 
 @dataclass
-class _Try:
+class _TriedPass:
     """A pass that was run at its place in the pipeline, before that is recorded."""
 
     index: int
@@ -263,8 +261,8 @@ class PassManager:
         if target is not None:
             source.check_target(target)
         with self._executor() as executor, self._workspace(target, resume) as folder:
-            run = _Run(self, source, target, folder, executor)
-            return run.all(resume)
+            run = _PipelineRun(self, source, target, folder, executor)
+            return run.run(resume)
 
     # --- shared with the run ------------------------------------------------------
 
@@ -326,8 +324,19 @@ class PassManager:
         return copy
 
 
-class _Run:
-    """One run: what is accepted so far, and the files that hold it."""
+class _PipelineRun:
+    """A pipeline on its way over a model, and the files of it.
+
+    Attributes:
+        original: File of the model as it was given; sizes and times are compared to it.
+        baseline: File of the model that outputs are compared with: the original, or
+            the last one that was taught to answer otherwise.
+        final: Judges what is kept, on evaluation samples.
+        selection: Judges where there is a choice, on validation samples; made when the
+            first choice comes.
+        steps: Reports of the steps that are decided.
+        memory: What passes remember in the step that is being decided.
+    """
 
     def __init__(
         self,
@@ -367,13 +376,13 @@ class _Run:
         self.name = target.name if target is not None else "model.onnx"
         self.reference = source.copy()
         self.reference.fit_runtime()
-        self.baseline_path = self.standard = self._baseline()
-        self.judge = self._validator(self.splits)
-        self.scout: Validator | None = None
+        self.original = self.baseline = self._as_given()
+        self.final = self._validator(self.splits)
+        self.selection: Validator | None = None
         self.steps: list[Step] = []
         self.memory = Memory()
 
-    def _baseline(self) -> Path:
+    def _as_given(self) -> Path:
         """Return a file onnxruntime can open that holds the model as it was given."""
         path = self.source.source
         untouched = self.reference.ir_version == self.source.ir_version
@@ -389,7 +398,7 @@ class _Run:
     ) -> Validator:
         manager = self.manager
         return Validator(
-            self.standard,
+            self.baseline,
             splits,
             self.budget,
             metric=manager.metric,
@@ -402,20 +411,20 @@ class _Run:
 
     # --- the whole run ------------------------------------------------------------
 
-    def all(self, resume: bool) -> Result:
+    def run(self, resume: bool) -> Result:
         manager = self.manager
-        baseline = self._measure(self.baseline_path)
-        baseline = dataclasses.replace(baseline, metric=self.judge.reference_metric())
-        state, index = _State(self.source, self.baseline_path, baseline), 0
+        baseline = self._measure(self.original)
+        baseline = dataclasses.replace(baseline, metric=self.final.reference_metric())
+        accepted, index = _Accepted(self.source, self.original, baseline), 0
         if resume:
-            state, index = self._resumed() or (state, 0)
+            accepted, index = self._resumed() or (accepted, 0)
         while index < len(manager.pipeline):
-            tries = self._decided(index, state)
-            state = self._record(tries, state)
+            tries = self._decided(index, accepted)
+            accepted = self._record(tries, accepted)
             index += len(tries)
-        return self._finish(state.model, baseline)
+        return self._finish(accepted.model, baseline)
 
-    def _decided(self, index: int, state: _State) -> list[_Try]:
+    def _decided(self, index: int, accepted: _Accepted) -> list[_TriedPass]:
         """Run a pass, or several that are judged together, and say what is kept."""
         manager = self.manager
         started = time.perf_counter()
@@ -423,7 +432,7 @@ class _Run:
         manager.progress(
             index, len(manager.pipeline), manager.pipeline.passes[index].name
         )
-        tries = self._tried_with_repair(index, state)
+        tries = self._tried_with_repair(index, accepted)
         first = tries[0]
         # The search for what fits belongs to the pass that made it necessary.
         first.seconds += (
@@ -431,9 +440,9 @@ class _Run:
         )
         return tries
 
-    def _tried_with_repair(self, index: int, state: _State) -> list[_Try]:
+    def _tried_with_repair(self, index: int, accepted: _Accepted) -> list[_TriedPass]:
         on_breach = self.manager.on_breach
-        first = self._tried(index, state.model, state.path)
+        first = self._tried(index, accepted.model, accepted.path)
         if first.kept:
             return [first]
         if on_breach == "keep" and first.verdict.keepable:
@@ -453,25 +462,31 @@ class _Run:
             )
         first.kept, first.reason = False, f"rolled back: {failed.verdict.reason}"
         if on_breach == "back-off":
-            return self._weakened(first, last, state)
+            return self._weakened(first, last, accepted)
         return [first]
 
-    def _weakened(self, first: _Try, last: int | None, state: _State) -> list[_Try]:
+    def _weakened(
+        self, first: _TriedPass, last: int | None, accepted: _Accepted
+    ) -> list[_TriedPass]:
         """Give way: as far as it must before a repair, or alone if none helps."""
         pass_ = first.pass_
         if not isinstance(pass_, SitePass) or pass_.promise is Promise.SAME:
             return [first]
-        alone = self._backed_off(first, state)
+        alone = self._backed_off(first, accepted)
         if last is not None and first.may_be_repaired:
             plan = alone.attempt.plan if alone is not None else None
-            stronger = self._weakened_before_repair(first, plan, last, state)
+            stronger = self._weakened_before_repair(first, plan, last, accepted)
             if stronger is not None:
                 return stronger
         return [alone or first]
 
     def _weakened_before_repair(
-        self, first: _Try, plan: backoff.Plan | None, last: int, state: _State
-    ) -> list[_Try] | None:
+        self,
+        first: _TriedPass,
+        plan: backoff.Plan | None,
+        last: int,
+        accepted: _Accepted,
+    ) -> list[_TriedPass] | None:
         """Look for the strongest form of a pass that later passes can repair.
 
         It lies between what fits the budget without repair, which is known, and the
@@ -479,11 +494,11 @@ class _Run:
         """
         pass_ = first.pass_
         assert isinstance(pass_, SitePass)
-        prepared = self.manager._prepared(state.model, pass_)
+        prepared = self.manager._prepared(accepted.model, pass_)
         if plan is None:
             sites = pass_.sites(prepared, self._context(first.index))
             plan = backoff.nothing(sites)
-        best: list[_Try] | None = None
+        best: list[_TriedPass] | None = None
         low, high = 0.0, 1.0
         for number in range(_REPAIRS):
             share = (low + high) / 2
@@ -492,7 +507,9 @@ class _Run:
                 break
             tag = f"-weaker{number + 1}"
             tries = [
-                self._tried(first.index, state.model, state.path, blended, tag=tag)
+                self._tried(
+                    first.index, accepted.model, accepted.path, blended, tag=tag
+                )
             ]
             if not tries[0].verdict.ok:
                 tries = self._repaired(tries[0], last, tag=tag)
@@ -519,18 +536,20 @@ class _Run:
                 break
         return last
 
-    def _repaired(self, first: _Try, last: int, *, tag: str = "") -> list[_Try]:
+    def _repaired(
+        self, first: _TriedPass, last: int, *, tag: str = ""
+    ) -> list[_TriedPass]:
         """Go on from a pass that broke the budget until the model holds again.
 
         Passes on the way that damage further wait for the repair too; one that repairs
         is kept if it makes the damage smaller. The last verdict tells whether it held.
         """
         first.kept = True
-        tries, state = [first], first.attempt
+        tries, latest = [first], first.attempt
         for index in range(first.index + 1, last + 1):
-            one = self._tried(index, state.model, state.path, tag=tag)
+            one = self._tried(index, latest.model, latest.path, tag=tag)
             verdict = one.verdict
-            helps = verdict.damage < state.verdict.damage
+            helps = verdict.damage < latest.verdict.damage
             waits = one.may_be_repaired and not one.pass_.repairs
             if verdict.keepable and (helps or waits):
                 one.kept = True
@@ -538,13 +557,13 @@ class _Run:
                 one.reason = f"rolled back: {verdict.reason}"
             tries.append(one)
             if one.kept:
-                state = one.attempt
+                latest = one.attempt
             if verdict.ok:
                 self._explain(tries)
                 return tries
         return tries
 
-    def _explain(self, tries: Sequence[_Try]) -> None:
+    def _explain(self, tries: Sequence[_TriedPass]) -> None:
         """Say of passes that broke the budget who repaired it."""
         *broke, last = tries
         repairers = [one.pass_.name for one in tries if one.kept and one.pass_.repairs]
@@ -553,15 +572,15 @@ class _Run:
             if one.kept and not one.verdict.ok:
                 one.reason = f"repaired by {names}: {one.verdict.reason} before"
 
-    def _record(self, tries: Sequence[_Try], state: _State) -> _State:
+    def _record(self, tries: Sequence[_TriedPass], accepted: _Accepted) -> _Accepted:
         """Note the steps that are decided; an interrupted run continues after them."""
         manager = self.manager
         for one in tries:
-            before, attempt = state, one.attempt
+            before, attempt = accepted, one.attempt
             if one.kept:
                 stats = self._measure(attempt.path)
                 stats = dataclasses.replace(stats, metric=one.verdict.quality())
-                state = _State(attempt.model, attempt.path, stats)
+                accepted = _Accepted(attempt.model, attempt.path, stats)
                 if attempt.is_taught:
                     self._hold_to(attempt.path)
             changes: list[tuple[str, str]] = []
@@ -574,7 +593,7 @@ class _Run:
                 reason=one.reason or one.verdict.reason,
                 seconds=one.seconds,
                 before=before.stats,
-                after=state.stats,
+                after=accepted.stats,
                 verdict=one.verdict,
                 did=tuple(attempt.done) if one.kept else (),
                 skipped=tuple(attempt.skips),
@@ -583,18 +602,20 @@ class _Run:
             self.steps.append(step)
             if manager.on_step is not None:
                 manager.on_step(step)
-        self._tidy(tries, state)
-        self._remember(tries[-1].index, state)
-        return state
+        self._tidy(tries, accepted)
+        self._save_state(tries[-1].index, accepted)
+        return accepted
 
     def _hold_to(self, path: Path) -> None:
         """Measure what follows against another model than the run started from."""
-        self.standard = path
-        self.judge, self.scout = self._validator(self.splits), None
+        self.baseline = path
+        self.final, self.selection = self._validator(self.splits), None
 
-    def _tidy(self, tries: Sequence[_Try], state: _State) -> None:
+    def _tidy(self, tries: Sequence[_TriedPass], accepted: _Accepted) -> None:
         """Delete the files of attempts that came to nothing, which can be large."""
-        kept = {one.attempt.path.name for one in tries if one.kept} | {state.path.name}
+        kept = {one.attempt.path.name for one in tries if one.kept} | {
+            accepted.path.name
+        }
         for one in tries:
             for file in self.folder.glob(f"{one.index}-*"):
                 if file.is_file() and not any(file.name.startswith(k) for k in kept):
@@ -610,7 +631,7 @@ class _Run:
         plan: backoff.Plan | None = None,
         *,
         tag: str = "",
-    ) -> _Try:
+    ) -> _TriedPass:
         """Run one pass and judge it; an error says which and leaves nothing behind."""
         started = time.perf_counter()
         pass_ = self.manager.pipeline.passes[index]
@@ -629,7 +650,7 @@ class _Run:
                 "the model before this step is unharmed and nothing was written"
             ) from error
         seconds = time.perf_counter() - started
-        return _Try(index, pass_, attempt, seconds, attempt.verdict.ok)
+        return _TriedPass(index, pass_, attempt, seconds, attempt.verdict.ok)
 
     def _context(self, index: int, tag: str = "") -> Context:
         ctx = self.manager._context(self.reference, self.splits, self.executor)
@@ -680,8 +701,8 @@ class _Run:
         answers = None if samples is None else pass_.answers(before, samples, ctx)
         if not answers:
             return
-        judge = self._validator(self.splits, answers)
-        first, last = judge.check(before_path), judge.check(attempt.path)
+        taught = self._validator(self.splits, answers)
+        first, last = taught.check(before_path), taught.check(attempt.path)
         if last.keepable and last.damage < first.damage:
             changes = [
                 f"{name} {first.quality()[name]:.4g} -> {figure:.4g}"
@@ -722,7 +743,7 @@ class _Run:
         candidate.fit_runtime()
         files = self._save(candidate, path)
         sizes = _bytes(before_path), sum(file.stat().st_size for file in files)
-        verdict = self.judge.check(
+        verdict = self.final.check(
             path,
             _judged_by(pass_),
             before=before_path,
@@ -747,17 +768,17 @@ class _Run:
             max_decode_ratio=manager.max_decode_ratio,
         )
 
-    def _backed_off(self, failed: _Try, state: _State) -> _Try | None:
+    def _backed_off(self, failed: _TriedPass, accepted: _Accepted) -> _TriedPass | None:
         """Give way until the budget holds: choose on validation samples, then judge."""
         index, pass_ = failed.index, failed.pass_
         assert isinstance(pass_, SitePass)
         ctx = self._context(index)
-        prepared = self.manager._prepared(state.model, pass_)
+        prepared = self.manager._prepared(accepted.model, pass_)
         sites = list(pass_.sites(prepared, ctx))
         listed = list(ctx.skips)
         if not sites:
             return None
-        scout = self._scout()
+        selection = self._selecting()
         tried = 0
 
         def damage(some: Sequence[Site]) -> float:
@@ -767,7 +788,7 @@ class _Run:
             if not some:
                 return 0.0
             trial = self._rewritten(pass_, prepared, some, ctx, listed)
-            return scout.check(trial, _judged_by(pass_)).damage
+            return selection.check(trial, _judged_by(pass_)).damage
 
         plan = backoff.back_off(pass_, sites, damage)
         for _ in range(_TIGHTENINGS):
@@ -777,22 +798,22 @@ class _Run:
             if not chosen:
                 break
             candidate = self._rewritten(pass_, prepared, chosen, ctx, listed)
-            attempt = self._judged(index, pass_, candidate, state.path, ctx)
+            attempt = self._judged(index, pass_, candidate, accepted.path, ctx)
             if attempt.verdict.ok:
                 attempt.plan = plan
-                return _Try(index, pass_, attempt, 0.0, kept=True)
+                return _TriedPass(index, pass_, attempt, 0.0, kept=True)
             plan = backoff.tighten(pass_, plan)
         return None
 
-    def _scout(self) -> Validator:
+    def _selecting(self) -> Validator:
         """The validator that choices are made with: never on evaluation samples."""
-        if self.scout is None:
+        if self.selection is None:
             samples = self.splits.validation
-            self.scout = self.judge
+            self.selection = self.final
             if samples is not None:
                 splits = dataclasses.replace(self.splits, evaluation=samples)
-                self.scout = self._validator(splits)
-        return self.scout
+                self.selection = self._validator(splits)
+        return self.selection
 
     def _measure(self, path: Path) -> Stats:
         manager = self.manager
@@ -800,7 +821,7 @@ class _Run:
         return measure(
             path,
             self.splits,
-            baseline=None if path == self.baseline_path else self.baseline_path,
+            baseline=None if path == self.original else self.original,
             threads=manager.threads,
             providers=manager.providers,
             latency=manager.measure_latency,
@@ -824,90 +845,67 @@ class _Run:
     # --- state for resume ---------------------------------------------------------
 
     @functools.cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        """What a run must share with an interrupted one to continue it."""
+    def _state_folder(self) -> StateFolder:
+        """Where this run can be continued, and what by."""
         manager = self.manager
-        digest = hashlib.sha256()
-        with self.baseline_path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-        return {
-            "onnxshrink": __version__,
-            "input": digest.hexdigest(),
-            "pipeline": str(manager.pipeline),
-            "seed": manager.seed,
-            "budget": dataclasses.asdict(self.budget),
-            "on_breach": manager.on_breach,
-            "storage": [manager.storage, manager.external, manager.max_decode_ratio],
-            "samples": list(self.splits.describe()),
-        }
+        return StateFolder(
+            self.folder,
+            {
+                "input": digest(self.original),
+                "pipeline": str(manager.pipeline),
+                "seed": manager.seed,
+                "budget": dataclasses.asdict(self.budget),
+                "on_breach": manager.on_breach,
+                "storage": [
+                    manager.storage,
+                    manager.external,
+                    manager.max_decode_ratio,
+                ],
+                "samples": list(self.splits.describe()),
+            },
+        )
 
-    def _remember(self, index: int, accepted: _State) -> None:
+    def _save_state(self, index: int, accepted: _Accepted) -> None:
         """Note the accepted model, after which an interrupted run can continue."""
         if self.target is None:
             return
-        path = accepted.path
-        inside = path.parent == self.folder
         model = accepted.model
-        state = {
-            "format": STATE_FORMAT,
-            "lineage": model.lineage.to_json(model.value_names()),
-            "run": self._fingerprint,
-            "next": index + 1,
-            "path": path.name if inside else None,
-            "standard": self.standard.name
-            if self.standard.parent == self.folder
-            else None,
-            "stats": accepted.stats.to_json(),
-            "steps": [step.to_json() for step in self.steps],
-        }
-        temporary = self.folder / "state.json.new"
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self.folder / "state.json")
-        for folder in self.folder.glob("step-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._state_folder.write(
+            SavedRun(
+                step=index + 1,
+                model=accepted.path,
+                lineage=model.lineage.to_json(model.value_names()),
+                baseline=self.baseline,
+                stats=accepted.stats,
+                steps=self.steps,
+            )
+        )
 
-    def _resumed(self) -> tuple[_State, int] | None:
-        file = self.folder / "state.json"
-        if not file.exists():
+    def _resumed(self) -> tuple[_Accepted, int] | None:
+        saved = self._state_folder.read()
+        if saved is None:
             return None
         try:
-            state = json.loads(file.read_text())
-            if state.get("format") != STATE_FORMAT:
-                raise UsageError(
-                    f"the state in {self.folder} was written by another version of "
-                    "onnxshrink, which keeps other things; run without --resume"
-                )
-            if state["run"] != json.loads(json.dumps(self._fingerprint)):
-                raise UsageError(
-                    f"the interrupted run in {self.folder} was another one (other "
-                    "input, passes, options or samples); run without --resume"
-                )
-            name = state["path"]
-            path = self.baseline_path if name is None else self.folder / Path(name).name
-            model = self.source if name is None else Model.load(path)
-            model.lineage = Lineage.from_json(state["lineage"])
-            self.steps = [Step.from_json(step) for step in state["steps"]]
-            if state["standard"] is not None:
-                self._hold_to(self.folder / Path(state["standard"]).name)
-            stats = Stats.from_json(state["stats"])
-            return _State(model, path, stats), int(state["next"])
+            model = self.source if saved.model is None else Model.load(saved.model)
+            model.lineage = Lineage.from_json(saved.lineage)
         except (AttributeError, KeyError, TypeError, ValueError, ModelError) as error:
-            raise UsageError(
-                f"the state in {self.folder} cannot be read ({error}); "
-                "run without --resume"
-            ) from error
+            raise self._state_folder.unreadable(error) from error
+        self.steps = list(saved.steps)
+        if saved.baseline is not None:
+            self._hold_to(saved.baseline)
+        accepted = _Accepted(model, saved.model or self.original, saved.stats)
+        return accepted, saved.step
 
     # --- the end ------------------------------------------------------------------
 
     def _finish(self, accepted: Model, baseline: Stats) -> Result:
         manager = self.manager
-        final = accepted.copy()
-        final.fit_runtime()
-        final.metadata["onnxshrink.version"] = __version__
-        final.metadata["onnxshrink.pipeline"] = str(manager.pipeline)
-        final.metadata["onnxshrink.seed"] = str(manager.seed)
-        final.metadata["onnxshrink.steps"] = json.dumps(
+        written = accepted.copy()
+        written.fit_runtime()
+        written.metadata["onnxshrink.version"] = __version__
+        written.metadata["onnxshrink.pipeline"] = str(manager.pipeline)
+        written.metadata["onnxshrink.seed"] = str(manager.seed)
+        written.metadata["onnxshrink.steps"] = json.dumps(
             [
                 {
                     "pass": step.pass_name,
@@ -921,23 +919,23 @@ class _Run:
         staging = self.folder / "final"
         staging.mkdir(exist_ok=True)
         path = staging / self.name
-        files = self._save(final, path)
-        verdict = self.judge.check(path, Promise.CLOSE)
+        files = self._save(written, path)
+        verdict = self.final.check(path, Promise.CLOSE)
         if not verdict.ok and (manager.on_breach != "keep" or not verdict.keepable):
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
         stats = dataclasses.replace(self._measure(path), metric=verdict.quality())
         notes = list(self.splits.describe())
-        if self.splits.labelled and not self.judge.reference_metric():
+        if self.splits.labelled and not self.final.reference_metric():
             notes.append(
                 "labels take no part: they fit no output as classes; --metric names "
                 "what to measure with them"
             )
-        if self.standard != self.baseline_path:
+        if self.baseline != self.original:
             notes.append(
                 "agreement and SQNR of what follows the training are against the model "
                 "that was taught, since another teacher changed what it answers"
             )
-        if costs := self._loading(self.baseline_path, path):
+        if costs := self._loading(self.original, path):
             first, last = costs
             baseline = dataclasses.replace(
                 baseline, peak_memory_bytes=first.peak_memory_bytes
@@ -949,7 +947,7 @@ class _Run:
                 f"{last.seconds * 1000:.1f} ms",
             )
         if self.target is not None:
-            files = final.publish(files, self.target)
+            files = written.publish(files, self.target)
         report = Report(
             model=str(self.source.source or "model"),
             onnxshrink=__version__,
@@ -961,8 +959,8 @@ class _Run:
             notes=tuple(notes),
             output=tuple(str(file) for file in files) if self.target else (),
         )
-        final.source = self.target
-        return Result(final, report, files if self.target is not None else ())
+        written.source = self.target
+        return Result(written, report, files if self.target is not None else ())
 
 
 def _judged_by(pass_: Pass) -> Promise:
