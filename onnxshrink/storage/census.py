@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,30 @@ import onnx
 
 from onnxshrink.tensors import CHUNK, LazyTensor, numpy_type
 
-__all__ = ["MAX_CODES", "Census", "Codes", "casts_of"]
+__all__ = [
+    "MAX_CODES",
+    "VECTORS",
+    "Census",
+    "Codes",
+    "Groups",
+    "casts_of",
+    "group_tables",
+    "vector_table",
+]
 
 Array = np.ndarray[Any, Any]
 
 MAX_CODES = 256
 """Most distinct values that a codebook holds."""
+VECTORS = (8, 4, 2)
+"""Lengths of vectors that may share a table, the longest first."""
 _SAMPLE = 4096
+MAX_PARTS = 1 << 14
+"""Most parts of a tensor that have tables of their own."""
 _HELD = 64 << 20
 """Tensors up to this size are read once and kept while they are encoded."""
+_WHOLE = 1 << 30
+"""Tensors up to this size are searched for tables of vectors."""
 _MISS = MAX_CODES
 
 _T = onnx.TensorProto
@@ -233,6 +249,45 @@ class Census:
             start += patterns.size
         return ranks
 
+    def vectors(self) -> list[tuple[int, Array, Array]]:
+        """Return lengths, tables and ranks of neighbours in few combinations."""
+        first = next(self.patterns(), np.empty(0, self.unsigned))
+        dims = [
+            dim
+            for dim in VECTORS
+            if self.size % dim == 0
+            and first.size >= dim
+            and len(
+                _distinct_rows(
+                    first[: min(_SAMPLE * dim, first.size // dim * dim)].reshape(
+                        -1, dim
+                    )
+                )
+            )
+            <= MAX_CODES
+        ]
+        if not dims or self._tensor.nbytes > _WHOLE:
+            return []
+        flat = self._flat()
+        found = []
+        for dim in dims:
+            made = vector_table(flat, dim)
+            if made is not None:
+                found.append((dim, *made))
+        return found
+
+    def groups(self) -> Groups | None:
+        """Return tables of parts of the tensor, if these have few distinct values."""
+        if self._held is None:
+            return None
+        return group_tables(bits_view(self._held), self._tensor.shape)
+
+    def _flat(self) -> Array:
+        """Return all bit patterns."""
+        if self._held is None:
+            return np.concatenate(list(self.patterns()))
+        return bits_view(self._held)
+
     def steps(self) -> Array:
         """Return the distance of each stored element from the one before; int64.
 
@@ -248,6 +303,169 @@ class Census:
                 last = int(places[-1])
             start += patterns.size
         return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+
+
+# --- tables of vectors, and tables of parts of a tensor -------------------------------
+
+
+def vector_table(patterns: Array, dim: int) -> tuple[Array, Array] | None:
+    """Find out whether neighbours come in few combinations.
+
+    Args:
+        patterns: Bit patterns, flat.
+        dim: Length of a vector.
+
+    Returns:
+        The distinct vectors [at most 256, dim] and which of them comes where, uint8
+        [n / dim]; ``None`` if there are more than 256, or ``dim`` does not divide.
+    """
+    if not patterns.size or patterns.size % dim:
+        return None
+    vectors = patterns.reshape(-1, dim)
+    step = max(1, len(vectors) // _SAMPLE)
+    if len(_distinct_rows(vectors[::step])) > MAX_CODES:
+        return None
+    mix = np.array([0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(dim)])
+    odd = mix.astype(np.uint64) | np.uint64(1)
+    keys: Array = np.empty(0, np.uint64)
+    hashes = np.empty(len(vectors), np.uint64)
+    for start in range(0, len(vectors), CHUNK):
+        part = vectors[start : start + CHUNK].astype(np.uint64)
+        hashed = np.zeros(len(part), np.uint64)
+        with np.errstate(over="ignore"):
+            for column in range(dim):
+                hashed = (hashed ^ part[:, column]) * odd[column]
+                hashed ^= hashed >> np.uint64(29)
+        hashes[start : start + CHUNK] = hashed
+        missing = Codes(keys).unknown(hashed) if keys.size else hashed
+        while missing.size:
+            keys = np.union1d(keys, missing[:_SAMPLE])
+            if keys.size > MAX_CODES:
+                return None
+            missing = Codes(keys).unknown(missing)
+    ranks = Codes(keys).ranks(hashes).astype(np.uint8)
+    table = np.zeros((keys.size, dim), patterns.dtype)
+    table[ranks] = vectors
+    # Two vectors of one hash would show here.
+    for start in range(0, len(vectors), CHUNK):
+        own = slice(start, start + CHUNK)
+        if not np.array_equal(table[ranks[own]], vectors[own]):
+            return None
+    return table, ranks
+
+
+def _distinct_rows(vectors: Array) -> Array:
+    return np.unique(np.ascontiguousarray(vectors), axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Tables of parts of a tensor, which is read as [before, parts, behind].
+
+    Attributes:
+        split: That shape.
+        tables: Bit patterns [parts, values], each row ascending, filled up with its
+            last value.
+        ranks: Which value of its part's table each element is, uint8 of that shape.
+    """
+
+    split: tuple[int, int, int]
+    tables: Array
+    ranks: Array
+
+
+def group_tables(patterns: Array, shape: Sequence[int]) -> Groups | None:
+    """Find out whether parts of a tensor each have few distinct values.
+
+    Tried are the positions along every axis, groups of neighbouring positions, and
+    blocks of neighbours in storage order.
+
+    Args:
+        patterns: Bit patterns, flat.
+        shape: Of the tensor.
+
+    Returns:
+        Parts whose tables and packed ranks take fewest bytes, if that is less than
+        half of what the patterns take; else ``None``.
+    """
+    best: tuple[float, tuple[int, int, int], list[Array]] | None = None
+    for split in _splits(patterns.size, shape):
+        found = _tables_of(patterns.reshape(split))
+        if found is None:
+            continue
+        for width in _divisors(split[1]):
+            tables = _joined(found, width)
+            if tables is None:
+                continue
+            count = max(len(table) for table in tables)
+            bits = patterns.size * max(1.0, np.log2(count)) / 8
+            nbytes = bits + len(tables) * count * patterns.itemsize
+            if best is None or nbytes < best[0]:
+                joined = (split[0], split[1] // width, split[2] * width)
+                best = (nbytes, joined, tables)
+    if best is None or best[0] * 2 > patterns.nbytes:
+        return None
+    _, split, chosen = best
+    count = max(len(table) for table in chosen)
+    filled = np.stack(
+        [np.pad(table, (0, count - len(table)), mode="edge") for table in chosen]
+    )
+    view = patterns.reshape(split)
+    ranks = np.empty(split, np.uint8)
+    for part, table in enumerate(chosen):
+        ranks[:, part] = np.searchsorted(table, view[:, part])
+    return Groups(split, filled, ranks)
+
+
+def _splits(size: int, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    seen = set()
+    for axis, parts in enumerate(shape):
+        before = int(np.prod(shape[:axis], dtype=np.int64))
+        split = (before, parts, size // max(before * parts, 1))
+        if 1 < parts <= MAX_PARTS and split not in seen:
+            seen.add(split)
+            yield split
+    blocks = 1 << 16
+    while blocks >= 64:
+        split = (1, size // blocks, blocks)
+        fits = size % blocks == 0 and 1 < size // blocks <= MAX_PARTS
+        if fits and split not in seen:
+            yield split
+        blocks //= 2
+
+
+def _tables_of(view: Array) -> list[Array] | None:
+    """Return the distinct values of each part; ``None`` once there are too many."""
+    each = view.shape[0] * view.shape[2]
+    limit = min(MAX_CODES, each // 4)
+    found = []
+    for part in range(view.shape[1]):
+        own = view[:, part].reshape(-1)
+        if len(np.unique(own[: 4 * limit])) > limit:
+            return None
+        table = np.unique(own)
+        if len(table) > limit:
+            return None
+        found.append(table)
+    return found
+
+
+def _divisors(parts: int) -> list[int]:
+    """Return the numbers of neighbouring parts that may be joined."""
+    return [n for n in range(1, parts // 2 + 1) if parts % n == 0]
+
+
+def _joined(found: list[Array], width: int) -> list[Array] | None:
+    """Return one table for every ``width`` of them, if none grows too large."""
+    if width == 1:
+        return found
+    tables = []
+    for start in range(0, len(found), width):
+        table = np.unique(np.concatenate(found[start : start + width]))
+        if len(table) > MAX_CODES:
+            return None
+        tables.append(table)
+    return tables
 
 
 def _one_of_each_size(kinds: list[int]) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ form       decoder
 fill       ConstantOfShape
 cast       Cast of a smaller type that holds every value exactly
 codes      words -> digits -> Gather(codebook)
+vectors    words -> digits -> Gather(codebook of vectors)
+parts      words -> digits -> Add(first row of the part) -> Gather(all codebooks)
 mask       bits -> rank of each 1 by CumSum -> Gather(values behind a default)
 gaps       digits -> CumSum -> ScatterElements(values); digits are distances, and a
            longer distance stops over at a default value
@@ -18,7 +20,8 @@ skips      as gaps, but the top digit only moves on and takes no value
 ``values`` of a sparse form are raw, cast or codes. Digits come out of a word by a
 Gather from a table, ``table[word] = word // powers % base``, which is itself computed
 in the graph and shared, or by the division itself where the tensor is small or words
-have 31 bits. Gap coding is run-length coding (Golomb 1966), the base its parameter.
+have 31 bits. Codes of 3, 5 and 6 bits are sums of digits of two streams. Gap coding is
+run-length coding (Golomb 1966), the base its parameter.
 
 onnxruntime folds all of it from ORT_ENABLE_BASIC on. It keeps the intermediate tensors
 of all decoders until the last one is folded, so forms avoid tensors of the full size;
@@ -36,8 +39,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxshrink.storage.census import Census, cast_type
-from onnxshrink.storage.packing import BITS, PACKINGS, Packing, tightest
+from onnxshrink.storage.census import Census, Groups, cast_type, survives
+from onnxshrink.storage.packing import (
+    BITS,
+    PACKINGS,
+    Packing,
+    Planes,
+    plane_for,
+    tightest,
+)
 from onnxshrink.tensors import LazyTensor
 from onnxshrink.tensors.wire import encode_varint
 
@@ -91,6 +101,10 @@ _CLOSE = 1 / 64
 """How near to the smallest a form has to be to win by its decode memory."""
 _SMALL_DECODE = 16 << 20
 """Decode memory up to which nobody minds."""
+_FEW = 16
+"""Distinct values up to which vectors are not looked for."""
+_CAST_NBYTES = 48
+"""About what a Cast takes in a file."""
 _INT32_LIMIT = 2**31 - 2**16
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -267,7 +281,7 @@ class _Values:
 
     kind: str
     data_type: int = 0
-    packing: Packing | None = None
+    packing: Packing | Planes | None = None
     keys: Array | None = None
 
     @property
@@ -320,6 +334,8 @@ class _Forms:
             if values.kind != "raw":
                 floor = values.floor(self.size, self.item)
                 yield floor, partial(self._dense, values)
+        if all_keys is None or all_keys.size > _FEW:
+            yield from self._table_forms()
         if self.opset < _MIN_SPARSE_OPSET or self.size >= _INT32_LIMIT:
             return
         keys = None if all_keys is None else all_keys[all_keys != census.default]
@@ -329,7 +345,29 @@ class _Forms:
         if census.stored * 2 < self.size:
             yield from self._gap_forms(keys)
 
+    def _table_forms(self) -> Iterator[tuple[int, Callable[[], _Draft]]]:
+        """Yield forms with a table of vectors, or with tables of parts."""
+        for dim, table, ranks in self.census.vectors():
+            count = self.size // dim
+            for packing in self._packings(len(table)):
+                floor = packing.nbytes(count)
+                yield floor, partial(self._vectors, packing, table, ranks)
+        if self.item == 1:
+            return
+        groups = self.census.groups()
+        if groups is None:
+            return
+        for packing in self._packings(groups.tables.shape[1]):
+            floor = packing.nbytes(self.size) + groups.tables.nbytes
+            yield floor, partial(self._parts, packing, groups)
+
     # --- values -------------------------------------------------------------------
+
+    def _packings(self, count: int) -> list[Packing | Planes]:
+        """Return how digits below ``count`` may be packed, the tightest first."""
+        packing = tightest(max(count, 2), self.opset)
+        planes = plane_for(max(count, 2), self.opset)
+        return [packing] if planes is None else [planes, packing]
 
     def _codes(self, keys: Array) -> _Values:
         packing = tightest(max(keys.size, 2), self.opset)
@@ -339,14 +377,21 @@ class _Forms:
         forms = [_Values("raw")]
         forms += [_Values("cast", data_type=kind) for kind in self.census.casts]
         if keys is not None and keys.size:
-            forms.append(self._codes(keys))
+            forms += [
+                _Values("codes", packing=packing, keys=keys)
+                for packing in self._packings(keys.size)
+            ]
         return forms
 
     def _best_values(self, keys: Array | None, count: int) -> list[_Values]:
-        """Return the two forms of fewest bytes; nodes may turn the scales."""
+        """Return the two forms of fewest bytes; nodes may turn the scales.
+
+        Planes take many nodes: without them there are two forms all the same.
+        """
         forms = self._value_forms(keys)
         forms.sort(key=lambda form: form.payload(count, self.item))
-        return forms[:2]
+        planes = any(isinstance(form.packing, Planes) for form in forms[:2])
+        return forms[: 3 if planes else 2]
 
     def _write(
         self,
@@ -397,23 +442,34 @@ class _Forms:
     def _unpack(
         self,
         draft: _Draft,
-        packing: Packing,
+        packing: Packing | Planes,
         count: int,
         digits: Callable[[], Array],
         keys: Array | None,
         dims: Sequence[int] | None = None,
     ) -> _Stream:
-        """Add packed digits and what unpacks them, looked up in ``keys`` if given."""
+        """Add packed digits and what unpacks them, looked up in ``keys`` if given.
+
+        ``keys`` are one value for each digit, or one vector.
+        """
         words = packing.words(count)
         length = words * packing.group
-        item = self.item if keys is not None else 4
+        row = 1 if keys is None or keys.ndim == 1 else keys.shape[1]
+        item = self.item * row if keys is not None else 4
+        if isinstance(packing, Planes):
+            name = self._planes(draft, packing, words, digits)
+            if keys is not None:
+                book = self._book(draft, keys)
+                name = draft.node("Gather", book, name, nbytes=item * length)
+            return _Stream(name, length * row, flat=False)
         divide = packing.word == "i4" or length <= _DIVIDE_UP_TO
         book = ""
         if keys is not None:
             if packing.group > 1 and not divide:
                 # A table also has rows for words that hold digits nobody uses.
-                keys = np.pad(keys, (0, packing.base - keys.size), mode="edge")
-            book = draft.constant(keys.view(self.census.dtype))
+                more = ((0, packing.base - len(keys)), (0, 0))[: keys.ndim]
+                keys = np.pad(keys, more, mode="edge")
+            book = self._book(draft, keys)
         if packing.group == 1:
             shape = [count] if dims is None else list(dims)
         else:
@@ -427,17 +483,51 @@ class _Forms:
         if packing.group == 1:
             if book:
                 name = draft.node("Gather", book, name, nbytes=item * count)
-            return _Stream(name, count, dims is None, dims is not None)
+            flat = dims is None and row == 1
+            return _Stream(name, count * row, flat, dims is not None)
         if divide:
             name = self._divide(draft, packing, name, length)
             if book:
                 name = draft.node("Gather", book, name, nbytes=item * length)
-            return _Stream(name, length, flat=False)
+            return _Stream(name, length * row, flat=False)
         table = self._table(draft, packing)
         if book:
             table = draft.node("Gather", book, table)
         name = draft.node("Gather", table, name, nbytes=item * length)
-        return _Stream(name, length, flat=False)
+        return _Stream(name, length * row, flat=False)
+
+    def _book(self, draft: _Draft, keys: Array) -> str:
+        """Add a codebook, in half precision where that holds it and saves bytes."""
+        values = keys.view(self.census.dtype)
+        halves = cast_type(_T.FLOAT16).itemsize * values.size
+        worth = self.data_type in (_T.FLOAT, _T.DOUBLE) and (
+            values.nbytes - halves > _CAST_NBYTES
+        )
+        if not worth or not survives(values, _T.FLOAT16):
+            return draft.constant(values)
+        half = draft.constant(values.astype(np.float16))
+        return draft.node("Cast", half, to=self.data_type)
+
+    def _planes(
+        self, draft: _Draft, planes: Planes, words: int, digits: Callable[[], Array]
+    ) -> str:
+        """Return the sum of the digits of two streams, int32 [words, n, group]."""
+        runs = planes.high.group // planes.low.group
+        low = draft.leaf(
+            [words, runs], _T.UINT8, words * runs, lambda: planes.pack(digits())[0]
+        )
+        high = draft.leaf([words], _T.UINT8, words, lambda: planes.pack(digits())[1])
+        length = 4 * words * planes.group
+        index = draft.node("Cast", low, to=_T.INT32, nbytes=4 * words * runs)
+        table = self._table(draft, planes.low)
+        small = draft.node("Gather", table, index, nbytes=length)
+        index = draft.node("Cast", high, to=_T.INT32, nbytes=4 * words)
+        table = self._table(draft, planes.high)
+        table = draft.node("Mul", table, draft.int32(planes.low.base))
+        shape = draft.int64(-1, runs, planes.low.group)
+        table = draft.node("Reshape", table, shape)
+        large = draft.node("Gather", table, index, nbytes=length)
+        return draft.node("Add", small, large, nbytes=length)
 
     def _divide(self, draft: _Draft, packing: Packing, words: str, length: int) -> str:
         """Return the digits int32 [n, group] of int32 words [n, 1]."""
@@ -529,6 +619,34 @@ class _Forms:
         return self._finish(
             draft, self._write(draft, values, self.size, never, self.shape)
         )
+
+    def _vectors(self, packing: Packing | Planes, table: Array, ranks: Array) -> _Draft:
+        draft = self._draft(f"vectors{table.shape[1]}x{packing.base}")
+        count = self.size // table.shape[1]
+        return self._finish(
+            draft, self._unpack(draft, packing, count, lambda: ranks, table)
+        )
+
+    def _parts(self, packing: Packing | Planes, groups: Groups) -> _Draft:
+        """Codes into tables one below the other, of which each part has its own."""
+        draft = self._draft(f"parts{groups.split[1]}x{packing.base}")
+        before, parts, behind = groups.split
+        size = 4 * self.size
+        digits = self._unpack(
+            draft, packing, self.size, lambda: groups.ranks.reshape(-1), None
+        )
+        digits = self._cut(draft, digits, self.size, 4)
+        shaped = draft.node(
+            "Reshape", digits.name, draft.int64(before, parts, behind), nbytes=size
+        )
+        height = groups.tables.shape[1]
+        first = draft.constant(
+            (height * np.arange(parts, dtype=np.int32)).reshape(-1, 1)
+        )
+        rows = draft.node("Add", shaped, first, nbytes=size)
+        book = self._book(draft, groups.tables.reshape(-1))
+        name = draft.node("Gather", book, rows, nbytes=self.size * self.item)
+        return self._finish(draft, _Stream(name, self.size, flat=False))
 
     def _behind_default(self, draft: _Draft, values: _Stream, count: int) -> str:
         """Return flat values with the default in front."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BITS", "PACKINGS", "Packing", "tightest"]
+__all__ = ["BITS", "PACKINGS", "PLANES", "Packing", "Planes", "plane_for", "tightest"]
 
 _WORDS_AT_ONCE = 1 << 20
 
@@ -105,3 +105,67 @@ def tightest(count: int, opset: int) -> Packing:
         for packing in PACKINGS
         if packing.base >= count and (packing.word != "u2" or opset >= 11)
     )
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Digits in two streams: what is left by a base, and how often it goes.
+
+    So codes of 3, 5 and 6 bits take 3, 5 and 6 bits. A word of ``high`` has the digits
+    of one or more whole words of ``low``.
+
+    Attributes:
+        low: Packing of ``digit % low.base``, a byte.
+        high: Packing of ``digit // low.base``, a byte.
+    """
+
+    low: Packing
+    high: Packing
+
+    @property
+    def base(self) -> int:
+        """Digits are 0 to ``base - 1``."""
+        return self.low.base * self.high.base
+
+    @property
+    def group(self) -> int:
+        """Digits that are packed together."""
+        return self.high.group
+
+    @property
+    def bits(self) -> float:
+        """Bits a digit takes."""
+        return self.low.bits + self.high.bits
+
+    def words(self, count: int) -> int:
+        """Return how many words of ``high`` the digits take."""
+        return self.high.words(count)
+
+    def nbytes(self, count: int) -> int:
+        """Return how many bytes ``count`` digits take."""
+        words = self.words(count)
+        return words + words * self.high.group // self.low.group
+
+    def pack(self, digits: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        """Return the words of both streams, padded with 0."""
+        padded = np.zeros(self.words(digits.size) * self.group, digits.dtype)
+        padded[: digits.size] = digits
+        high, low = np.divmod(padded, padded.dtype.type(self.low.base))
+        return self.low.pack(low), self.high.pack(high)
+
+
+_BY_BASE = {packing.base: packing for packing in PACKINGS}
+PLANES = (
+    Planes(_BY_BASE[4], _BY_BASE[2]),
+    Planes(_BY_BASE[16], _BY_BASE[2]),
+    Planes(_BY_BASE[16], _BY_BASE[4]),
+)
+"""For up to 8, 32 and 64 different digits."""
+
+
+def plane_for(count: int, opset: int) -> Planes | None:
+    """Return planes of fewer bits than ``tightest``, if there are such."""
+    for planes in PLANES:
+        if planes.base >= count:
+            return planes if planes.bits < tightest(count, opset).bits else None
+    return None

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.quantization.schemes import limits
+from onnxshrink.storage.census import VECTORS, group_tables, vector_table
 from onnxshrink.structure.codes import CODES, MOVES, Decoder, decoder_of
 from onnxshrink.structure.selection import selected
 from onnxshrink.training.fakequant import (
@@ -528,6 +529,11 @@ def _made(model: Model, weight: Weight, ties: bool) -> Trainable | str:
         index = np.searchsorted(table, values).astype(np.int32)
         keep = (table != 0).astype(np.float32) if kept.size else None
         return Tied(weight.name, table, keep, index)
+    tables = _tables(values) if ties else None
+    if tables is not None:
+        table, index = tables
+        keep = (table != 0).astype(np.float32) if (table == 0).any() else None
+        return Tied(weight.name, table, keep, index)
     return Trainable(weight.name, values, _mask(zeros) if zeros.any() else None)
 
 
@@ -555,6 +561,35 @@ def _table(values: Array) -> Array | None:
             return None
     is_table = len(few) > 1 and flat.size >= _REPEATS * len(few)
     return np.asarray(few, np.float32) if is_table else None
+
+
+def _tables(values: Array) -> tuple[Array, Array] | None:
+    """Return the entries of a table of vectors, or of tables of parts, and their uses.
+
+    The second is int32 of the shape of the values: which entry each of them is.
+    """
+    if sum(size > 1 for size in values.shape) < 2:
+        return None
+    patterns = np.ascontiguousarray(values).view(np.uint32).reshape(-1)
+    for dim in VECTORS:
+        found = vector_table(patterns, dim)
+        if found is None:
+            continue
+        vectors, ranks = found
+        if len(vectors) < 2 or vectors.size * _REPEATS > values.size:
+            continue
+        index = ranks.astype(np.int32)[:, None] * dim + np.arange(dim, dtype=np.int32)
+        return vectors.reshape(-1).view(np.float32), index.reshape(values.shape)
+    groups = group_tables(patterns, values.shape)
+    if groups is None or groups.tables.size * _REPEATS > values.size:
+        return None
+    if groups.tables.shape[1] < 2:
+        return None
+    _, parts, _ = groups.split
+    count = groups.tables.shape[1]
+    first = (count * np.arange(parts, dtype=np.int32))[None, :, None]
+    index = groups.ranks.astype(np.int32) + first
+    return groups.tables.reshape(-1).view(np.float32), index.reshape(values.shape)
 
 
 def _made_of_codes(model: Model, weight: Weight) -> Trainable | str:

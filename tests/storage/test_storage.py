@@ -20,8 +20,8 @@ from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 from onnxshrink.model.encodings import DecodedTensor, decode, recognise
 from onnxshrink.storage import Encoder, Encoding
-from onnxshrink.storage.census import Census, Codes
-from onnxshrink.storage.packing import PACKINGS, tightest
+from onnxshrink.storage.census import Census, Codes, vector_table
+from onnxshrink.storage.packing import PACKINGS, PLANES, tightest
 from onnxshrink.tensors import ArrayTensor, LazyTensor
 
 Array = np.ndarray[Any, Any]
@@ -100,6 +100,22 @@ def halves(shape: tuple[int, ...]) -> Array:
     return draw.standard_normal(shape).astype(np.float16).astype(np.float32)
 
 
+def vectors(count: int, dim: int, size: int) -> Array:
+    """Return ``size`` vectors out of ``count``, one behind the other."""
+    draw = np.random.default_rng(2)
+    table = draw.standard_normal((count, dim)).astype(np.float32)
+    return table[draw.integers(0, count, size)].reshape(16, -1)
+
+
+def parts(count: int, split: tuple[int, int, int], shape: tuple[int, ...]) -> Array:
+    """Return a tensor whose parts along the middle axis have values of their own."""
+    draw = np.random.default_rng(3)
+    tables = draw.standard_normal((split[1], count)).astype(np.float32)
+    codes = draw.integers(0, count, split)
+    rows = np.arange(split[1])[None, :, None]
+    return tables[rows, codes].reshape(shape)
+
+
 FORMS = {
     "fill": np.full((40, 50), 1.5, np.float32),
     "codes2": sparse((64, 80), 0.5, 1),
@@ -115,6 +131,17 @@ FORMS = {
     "codes40": sparse((64, 80), 0, 33),
     "codes73": sparse((64, 80), 0, 70),
     "codes256": sparse((64, 80), 0, 256),
+    "codes8": sparse((300, 400), 0, 8),
+    "codes32": sparse((300, 400), 0, 30),
+    "codes64": sparse((300, 400), 0, 64),
+    "vectors2x64": vectors(50, 2, 120_000),
+    "vectors4x256": vectors(256, 4, 8_000),
+    "vectors4x21": vectors(17, 4, 8_000),
+    "vectors8x16": vectors(16, 8, 80_000),
+    "parts32x16": parts(16, (1, 32, 6000), (32, 150, 40)),
+    "parts24x4": parts(4, (500, 24, 1), (500, 24)),
+    "parts8x8": parts(8, (300, 8, 100), (300, 800)),
+    "parts20x8": parts(8, (1, 20, 4096), (80, 1024)),
     "float16": halves((64, 80)),
     "bfloat16": (sparse((64, 80), 0) * np.float32(1e9))
     .astype(ml_dtypes.bfloat16)
@@ -154,7 +181,7 @@ def test_form_is_exact_and_folds_to_nothing(tmp_path: Path, kind: str):
 def test_table_and_division_unpack_every_packing(packing: Any):
     # Above 65,536 elements a table unpacks, below a division.
     for size in (997, 70_001):
-        codes = max(packing.base - 1, 2)
+        codes = packing.base
         array = sparse((size,), 0, codes)
         encoding = encode(array)
         assert encoding is not None
@@ -412,6 +439,39 @@ def test_codes_tell_known_patterns_from_unknown_ones(count: int, width: str, see
     other = draw.integers(0, top, 1000, dtype=width, endpoint=True)
     expected = other[~np.isin(other, keys)]
     assert codes.unknown(other).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("planes", PLANES, ids=str)
+def test_planes_give_back_every_digit(planes: Any):
+    digits = np.random.default_rng(0).integers(0, planes.base, 1001).astype(np.uint8)
+    low, high = planes.pack(digits)
+    assert low.nbytes + high.nbytes == planes.nbytes(1001)
+    small = low[:, None] // planes.low.powers % planes.low.base
+    large = high[:, None] // planes.high.powers % planes.high.base
+    back = small.reshape(-1) + planes.low.base * large.reshape(-1)
+    assert back[:1001].tolist() == digits.tolist()
+    assert planes.bits == np.log2(planes.base)
+
+
+def test_a_table_of_halves_takes_half_the_bytes():
+    array = sparse((64, 80), 0, 256)
+    halved = array.astype(np.float16).astype(np.float32)
+    full, half = encode(array), encode(halved)
+    assert full is not None
+    assert half is not None
+    assert_exact(half, halved)
+    assert half.kind == "codes256"
+    assert half.nbytes < full.nbytes - 400
+
+
+def test_vectors_of_one_hash_are_told_apart():
+    patterns = np.array([1, 2, 1, 2, 3, 4, 1, 2], np.uint32)
+    found = vector_table(patterns, 2)
+    assert found is not None
+    table, ranks = found
+    assert table[ranks].reshape(-1).tolist() == patterns.tolist()
+    assert vector_table(np.arange(1200, dtype=np.uint32), 4) is None
+    assert vector_table(patterns, 5) is None
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)

@@ -633,6 +633,35 @@ def test_tied_values_move_together_and_zeros_stay() -> None:
     assert len(np.unique(trained(model, free, 32)[0].weight("w").read())) > 4
 
 
+@pytest.mark.parametrize("kind", ["vectors", "parts"])
+def test_tables_of_vectors_and_of_parts_move_together(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    if kind == "vectors":
+        table = rng.normal(size=(8, 4)).astype(np.float32)
+        values = table[rng.integers(0, 8, (8, 64))].reshape(8, 256)
+    else:
+        table = rng.normal(size=(4, 8)).astype(np.float32)
+        codes = rng.integers(0, 8, (256, 8))
+        values = table[np.arange(8) // 2, codes].T.copy()
+    model = model_of(
+        "g (float[N,8] x) => (float[N,256] y) { y = MatMul(x, w) }", w=values
+    )
+    chosen = found(model)
+    assert [type(one) for one in chosen] == [Tied]
+    assert chosen[0].start.size == 32
+    same_start(model, chosen, draw(2, 4, 8))
+    after, losses = trained(model, chosen, 256)
+    now = after.weight("w").read()
+    assert losses[-1] < losses[0]
+    assert not np.array_equal(now, values)
+    rows = values.reshape(-1, 4) if kind == "vectors" else values.reshape(4, -1)
+    moved = now.reshape(rows.shape)
+    if kind == "vectors":
+        assert len(np.unique(moved, axis=0)) == 8
+    else:
+        assert [len(np.unique(row)) for row in moved] == [8] * 4
+
+
 @pytest.mark.parametrize(
     "values",
     [
