@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import secrets
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +18,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 
 from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
+from onnxshrink.files import followed, sync, write_file
 from onnxshrink.lineage import Lineage
 from onnxshrink.model.clone import clone_graph
 from onnxshrink.model.encodings import recognise
@@ -48,7 +47,7 @@ from onnxshrink.model.topology import (
     subgraphs_of,
     tensor_of,
 )
-from onnxshrink.tensors import ArrayTensor, LazyTensor, sync
+from onnxshrink.tensors import ArrayTensor, LazyTensor
 from onnxshrink.tensors.wire import read_skeleton
 
 __all__ = [
@@ -1080,7 +1079,7 @@ class Model:
             ModelError: It does not fit into one file and ``external`` is ``never``.
         """
         self.check_target(path)
-        target = _followed(path)
+        target = followed(path)
         parts = self._encoded(storage, max_decode_ratio)
         total = sum(piece.data_bytes for piece in parts.pieces)
         is_text = target.suffix == ".onnxtxt"
@@ -1099,11 +1098,11 @@ class Model:
         old = _external_files(target)
         data = None
         if is_text:
-            _write(target, [_text(parts.proto())], self.source)
+            write_file(target, [_text(parts.proto())], self.source)
         else:
             if outside:
                 data = self._write_external(target, parts)
-            _write(target, parts.stream(), self.source)
+            write_file(target, parts.stream(), self.source)
         self._remove_stale(old - {data})
         return (target, data) if data is not None else (target,)
 
@@ -1146,7 +1145,7 @@ class Model:
 
         # The name follows from the content: replacing a model never changes the data
         # under the old graph, so a crash between the two renames breaks neither.
-        data = _write(
+        data = write_file(
             target.with_name(f"{target.name}.data"),
             content(),
             self.source,
@@ -1175,7 +1174,7 @@ class Model:
         if "\0" in str(target):
             raise OutputError(f"cannot write {str(target)!r}: it is no file name")
         try:
-            final = _followed(target)
+            final = followed(target)
             if final.is_dir():
                 raise OutputError(f"cannot write {target}: it is a folder")
             if not final.parent.is_dir():
@@ -1207,7 +1206,7 @@ class Model:
             OutputError: It cannot be moved there.
         """
         self.check_target(target)
-        place = _followed(target)
+        place = followed(target)
         old = _external_files(place)
         moved = []
         try:
@@ -1484,12 +1483,6 @@ def _proto_of(source: object) -> onnx.ModelProto:
     )
 
 
-def _followed(path: str | os.PathLike[str]) -> Path:
-    """Return the file to replace: where a symbolic link leads to, else the path."""
-    target = Path(path)
-    return Path(os.path.realpath(target)) if target.is_symlink() else target
-
-
 def _text(proto: onnx.ModelProto) -> bytes:
     """Return ONNX text that reads back as the same nodes and weights.
 
@@ -1543,77 +1536,6 @@ def _essence(graph: onnx.GraphProto) -> list[Any]:
         {t.name: tensor(t) for t in graph.initializer},
         len(graph.sparse_initializer),
     ]
-
-
-def _open_temporary(folder: Path, name: str, mode: int) -> tuple[int, str]:
-    """Open a new file, without a name where the system can: a crash leaves nothing.
-
-    Returns:
-        Its handle, and its path or an empty string.
-    """
-    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR, mode), ""
-    path = _temporary_name(folder, name)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    return os.open(path, flags, mode), path
-
-
-def _temporary_name(folder: Path, name: str) -> str:
-    return str(folder / f".{name[:200]}.onnxshrink-{secrets.token_hex(6)}")
-
-
-def _write(
-    target: Path,
-    content: Iterator[bytes | memoryview] | Sequence[bytes],
-    source: Path | None,
-    rename: Callable[[], Path] | None = None,
-) -> Path:
-    """Write a file beside ``target``, flush it, and rename it into place.
-
-    It gets the permission bits of the file it replaces, else those of ``source`` less
-    the umask.
-    """
-    temporary = ""
-    try:
-        replaced: int | None = None
-        mode = 0o666
-        if target.exists():
-            replaced = stat.S_IMODE(target.stat().st_mode)
-        elif source is not None:
-            with contextlib.suppress(OSError):
-                mode = stat.S_IMODE(source.stat().st_mode) & 0o777
-        handle, temporary = _open_temporary(target.parent, target.name, mode)
-        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
-            for chunk in content:
-                file.write(chunk)
-            file.flush()
-            if replaced is not None:
-                os.chmod(temporary or file.fileno(), replaced)
-            os.fsync(file.fileno())
-            if not temporary:
-                temporary = _temporary_name(target.parent, target.name)
-                # Without a folder handle, Python asks for a link to the link itself.
-                os.link(
-                    f"/proc/self/fd/{file.fileno()}",
-                    temporary,
-                    src_dir_fd=file.fileno(),
-                )
-        final = rename() if rename is not None else target
-        os.replace(temporary, final)
-        temporary = ""
-        sync(target.parent)
-        return final
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"cannot write {target}: the disk is full; nothing was written"
-            ) from error
-        raise OutputError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def _external_files(path: Path) -> set[Path | None]:

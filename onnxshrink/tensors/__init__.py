@@ -14,7 +14,7 @@ from onnxshrink.tensors.lazy import (
     numpy_type,
     plain_bytes,
     same_bits,
-    sync,
+    values_of,
 )
 
 __all__ = [
@@ -29,5 +29,5 @@ __all__ = [
     "numpy_type",
     "plain_bytes",
     "same_bits",
-    "sync",
+    "values_of",
 ]

@@ -26,6 +26,7 @@ __all__ = [
     "bits_of",
     "numpy_type",
     "plain_bytes",
+    "values_of",
 ]
 
 CHUNK = 8 << 20
@@ -180,6 +181,17 @@ def _unpacked(
     """Return ``count`` elements of less than a byte each from packed raw data."""
     proto = onnx.TensorProto(dims=[count], data_type=data_type, raw_data=bytes(raw))
     return np.asarray(numpy_helper.to_array(proto))
+
+
+def values_of(
+    raw: np.ndarray[Any, Any], count: int, data_type: int
+) -> np.ndarray[Any, Any]:
+    """Return ``count`` values, flat, from little-endian raw data, uint8 [bytes]."""
+    if data_type in _SUB_BYTE:
+        return _unpacked(raw.data, count, data_type)
+    dtype = numpy_type(data_type)
+    little = raw.view(dtype.newbyteorder("<"))
+    return little.astype(dtype, copy=False)
 
 
 class ProtoTensor(LazyTensor):
@@ -357,10 +369,7 @@ class FileTensor(LazyTensor):
         return piece
 
     def _decoded(self, piece: np.ndarray[Any, Any], count: int) -> Any:
-        if self.data_type in _SUB_BYTE:
-            return _unpacked(piece.data, count, self.data_type)
-        little = piece.view(self.dtype.newbyteorder("<"))
-        return little.astype(self.dtype, copy=False)
+        return values_of(piece, count, self.data_type)
 
     def read(self) -> np.ndarray[Any, Any]:
         """Return all values in a fresh array.
@@ -526,17 +535,3 @@ def _even(tensor: LazyTensor, size: int = CHUNK) -> Iterator[bytes]:
             kept = kept[size:]
     if kept:
         yield kept
-
-
-def sync(path: Path) -> None:
-    """Flush a folder's entries to disk where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -1,0 +1,221 @@
+"""The values of a block in the form that is shortest, bit for bit.
+
+Bit patterns are all that counts: a negative zero, a NaN with a payload and any dtype
+come back as they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.package.reading import Damaged, Reader, varint
+from onnxshrink.package.symbols import (
+    decode_symbols,
+    encode_symbols,
+    repeats,
+    squeeze,
+    unlzma,
+)
+
+__all__ = ["Layout", "decode_block", "encode_block"]
+
+Array = np.ndarray[Any, Any]
+
+RAW, LZMA, PLANES, TABLE, MASK, BITS = range(6)
+_DEEPEST = 4
+_MOST_ITEMS = 1 << 26
+_WORTH = 0.98
+_MASKED = 0.05
+"""Share of zeros from which keeping them apart is tried."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the bytes of a block are to be seen.
+
+    Attributes:
+        size: Bytes of an element: 1, 2, 4 or 8.
+        floating: Whether an element is a sign, an exponent and a mantissa.
+        width: Elements in a row, if the block is a matrix; 0 if not.
+        bits: Bits of an element if they are fewer than 8, else 8.
+    """
+
+    size: int
+    floating: bool = False
+    width: int = 0
+    bits: int = 8
+
+
+def encode_block(data: Array, layout: Layout, *, tiny: bool = False) -> bytes:
+    """Return the shortest form of ``data``, uint8 [bytes].
+
+    Args:
+        data: The bytes, little-endian elements in C order.
+        layout: What they are; bytes that do not fit it are plain bytes.
+        tiny: Try coders that decode slowly as well.
+    """
+    if layout.bits < 8:
+        return _encode_bits(data, layout, tiny)
+    if data.size % layout.size:
+        layout = Layout(1)
+    return _encode(data.view(f"<u{layout.size}"), layout, tiny, inside=False)
+
+
+def decode_block(reader: Reader, count: int) -> Array:
+    """Return the next ``count`` bytes of a tensor, uint8.
+
+    Raises:
+        Damaged: The form is not what ``encode_block`` writes.
+    """
+    return _decode(reader, count, 0)
+
+
+def _encode_bits(data: Array, layout: Layout, tiny: bool) -> bytes:
+    bits = layout.bits
+    group = 8 // bits
+    elements = np.empty((data.size, group), np.uint8)
+    for place in range(group):
+        elements[:, place] = data >> (bits * place) & ((1 << bits) - 1)
+    apart = Layout(1, width=layout.width if layout.width % group == 0 else 0)
+    split = _encode(elements.reshape(-1), apart, tiny, inside=False)
+    whole = _encode(data, Layout(1), tiny, inside=False)
+    return min(bytes([BITS, bits]) + split, whole, key=len)
+
+
+def _encode(items: Array, layout: Layout, tiny: bool, inside: bool) -> bytes:
+    """Return the shortest form of ``items``; ``inside``: they are part of one."""
+    raw = items.view(np.uint8)
+    found = [bytes([RAW]) + raw.tobytes()]
+    if items.size < 2:
+        return found[0]
+    table = _distinct(items, layout) if layout.size > 1 else None
+    width = layout.width
+    if table is not None:
+        found.append(_table(items, table, layout, tiny))
+    else:
+        found.append(_planes(items, layout, tiny))
+    zeros = items.size - int(np.count_nonzero(items))
+    if not inside and _MASKED * items.size <= zeros < items.size:
+        mask = (items != 0).view(np.uint8)
+        rest = items[items != 0]
+        out = bytes([MASK, layout.size]) + varint(rest.size)
+        out += encode_symbols(mask, 2, width, tiny=tiny)
+        plain = Layout(layout.size, layout.floating)
+        out += _encode(rest, plain, tiny, inside=True)
+        # Two passes take longer than one.
+        if tiny or len(out) < 0.99 * len(found[-1]):
+            found.append(out)
+    best = min(found, key=len)
+    if layout.size > 1 and repeats(raw, len(best) / raw.size):
+        coded = squeeze(raw.tobytes())
+        best = min(best, bytes([LZMA]) + varint(len(coded)) + coded, key=len)
+    return best
+
+
+def _distinct(items: Array, layout: Layout) -> Array | None:
+    """Return the values that occur, in numeric order, if they are at most 256."""
+    step = max(1, items.size // 4096)
+    if np.unique(items[::step]).size > 256:
+        return None
+    found: Array = np.zeros(0, items.dtype)
+    for start in range(0, items.size, 1 << 20):
+        part = np.unique(items[start : start + (1 << 20)])
+        found = np.union1d(found, part)
+        if found.size > 256:
+            return None
+    if found.size > items.size // 2:
+        return None
+    if layout.floating:
+        sign = found >> np.array(8 * layout.size - 1, items.dtype) != 0
+        found = np.concatenate([found[sign][::-1], found[~sign]])
+    return found
+
+
+def _table(items: Array, table: Array, layout: Layout, tiny: bool) -> bytes:
+    order = np.argsort(table, kind="stable")
+    place = np.searchsorted(table[order], items)
+    codes = order.astype(np.uint8)[place]
+    plain = Layout(layout.size, layout.floating)
+    out = bytes([TABLE, layout.size, table.size - 1])
+    out += _encode(np.ascontiguousarray(table), plain, False, inside=True)
+    return out + encode_symbols(codes, table.size, layout.width, tiny=tiny)
+
+
+def _planes(items: Array, layout: Layout, tiny: bool) -> bytes:
+    size = layout.size
+    if layout.floating:
+        top = np.array(8 * size - 1, items.dtype)
+        items = items << np.array(1, items.dtype) | items >> top
+    rows = np.ascontiguousarray(items).view(np.uint8).reshape(-1, size)
+    out = bytes([PLANES, size | layout.floating << 7])
+    for place in reversed(range(size)):
+        plane = np.ascontiguousarray(rows[:, place])
+        beside = items.nbytes - items.size
+        # Mantissas are all but random: a percent less is not worth a slow plane.
+        worth = _WORTH if size > 1 else 0.995
+        out += encode_symbols(
+            plane, 256, layout.width, around=beside, worth=worth, tiny=tiny
+        )
+    return out
+
+
+def _decode(reader: Reader, count: int, depth: int) -> Array:
+    form = reader.byte()
+    if depth > _DEEPEST:
+        raise Damaged("forms stand inside each other too often")
+    if form == RAW:
+        return reader.array(count, "u1")
+    if form == LZMA:
+        data = reader.take(reader.number(reader.left))
+        return np.frombuffer(unlzma(data, count), np.uint8)
+    if form == BITS:
+        return _decode_bits(reader, count, depth)
+    if form not in (PLANES, TABLE, MASK):
+        raise Damaged(f"there is no form {form}")
+    size = reader.byte()
+    rotated, size = size >> 7, size & 127
+    if size not in (1, 2, 4, 8) or count % size:
+        raise Damaged(f"{count} bytes are no elements of {size}")
+    items = count // size
+    kind = f"<u{size}"
+    if form == PLANES:
+        rows = np.empty((items, size), np.uint8)
+        for place in reversed(range(size)):
+            rows[:, place] = decode_symbols(reader, items, 256)
+        values = rows.reshape(-1).view(kind)
+        if rotated:
+            sign = values << np.array(8 * size - 1, values.dtype)
+            values >>= np.array(1, values.dtype)
+            values |= sign
+        return values.view(np.uint8)
+    if form == TABLE:
+        number = reader.byte() + 1
+        table = _decode(reader, number * size, depth + 1).view(kind)
+        codes = decode_symbols(reader, items, number)
+        return table.take(codes).view(np.uint8)
+    others = reader.number(items)
+    mask = decode_symbols(reader, items, 2).view(np.bool_)
+    if int(np.count_nonzero(mask)) != others:
+        raise Damaged("a mask does not have the ones it should have")
+    out = np.zeros(items, kind)
+    out[mask] = _decode(reader, others * size, depth + 1).view(kind)
+    return out.view(np.uint8)
+
+
+def _decode_bits(reader: Reader, count: int, depth: int) -> Array:
+    bits = reader.byte()
+    if bits not in (1, 2, 4) or depth:
+        raise Damaged(f"there are no elements of {bits} bits here")
+    group = 8 // bits
+    if count * group > _MOST_ITEMS:
+        raise Damaged(f"a block has more than {_MOST_ITEMS} elements")
+    elements = _decode(reader, count * group, depth + 1).reshape(count, group)
+    if int(elements.max(initial=0)) >> bits:
+        raise Damaged(f"an element has more than {bits} bits")
+    out = np.zeros(count, np.uint8)
+    for place in range(group):
+        out |= elements[:, place] << np.uint8(bits * place)
+    return out
