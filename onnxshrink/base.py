@@ -561,6 +561,8 @@ class Pass(ABC):
     name: ClassVar[str]
     promise: ClassVar[Promise]
     example: ClassVar[str] = ""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Options that went: old name -> what to write now, which the error says."""
     opset: ClassVar[int] = 0
     """Lowest ai.onnx opset the rewritten model needs; the manager raises it first."""
     repairs: ClassVar[bool] = False

@@ -186,6 +186,8 @@ def build(cls: type[Pass], values: dict[str, object]) -> Pass:
 
 def unknown_option(cls: type[Pass], name: str) -> str:
     """Return the message about an option that the pass does not have."""
+    if now := cls.renamed.get(name.replace("-", "_")):
+        return f"{cls.name} has no option {name} any more; write {now}"
     known = list(options(cls))
     has = f"it has {', '.join(known)}" if known else "it has none"
     name = shorten(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,9 +43,9 @@ class Fold(Pass):
     are inlined. Outputs stay the same up to the rounding of floats.
 
     Attributes:
-        limit: Bytes that computed constants may add to the file in all; by default as
-            many as the pass saves elsewhere, so that the file does not grow. What does
-            not fit stays computed at load.
+        bytes: Share of its bytes that the file may grow to for constants that are
+            computed: 1, the default, lets them take what the pass saves elsewhere; 0
+            computes only what adds nothing. What does not fit is computed at load.
         fuse: Put one operator in place of several (LayerNormalization, Gelu, Softmax,
             ReduceMean) where the model's opset has it.
         inline: Inline model-local functions and branches that are always taken.
@@ -56,18 +58,21 @@ class Fold(Pass):
 
     name: ClassVar[str] = "fold"
     promise: ClassVar[Promise] = Promise.SAME
-    example: ClassVar[str] = "fold:limit=0"
+    example: ClassVar[str] = "fold:bytes=2"
+    renamed: ClassVar[Mapping[str, str]] = {
+        "limit": "bytes=SHARE, a share of the file's bytes: 1 lets it stay as large"
+    }
 
-    limit: int | None = None
+    bytes: float = 1.0
     fuse: bool = True
     inline: bool = True
     keep_defaults: bool = False
     keep_traces: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a limit that means nothing."""
-        if self.limit is not None and self.limit < 0:
-            raise UsageError(f"fold: limit is a number of bytes, not {self.limit}")
+        """Refuse a share that means nothing."""
+        if not 0 <= self.bytes < math.inf:
+            raise UsageError(f"fold: bytes is a share from 0 on, not {self.bytes}")
 
     def rules(self) -> tuple[Rule, ...]:
         """Return the table of rewrites, in the order they are tried."""
@@ -99,17 +104,15 @@ class Fold(Pass):
         before = sum(1 for _ in model.nodes())
         unused = model.drop_unused()
         rewriter = Rewriter(model, ctx.skipped)
-        known = self.limit is not None
-        adopted = self._rounds(rewriter, Budget(self.limit or 0, is_final=known))
-        if not known:
-            # What was saved so far, computed constants may take.
-            saved = size - file_bytes(model, uniform=False)
-            adopted += self._rounds(rewriter, Budget(max(0, saved)))
+        adopted = self._rounds(rewriter, Budget(0, is_final=False))
+        # What was saved so far, computed constants may take.
+        saved = int(size * self.bytes) - file_bytes(model, uniform=False)
+        adopted += self._rounds(rewriter, Budget(max(0, saved)))
         merge_constants(rewriter)
         merge_nodes(rewriter)
         rewriter.flush()
         unused += model.drop_unused()
-        unfold_uniform(rewriter, file_bytes(model) - size - (self.limit or 0))
+        unfold_uniform(rewriter, file_bytes(model) - int(size * max(1, self.bytes)))
         model._adopt_strays()
         for what, count in rewriter.counts.items():
             ctx.did(what, f"{count} time{'s' if count > 1 else ''}")

@@ -121,17 +121,18 @@ class Half(SitePass):
         type: ``fp16`` has 11 bits of precision up to 65504, ``bf16`` 8 bits and the
             range of float32.
         mode: ``storage`` for the file alone, ``compute`` for the arithmetic as well.
-        keep: Operator types that ``mode=compute`` leaves in float32: by default sums
-            of many terms, exponentials, recurrent layers, coordinates and indices.
+        float32: Operator types that ``mode=compute`` leaves in float32: by default
+            sums of many terms, exponentials, recurrent layers, coordinates and indices.
     """
 
     name: ClassVar[str] = "half"
     promise: ClassVar[Promise] = Promise.CLOSE
     example: ClassVar[str] = "half:mode=compute"
+    renamed: ClassVar[Mapping[str, str]] = {"keep": "float32=OPERATOR"}
 
     type: Literal["fp16", "bf16"] = "fp16"
     mode: Literal["storage", "compute"] = "storage"
-    keep: tuple[str, ...] = FRAGILE
+    float32: tuple[str, ...] = FRAGILE
 
     def sites(self, model: Model, ctx: Context) -> list[Site]:
         """List the weights to round, or the nodes to run in halves."""
@@ -219,7 +220,7 @@ class Half(SitePass):
         for where, node in conversion.named():
             if not selected([where, node.name, node.op], self.only, self.skip):
                 continue
-            if node.op in self.keep:
+            if node.op in self.float32:
                 kept[node.op] += 1
                 continue
             reads = conversion.reads(node)
@@ -229,7 +230,7 @@ class Half(SitePass):
             elif not isinstance(reads, str):
                 found.append((where, node, reads))
         for op, count in kept.items():
-            ctx.skipped(op, f"{count} of them stay in float32; keep= says which do")
+            ctx.skipped(op, f"{count} of them stay; float32= says which do")
         if model.graph.functions:
             ctx.skipped("functions", "nodes inside keep their types; run fold first")
         if self.type == "fp16":

@@ -84,10 +84,10 @@ class Student(SitePass):
     attention heads, whole groups); inputs and outputs of the model stay as they are.
 
     Attributes:
-        keep: Blocks that stay: a share of each run of blocks that are alike, rounded up
-            (0 leaves all out), or from 2 on every k-th.
-        choose: Which stay: ``spread`` evenly from the first on, the ``first``, or the
-            ``last``.
+        keep: Share of the blocks that stay, of each run of blocks that are alike,
+            rounded up; 0 leaves all out.
+        choose: Which stay: ``spread`` evenly from the first on (of 0.5, every second),
+            the ``first``, or the ``last``.
         width: Share of the channels, features and heads that stay.
         round_to: Channels stay in multiples of this, if there are more of them.
         inherit: Whether what stays keeps its weights. If not, it begins anew: weights
@@ -109,12 +109,13 @@ class Student(SitePass):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        is_step = self.keep >= 2 and self.keep == int(self.keep)
-        if not (0 <= self.keep <= 1 or is_step):
-            raise UsageError(
-                "keep is a share from 0 to 1, or 2, 3, ... for every 2nd, 3rd block; "
-                f"not {self.keep}"
+        if not 0 <= self.keep <= 1:
+            is_step = self.keep >= 2 and self.keep == int(self.keep)
+            share = f"{1 / self.keep:.3g}" if is_step else ""
+            hint = (
+                f"; for one block in {self.keep:g} write keep={share}" if share else ""
             )
+            raise UsageError(f"keep is a share from 0 to 1, not {self.keep:g}{hint}")
         if not 0 < self.width <= 1:
             raise UsageError(f"width is a share above 0 and up to 1, not {self.width}")
         if not 1 <= self.round_to <= 4096:
@@ -172,16 +173,13 @@ class Student(SitePass):
 
     def _stay(self, count: int) -> set[int]:
         """Return which of ``count`` blocks stay."""
-        if self.keep >= 2 and self.choose == "spread":
-            return set(range(0, count, int(self.keep)))
-        share = 1 / self.keep if self.keep >= 2 else self.keep
         # A share of 0.7 of 10 is 7, whatever binary fractions make of it.
-        number = min(count, int(np.ceil(count * share - 1e-9)))
+        number = min(count, int(np.ceil(count * self.keep - 1e-9)))
         if self.choose == "first":
             return set(range(number))
         if self.choose == "last":
             return set(range(count - number, count))
-        return {place * count // number for place in range(number)}
+        return {int(place / self.keep + 1e-9) for place in range(number)}
 
     def _groups(self, model: Model, ctx: Context) -> list[Group]:
         """Return the groups of channels that become fewer."""

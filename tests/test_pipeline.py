@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,6 +34,7 @@ class Fold(Pass):
 @dataclass(frozen=True, kw_only=True)
 class Prune(Fold):
     name: ClassVar[str] = "prune"
+    renamed: ClassVar[Mapping[str, str]] = {"max_zeros": "sparsity=SHARE"}
 
     sparsity: float = 0.5
     scope: Scope = Scope.LOCAL
@@ -159,6 +161,10 @@ def test_carets_stand_under_the_token() -> None:
         ),
         ("prune:sparsty=1", "Did you mean 'sparsity'?"),
         ("fold:x=1", "fold has no option x; it has none."),
+        (
+            "prune:max-zeros=1",
+            "prune has no option max-zeros any more; write sparsity=SHARE",
+        ),
         ("bits=3", "'bits=3' is an option, and no pass stands before it"),
         (
             "prune:biases",

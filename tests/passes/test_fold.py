@@ -296,7 +296,7 @@ def test_a_huge_constant_is_never_made() -> None:
             y = Add(f, e)
         }"""
     )
-    after, context = folded(before, limit=1 << 40)
+    after, context = folded(before, bytes=1e12)
     assert {"ConstantOfShape", "Expand"} <= set(ops(after))
     assert any("would take" in why for _, why in context.skips)
 
@@ -316,7 +316,7 @@ def test_a_constant_that_would_grow_the_file_is_left_to_the_runtime(op: str) -> 
     )
     after, _ = folded(before)
     assert op in ops(after)
-    after, _ = folded(before, limit=3_000_000)
+    after, _ = folded(before, bytes=1000)
     assert ops(after) == ["MatMul"]
 
 
@@ -335,7 +335,7 @@ def test_the_file_does_not_grow_where_constants_are_filled_in() -> None:
     after = check_same(before, {"x": x})
     assert ops(after).count("ConstantOfShape") <= 2
     assert len(after.to_bytes()) < len(before.to_bytes())
-    large = check_same(before, {"x": x}, limit=1 << 20)
+    large = check_same(before, {"x": x}, bytes=1000)
     assert ops(large) == ["Gemm", "Gemm"]
 
 
@@ -564,7 +564,7 @@ def test_parts_of_a_weight_in_another_order_take_its_place() -> None:
         _PARTS % "", weights={"w": rng.normal(size=(64, 64)).astype(np.float32)}
     )
     after = check_same(
-        before, {"x": rng.normal(size=(2, 64)).astype(np.float32)}, limit=0
+        before, {"x": rng.normal(size=(2, 64)).astype(np.float32)}, bytes=0
     )
     assert ops(after) == ["MatMul"]
 
@@ -574,14 +574,15 @@ def test_parts_of_a_weight_with_another_reader_would_add_to_the_file() -> None:
     text = (_PARTS % "z = MatMul(x, w)").replace("y) {", "y, float[N,64] z) {")
     before = model(text, weights={"w": rng.normal(size=(64, 64)).astype(np.float32)})
     after = check_same(
-        before, {"x": rng.normal(size=(2, 64)).astype(np.float32)}, limit=0
+        before, {"x": rng.normal(size=(2, 64)).astype(np.float32)}, bytes=0
     )
     assert sorted(ops(after)) == ["Concat", "MatMul", "MatMul", "Slice", "Slice"]
 
 
-def test_a_negative_limit_is_refused() -> None:
-    with pytest.raises(UsageError, match="limit is a number of bytes"):
-        Fold(limit=-1)
+@pytest.mark.parametrize("share", [-1, float("nan"), float("inf")])
+def test_a_share_of_bytes_that_means_nothing_is_refused(share: float) -> None:
+    with pytest.raises(UsageError, match="bytes is a share from 0 on"):
+        Fold(bytes=share)
 
 
 # --- random graphs ----------------------------------------------------------------

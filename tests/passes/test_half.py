@@ -47,7 +47,7 @@ def reasons(context: Context) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize("pass_", [Half(mode="compute", keep=()), Half(type="bf16")])
+@pytest.mark.parametrize("pass_", [Half(mode="compute", float32=()), Half(type="bf16")])
 def test_the_laws_hold_for_arithmetic_and_bfloat16(pass_: Half, name: str) -> None:
     check_laws(pass_, {name: EXAMPLES[name]})
 

@@ -124,14 +124,15 @@ def test_the_plan_says_what_thinner_layers_save() -> None:
     ("options", "stay"),
     [
         ({}, [0, 2]),
-        ({"keep": 2}, [0, 2]),
-        ({"keep": 3}, [0, 3]),
+        ({"keep": 0.5}, [0, 2]),
+        ({"keep": 1 / 3}, [0, 3]),
+        ({"keep": 0.333}, [0, 3]),
         ({"keep": 0.75}, [0, 1, 2]),
         ({"keep": 0.25}, [0]),
         ({"keep": 0}, []),
         ({"choose": "first"}, [0, 1]),
         ({"choose": "last"}, [2, 3]),
-        ({"keep": 3, "choose": "last"}, [2, 3]),
+        ({"keep": 1 / 3, "choose": "last"}, [2, 3]),
         ({"skip": ("/blocks.1/*",)}, [0, 1, 2]),
         ({"only": ("/blocks.1/*",)}, [0, 2, 3]),
     ],
@@ -199,6 +200,7 @@ def test_a_weaker_site_keeps_more_channels() -> None:
     [
         {"keep": -0.1},
         {"keep": 1.5},
+        {"keep": 2},
         {"keep": 2.5},
         {"keep": float("nan")},
         {"width": 0},
@@ -210,6 +212,11 @@ def test_a_weaker_site_keeps_more_channels() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         Student(**options)
+
+
+def test_every_kth_block_is_answered_with_the_share() -> None:
+    with pytest.raises(UsageError, match="for one block in 3 write keep="):
+        Student(keep=3)
 
 
 def test_nothing_to_do_is_said() -> None:

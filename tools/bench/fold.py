@@ -8,7 +8,7 @@ the original model on seeded inputs, optimisations off, relative to the largest 
 Latency is CPU time of one run at full optimisation, sessions run in turn, as ratio to
 the original. With no model named, those of the onnx wheel are taken: small files whose
 weights are filled in by ConstantOfShape nodes, which onnxslim always writes out and
-fold only with a ``--limit`` that allows the file to grow.
+fold only with ``--bytes``, a share that allows the file to grow.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from onnxshrink.samples import Splits
 start = time.process_time()
 model = Model.load(sys.argv[1])
 context = make_context(samples=Splits(), reference=model)
-limit = int(sys.argv[4]) if len(sys.argv) > 4 else None
-Fold(limit=limit).apply(model, context)
+share = float(sys.argv[4]) if len(sys.argv) > 4 else 1.0
+Fold(bytes=share).apply(model, context)
 seconds = time.process_time() - start
 nodes = sum(1 for _ in model.nodes())
 model.save(sys.argv[2], storage="plain", external="never")
@@ -97,7 +97,7 @@ def count_nodes(graph: onnx.GraphProto) -> int:
 
 
 def run_tool(
-    python: str, program: str, source: Path, *more: Path | int
+    python: str, program: str, source: Path, *more: Path | float
 ) -> dict[str, Any] | str:
     """Run a program in a process of its own; return its figures or what went wrong."""
     made = subprocess.run(
@@ -188,8 +188,8 @@ def row(
     )
     ours: Outcome | str
     peer: Outcome | str = "missing"
-    limit = [] if options.limit is None else [options.limit]
-    made = run_tool(sys.executable, _OUR_PROGRAM, path, ours_path, auto_path, *limit)
+    share = [] if options.bytes is None else [options.bytes]
+    made = run_tool(sys.executable, _OUR_PROGRAM, path, ours_path, auto_path, *share)
     ours = made if isinstance(made, str) else outcome(ours_path, made, auto_path)
     if python is not None:
         made = run_tool(python, _PEER_PROGRAM, path, peer_path)
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--peer-env", type=Path, help="folder of an environment for onnxslim"
     )
-    parser.add_argument("--limit", type=int, help="bytes fold may add; none by default")
+    parser.add_argument("--bytes", type=float, help="fold's option; 1 by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="of inference")
     parser.add_argument(
         "--large", type=int, default=300 << 20, help="bytes not to time beyond"
