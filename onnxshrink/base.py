@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxshrink.model import Model
     from onnxshrink.samples import Samples, Splits
     from onnxshrink.statistics import Statistic
+    from onnxshrink.structure.inputs import InputStatistics
     from onnxshrink.structure.layers import LinearWeight
 
 __all__ = [
@@ -283,7 +284,9 @@ class Engine(Protocol):
     ) -> Mapping[str, Statistic]:
         """Feed statistics with calibration data, see ``Context.statistics``."""
 
-    def inputs(self, ctx: Context, layers: Iterable[LinearWeight]) -> Mapping[str, Any]:
+    def inputs(
+        self, ctx: Context, layers: Iterable[LinearWeight], grams: bool
+    ) -> Mapping[str, InputStatistics]:
         """Gather what layers read, see ``Context.inputs``."""
 
 
@@ -520,20 +523,31 @@ class Context(metaclass=_ContextType):
         """
         return self._engine().statistics(self, model, wanted)
 
-    def inputs(self, layers: Iterable[LinearWeight]) -> Mapping[str, Any]:
+    def inputs(
+        self, layers: Iterable[LinearWeight], *, grams: bool = True
+    ) -> Mapping[str, InputStatistics]:
         """Return what layers read on calibration data: Gram matrix, mean and norms.
 
-        Layers that read one tensor in one way share a statistic, and what was gathered
-        once is there for all attempts of the step.
+        Layers that read one tensor in one way share a statistic. Where the matrices of
+        all take 256 MB or less, one run gathers them, and the attempts of the step that
+        follow find them in memory. Otherwise they are gathered in groups of that size
+        when they are asked for, from the model as it is by then; take the layers in
+        order, so that the model runs once for each group.
 
         Args:
             layers: Layers of one model, as ``structure.layers.find`` yields them.
+            grams: Whether Gram matrices are wanted, or norms and means are enough.
+                A layer with more than 8,192 inputs has none in any case.
 
         Returns:
             What is known of the inputs of each layer, by the name of its weight; a
-            layer whose inputs cannot be seen from outside is absent.
+            layer whose inputs cannot be seen from outside is absent: a table, one that
+            multiplies a constant, one inside a subgraph or function.
+
+        Raises:
+            ModelError: There are no calibration samples, or the model does not run.
         """
-        return self._engine().inputs(self, layers)
+        return self._engine().inputs(self, layers, grams)
 
     @property
     def costs(self) -> Costs:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onnxshrink.activations.gathering import gather
+from onnxshrink.activations.inputs import Inputs
 from onnxshrink.base import Context, Costs
 from onnxshrink.measuring.costs import FixedCosts
 from onnxshrink.model import Model
 from onnxshrink.samples import Splits
 from onnxshrink.statistics import Statistic
+from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import LinearWeight
 
 __all__ = ["Engine", "make_context"]
@@ -33,9 +35,11 @@ class Engine:
         """Feed statistics with calibration data, see ``Context.statistics``."""
         return gather(model, wanted, ctx)
 
-    def inputs(self, ctx: Context, layers: Iterable[LinearWeight]) -> Mapping[str, Any]:
+    def inputs(
+        self, ctx: Context, layers: Iterable[LinearWeight], grams: bool
+    ) -> Mapping[str, InputStatistics]:
         """Gather what layers read, see ``Context.inputs``."""
-        raise NotImplementedError("activations.inputs")
+        return Inputs(ctx, layers) if grams else Inputs(ctx, layers, largest=0)
 
 
 def make_context(samples: Splits, reference: Model, **fields: Any) -> Context:

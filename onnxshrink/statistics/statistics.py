@@ -371,11 +371,13 @@ class ChannelNorm(Statistic):
     Attributes:
         axis: Axis of the channels, -1 for the input of ``X @ W``.
         squares: float64 [channels], or ``None`` before the first batch.
+        sums: float64 [channels], sum of the values.
         rows: Number of values in each channel.
     """
 
     axis: int = -1
     squares: Float64 | None = field(init=False, default=None)
+    sums: Float64 | None = field(init=False, default=None)
     rows: int = field(init=False, default=0)
 
     @property
@@ -386,17 +388,20 @@ class ChannelNorm(Statistic):
     def update(self, array: Array) -> None:
         """Add one batch."""
         view = _around(_numeric(array), self.axis)
-        total = np.zeros(view.shape[1])
+        total, sums = np.zeros(view.shape[1]), np.zeros(view.shape[1])
         for piece in _chunks(view):
             values = piece.astype(np.float64)
             total += np.einsum("acb,acb->c", values, values)
+            sums += values.sum(axis=(0, 2))
         self.squares = _grown(self.squares, total, "a channel norm") + total
+        self.sums = _grown(self.sums, sums, "a channel norm") + sums
         self.rows += view.shape[0] * view.shape[2]
 
     def _merge(self, other: ChannelNorm) -> None:
-        if other.squares is not None:
+        if other.squares is not None and other.sums is not None:
             self.squares = _grown(self.squares, other.squares, "a channel norm")
             self.squares = self.squares + other.squares
+            self.sums = _grown(self.sums, other.sums, "a channel norm") + other.sums
         self.rows += other.rows
 
 
@@ -698,11 +703,13 @@ class ConvNorm(Statistic):
     Attributes:
         window: The convolution's window.
         squares: float64 [group, in / group, kernel...], or ``None`` at first.
+        sums: The same of the inputs themselves.
         rows: Number of patches.
     """
 
     window: ConvWindow
     squares: Float64 | None = field(init=False, default=None)
+    sums: Float64 | None = field(init=False, default=None)
     rows: int = field(init=False, default=0)
 
     @property
@@ -716,19 +723,25 @@ class ConvNorm(Statistic):
         _check_groups(values, self.window)
         channels = values.shape[1]
         total = np.zeros((channels, *self.window.kernel))
+        sums = np.zeros_like(total)
         step = max(1, _CHUNK // max(1, math.prod(values.shape[1:])))
         for start in range(0, len(values), step):
             part = self.window.padded(values[start : start + step])
-            part = np.square(part.astype(np.float64))
+            part = part.astype(np.float64)
+            squared = np.square(part)
             out = self.window.output(part.shape[2:])
             for offset in np.ndindex(*self.window.kernel):
-                total[(slice(None), *offset)] += self._at(part, offset, out)
+                at = (slice(None), *offset)
+                total[at] += self._at(squared, offset, out)
+                sums[at] += self._at(part, offset, out)
             self.rows += len(part) * math.prod(out)
-        total = total.reshape(self.window.group, -1, *self.window.kernel)
+        shape = (self.window.group, -1, *self.window.kernel)
+        total, sums = total.reshape(shape), sums.reshape(shape)
         self.squares = _grown(self.squares, total, "a convolution norm") + total
+        self.sums = _grown(self.sums, sums, "a convolution norm") + sums
 
     def _at(
-        self, squared: Float64, offset: tuple[int, ...], out: tuple[int, ...]
+        self, values: Float64, offset: tuple[int, ...], out: tuple[int, ...]
     ) -> Float64:
         """Sum per channel of what one kernel entry meets."""
         window = tuple(
@@ -739,13 +752,14 @@ class ConvNorm(Statistic):
                 offset, self.window.spreads, self.window.steps, out, strict=True
             )
         )
-        seen = squared[(slice(None), slice(None), *window)]
-        return np.asarray(seen.sum(axis=(0, *range(2, squared.ndim))))
+        seen = values[(slice(None), slice(None), *window)]
+        return np.asarray(seen.sum(axis=(0, *range(2, values.ndim))))
 
     def _merge(self, other: ConvNorm) -> None:
-        if other.squares is not None:
-            self.squares = _grown(self.squares, other.squares, "a convolution norm")
-            self.squares = self.squares + other.squares
+        if other.squares is not None and other.sums is not None:
+            what = "a convolution norm"
+            self.squares = _grown(self.squares, other.squares, what) + other.squares
+            self.sums = _grown(self.sums, other.sums, what) + other.sums
         self.rows += other.rows
 
 
