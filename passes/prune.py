@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxshrink.base import Context, Promise, Savings, Site, SitePass
+from onnxshrink.base import Context, Memory, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Weight
 from onnxshrink.samples import Splits
@@ -33,8 +33,8 @@ from onnxshrink.solvers.obs import (
     refit,
     removal_order,
 )
-from onnxshrink.statistics import Multi, Statistic
 from onnxshrink.structure import layers
+from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import Layout, LinearWeight, Role
 from onnxshrink.tensors import ArrayTensor, LazyTensor, bits_of
 
@@ -45,8 +45,6 @@ Measure = Literal["magnitude", "wanda", "obs"]
 
 STEPS = 32
 """Points of a site's path from untouched to as listed."""
-MAX_INPUTS = 8192
-"""Layers with more inputs are pruned by wanda instead of obs: 512 MB of Gram matrix."""
 SAMPLES = 2048
 """Samples to study inputs on: more calibration images than a run sets aside pay off."""
 SAMPLE_BYTES = 64 << 20
@@ -380,38 +378,25 @@ class Prune(SitePass):
         """Study each layer's inputs, all in one run; what was studied is remembered."""
         measure = self._measure(ctx)
         studies: dict[str, _Study] = {}
-        watched: list[tuple[LinearWeight, Measure, list[tuple[str, Statistic]]]] = []
-        visible = {id(tensor) for tensor in model.graph.inputs}
-        visible |= {id(t) for node in model.graph.nodes for t in node.outputs}
-        samples = _most_samples(ctx.samples)
-        count = len(samples.calibration or ())
+        unknown: list[LinearWeight] = []
         for layer in found:
             key = self._key(layer, measure)
             if key in ctx.cache:
                 studies[layer.name] = ctx.cache[key]
                 continue
             studies[layer.name] = _Study(layer.weight.tensor)
-            if measure == "magnitude":
-                continue
-            mine: Measure = measure
-            if layer.layout.matrices_shape[2] > MAX_INPUTS:
-                mine = "wanda"
-            seen = layer.statistics_for("gram" if mine == "obs" else "norm", count)
-            if seen is not None and all(id(tensor) in visible for tensor, _ in seen):
-                pairs = [(tensor.name, statistic) for tensor, statistic in seen]
-                watched.append((layer, mine, pairs))
-        if not watched:
+            if measure != "magnitude":
+                unknown.append(layer)
+        if not unknown:
             return studies
         # Gram matrices are large and the studies keep what they need of them.
-        once = replace(ctx, cache={}, samples=samples)
-        fed = _fed(model, [pair for _, _, pairs in watched for pair in pairs], once)
-        tasks = []
-        for layer, mine, pairs in watched:
-            statistics = [fed[name, statistic.key] for name, statistic in pairs]
-            tasks.append(self._task(model, layer, mine, statistics))
+        once = replace(ctx, memory=Memory(0), samples=_most_samples(ctx.samples))
+        inputs = once.inputs(unknown, grams=measure == "obs")
+        watched = [layer for layer in unknown if layer.name in inputs]
+        tasks = [self._task(layer, inputs[layer.name]) for layer in watched]
         with threadpool_limits(1):
             done = ctx.map(_study, tasks, "studying weights")
-        for (layer, _, _), study in zip(watched, done, strict=True):
+        for layer, study in zip(watched, done, strict=True):
             study = replace(study, tensor=layer.weight.tensor)
             ctx.cache[self._key(layer, measure)] = study
             studies[layer.name] = study
@@ -422,26 +407,20 @@ class Prune(SitePass):
         adjusts = "biases" not in self.also
         return ("prune", id(layer.weight.tensor), measure, self.pattern, adjusts)
 
-    def _task(
-        self,
-        model: Model,
-        layer: LinearWeight,
-        measure: Measure,
-        statistics: Sequence[Statistic],
-    ) -> _Task:
+    def _task(self, layer: LinearWeight, inputs: InputStatistics) -> _Task:
         tensor, layout = layer.weight.tensor, layer.layout
-        if measure == "wanda":
-            squares = layers.norms(layer, statistics)
-            return _Task(tensor, layout, _Study(tensor, "wanda", squares), self.zeros)
-        gram, mean, rows = layers.gram(layer, statistics)
-        if not np.isfinite(gram).all():  # the model itself overflows on this data
+        if inputs.gram is None:
+            study = _Study(tensor, "wanda", inputs.squares)
+            return _Task(tensor, layout, study, self.zeros)
+        if not inputs.is_finite:  # the model itself overflows on this data
             return _Task(tensor, layout, _Study(tensor), self.zeros)
         adjusts = "biases" not in self.also and layers.free_bias(layer) is not None
+        mean = inputs.mean if adjusts else None
         study = _Study(
             tensor,
             "obs",
-            curvature=Curvature.of(gram, mean if adjusts else None, rows),
-            mean=mean if adjusts else None,
+            curvature=Curvature.of(inputs.gram, mean, inputs.count),
+            mean=mean,
         )
         return _Task(tensor, layout, study, self.zeros)
 
@@ -623,25 +602,6 @@ class _Energies:
         if self.zeros.is_blocks:
             energy = self.zeros.scores(energy)
         yield energy.reshape(-1)
-
-
-def _fed(
-    model: Model, wanted: Sequence[tuple[str, Statistic]], ctx: Context
-) -> dict[tuple[str, object], Statistic]:
-    """Gather several statistics, more than one of a tensor if need be, in one run."""
-    by_name: dict[str, dict[object, Statistic]] = {}
-    for name, statistic in wanted:
-        by_name.setdefault(name, {}).setdefault(statistic.key, statistic)
-    request = {
-        name: Multi(**{str(i): s for i, s in enumerate(parts.values())})
-        for name, parts in by_name.items()
-    }
-    fed: dict[tuple[str, object], Statistic] = {}
-    for name, multi in ctx.statistics(model, request).items():
-        assert isinstance(multi, Multi)
-        for part in multi.parts.values():
-            fed[name, part.key] = part
-    return fed
 
 
 def _most_samples(splits: Splits) -> Splits:

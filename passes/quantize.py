@@ -449,7 +449,7 @@ class Quantize(SitePass):
             seen_by, _ = inputs.input_grams(model, group, ctx, cache=self.cache)
             for name, seen in seen_by.items():
                 layer = left.pop(name)
-                yield layer, layers.gram(layer, seen)[0]
+                yield layer, seen.gram
         for layer in left.values():
             yield layer, None
 

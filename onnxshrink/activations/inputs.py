@@ -17,7 +17,13 @@ from onnxshrink.structure.layers import LinearWeight
 if TYPE_CHECKING:
     from onnxshrink.base import Context
 
-__all__ = ["Inputs", "gather_inputs", "groups_of", "seen_from_outside"]
+__all__ = [
+    "Inputs",
+    "gather_inputs",
+    "gram_bytes",
+    "groups_of",
+    "seen_from_outside",
+]
 
 LARGEST = 512 << 20
 """Bytes of a Gram matrix from which only norms are gathered: above 8,192 inputs."""

@@ -31,7 +31,7 @@ from onnxshrink.quantization.schemes import Scheme, affine
 from onnxshrink.solvers import rounding
 from onnxshrink.solvers.rounding import Fit, Grid
 from onnxshrink.statistics import Range, Statistic, Stored
-from onnxshrink.structure import layers
+from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import LinearWeight
 
 __all__ = ["LEVELS", "Recipe", "write"]
@@ -148,7 +148,7 @@ class _Static:
     recipe: Recipe
     ctx: Context
     left: dict[str, str] = field(default_factory=dict)
-    _grams: dict[str, list[Statistic]] = field(default_factory=dict)
+    _grams: dict[str, InputStatistics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.planner = Planner(self.model)
@@ -295,7 +295,7 @@ class _Static:
                     found[name] = self.ctx.cache[keys[name]] = one
         return found
 
-    def _of_group(self, group: Sequence[LinearWeight]) -> dict[str, list[Statistic]]:
+    def _of_group(self, group: Sequence[LinearWeight]) -> dict[str, InputStatistics]:
         """Return Gram matrices: of the run that found the ranges, or of a new one."""
         grams, self._grams = self._grams, {}
         if all(layer.name in grams for layer in group):
@@ -304,14 +304,12 @@ class _Static:
 
     def _watch(
         self, group: Sequence[LinearWeight], beside: Mapping[str, Stored]
-    ) -> tuple[dict[str, list[Statistic]], dict[str, Statistic]]:
+    ) -> tuple[dict[str, InputStatistics], dict[str, Statistic]]:
         return inputs.input_grams(
             self.model, group, self.ctx, beside, cache=self.recipe.cache
         )
 
-    def _round(
-        self, task: tuple[Linear, Coded, Sequence[Statistic] | None]
-    ) -> _Rounded:
+    def _round(self, task: tuple[Linear, Coded, InputStatistics | None]) -> _Rounded:
         """Choose the codes of one weight."""
         one, coded, seen = task
         layer, recipe = one.layer, self.recipe
@@ -320,8 +318,8 @@ class _Static:
         rows = np.ascontiguousarray(matrices).reshape(groups * outputs, columns)
         gram: Float64 | None = None
         mean: Float64 | None = None
-        if seen is not None:
-            gram, mean, count = layers.gram(layer, seen)
+        if seen is not None and seen.gram is not None:
+            gram, mean, count = seen.gram, seen.mean, seen.count
             if recipe.bias_correction and self._takes_bias(one):
                 gram = gram - count * mean[:, :, None] * mean[:, None, :]
             else:

@@ -48,9 +48,7 @@ __all__ = [
     "Use",
     "find",
     "free_bias",
-    "gram",
     "is_float",
-    "norms",
 ]
 
 Array = NDArray[np.float64]
@@ -297,7 +295,7 @@ class LinearWeight:
         """Return the activations the weight multiplies, each with an empty statistic.
 
         Args:
-            what: ``gram`` for what ``gram`` reads, ``norm`` for ``norms``.
+            what: ``gram`` for Gram matrices, ``norm`` for sums of squares alone.
             samples: How many there will be: of many, a convolution's Gram matrix takes
                 only some positions each.
 
@@ -558,59 +556,21 @@ def free_bias(layer: LinearWeight) -> Bias | None:
     return bias if is_plain and bias.channels == groups * outputs else None
 
 
-def norms(layer: LinearWeight, statistics: Sequence[Statistic]) -> Array:
-    """Return the sum of squares of each input, [groups, inputs].
+def gram(layer: LinearWeight, seen: Any) -> tuple[Array, Array, int]:
+    """Return Gram matrix, mean and rows of what ``ctx.inputs`` says; goes soon."""
+    from onnxshrink.structure.inputs import InputStatistics
 
-    Args:
-        layer: The layer.
-        statistics: Those of ``layer.statistics_for("norm")``, fed.
-    """
-    groups, _, inputs = layer.layout.matrices_shape
-    total = np.zeros((groups, inputs))
-    for part in statistics:
-        if not isinstance(part, (ChannelNorm, ConvNorm)) or part.squares is None:
-            raise ModelError(f"nothing was seen of the inputs of {layer.name}")
-        # Both directions of a recurrent layer read the same inputs.
-        shared = layer.kind in RECURRENT
-        seen = part.squares.reshape((1, -1) if shared else (groups, -1))
-        if seen.shape[1] != inputs:
-            raise ModelError(
-                f"{layer.name} has {inputs} inputs, but {seen.shape[1]} were seen in "
-                "its activations"
-            )
-        total += seen
-    return total
+    known = seen if isinstance(seen, InputStatistics) else None
+    known = known or InputStatistics.of(layer, seen)
+    if known.gram is None:
+        raise ModelError(f"there is no Gram matrix of the inputs of {layer.name}")
+    return known.gram, known.mean, known.count
 
 
-def gram(
-    layer: LinearWeight, statistics: Sequence[Statistic]
-) -> tuple[Array, Array, int]:
-    """Return ``X^T X`` [groups, inputs, inputs], the mean input and the rows.
-
-    Args:
-        layer: The layer.
-        statistics: Those of ``layer.statistics_for("gram")``, fed.
-    """
-    groups, _, inputs = layer.layout.matrices_shape
-    total = np.zeros((groups, inputs, inputs))
-    sums, rows = np.zeros((groups, inputs)), 0
-    for part in statistics:
-        if not isinstance(part, (Gram, ConvGram)) or part.matrix is None:
-            raise ModelError(f"nothing was seen of the inputs of {layer.name}")
-        matrix, seen = part.matrix, part.sums
-        if layer.kind == "ConvTranspose" and groups > 1:
-            blocks = matrix.reshape(groups, inputs, groups, inputs)
-            matrix = np.einsum("gigj->gij", blocks)
-            seen = np.asarray(seen).reshape(groups, inputs)
-        if matrix.shape[-1] != inputs:
-            raise ModelError(
-                f"{layer.name} has {inputs} inputs, but {matrix.shape[-1]} were "
-                "seen in its activations"
-            )
-        total += matrix
-        sums += np.asarray(seen)
-        rows += part.rows
-    return total, sums / max(rows, 1), rows
+def bias_of(model: Model, layer: LinearWeight) -> Weight | None:
+    """Return the weight of ``free_bias``; goes soon."""
+    bias = free_bias(layer)
+    return None if bias is None else bias.weight
 
 
 def _is_bias(node: Node, index: int) -> bool:
