@@ -7,12 +7,13 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from onnxshrink.errors import OutputError
 
-__all__ = ["followed", "sync", "write_file"]
+__all__ = ["followed", "replacing", "sync", "write_file", "write_text"]
 
 
 def followed(path: str | os.PathLike[str]) -> Path:
@@ -45,10 +46,47 @@ def write_file(
     source: Path | None = None,
     rename: Callable[[], Path] | None = None,
 ) -> Path:
-    """Write a file beside ``target``, flush it, and rename it into place.
+    """Write a file from pieces, as ``replacing`` does.
 
-    It gets the permission bits of the file it replaces, else those of ``source`` less
-    the umask.
+    Args:
+        target: The file.
+        content: What it holds, in pieces.
+        source: Whose permission bits it gets if it is new.
+        rename: Says, once all is written, what it is called instead, in its folder.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with replacing(target, source=source, rename=rename) as file:
+        for chunk in content:
+            file.write(chunk)
+    return rename() if rename is not None else target
+
+
+@contextlib.contextmanager
+def replacing(
+    target: Path,
+    *,
+    what: str = "cannot write",
+    source: Path | None = None,
+    rename: Callable[[], Path] | None = None,
+) -> Iterator[BinaryIO]:
+    """Open a new file beside ``target``; flush it and rename it into place at the end.
+
+    Where the body raises, nothing is left and ``target`` is as it was. The file gets
+    the permission bits of the one it replaces, else those of ``source`` less the umask.
+
+    Args:
+        target: The file.
+        what: How an error begins, before the path.
+        source: See above.
+        rename: Says, once all is written, what it is called instead, in its folder.
+
+    Raises:
+        OutputError: It cannot be written, or the body raises an ``OSError``.
     """
     temporary = ""
     try:
@@ -60,9 +98,8 @@ def write_file(
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(source.stat().st_mode) & 0o777
         handle, temporary = _open_temporary(target.parent, target.name, mode)
-        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
-            for chunk in content:
-                file.write(chunk)
+        with os.fdopen(handle, "w+b", buffering=1 << 20) as file:
+            yield file
             file.flush()
             if replaced is not None:
                 os.chmod(temporary or file.fileno(), replaced)
@@ -75,21 +112,28 @@ def write_file(
                     temporary,
                     src_dir_fd=file.fileno(),
                 )
-        final = rename() if rename is not None else target
-        os.replace(temporary, final)
+        os.replace(temporary, rename() if rename is not None else target)
         temporary = ""
         sync(target.parent)
-        return final
     except OSError as error:
+        reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"cannot write {target}: the disk is full; nothing was written"
-            ) from error
-        raise OutputError(f"cannot write {target}: {error.strerror}") from error
+            reason = "the disk is full; nothing was written"
+        raise OutputError(f"{what} {target}: {reason}") from error
     finally:
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def write_text(target: Path, text: str, *, what: str = "cannot write") -> None:
+    """Write a file of UTF-8 text, as ``replacing`` does.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with replacing(target, what=what) as file:
+        file.write(text.encode())
 
 
 def sync(path: Path) -> None:

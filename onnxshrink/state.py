@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from onnxshrink._version import __version__
 from onnxshrink.errors import UsageError
+from onnxshrink.files import write_text
 from onnxshrink.measuring.measure import Stats
 from onnxshrink.reporting.report import Step
 
@@ -77,9 +77,7 @@ class StateFolder:
             "stats": saved.stats.to_json(),
             "steps": [step.to_json() for step in saved.steps],
         }
-        temporary = self._file.with_suffix(".json.new")
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self._file)
+        write_text(self._file, json.dumps(state), what="cannot keep the run in")
         for folder in self.folder.glob("step-*"):
             shutil.rmtree(folder, ignore_errors=True)
 

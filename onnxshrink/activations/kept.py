@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.activations.gathering import SLICE_BYTES, fingerprint, gather
 from onnxshrink.errors import OutputError, UsageError
+from onnxshrink.files import replacing
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
 from onnxshrink.statistics import Statistic, Stored
@@ -250,22 +249,8 @@ class _File:
         for number, statistic in enumerate(run.fed.values()):
             for key, array in statistic.state().items():
                 arrays[f"{number}.{key}"] = array
-        temporary = ""
-        try:
-            handle, temporary = tempfile.mkstemp(
-                prefix=self.path.stem, suffix=".tmp", dir=self.path.parent
-            )
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, **arrays)  # type: ignore[arg-type]
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise OutputError(
-                f"cannot keep calibration in {self.path}: {error}"
-            ) from error
+        with replacing(self.path, what="cannot keep calibration in") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _identify(samples: Samples, digest: Any) -> None:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from rich.console import Console
 
 from onnxshrink import runtime
 from onnxshrink.base import Progress
+from onnxshrink.errors import OutputError
+from onnxshrink.files import write_text
 from onnxshrink.measuring.measure import latencies
 from onnxshrink.model import Model, attribute
 from onnxshrink.quantization.processors import Processor, detect
@@ -305,14 +306,8 @@ class Timings:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._file.parent)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                os.replace(name, self._file)
-            except OSError:
-                Path(name).unlink(missing_ok=True)
-        except OSError:
+            write_text(self._file, text)
+        except (OSError, OutputError):
             return
 
 

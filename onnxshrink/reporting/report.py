@@ -7,9 +7,7 @@ import html
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxshrink.errors import OutputError, UsageError
+from onnxshrink.errors import UsageError
+from onnxshrink.files import write_text
 from onnxshrink.measuring.measure import Stats
 from onnxshrink.terminal import clean, count_text, size_text, table
 from onnxshrink.validation import Verdict
@@ -350,7 +349,7 @@ class Report:
                 f"a report is written by its suffix, and {target} has none of "
                 f"{', '.join(SUFFIXES)}"
             )
-        _write(target, forms[target.suffix]())
+        write_text(target, forms[target.suffix]())
 
 
 _PAGE = """\
@@ -505,30 +504,6 @@ def _markdown(text: str) -> str:
 
 def _html(text: str, limit: int = 4000) -> str:
     return html.escape(clean(text, limit))
-
-
-def _write(target: Path, text: str) -> None:
-    """Write a temporary file beside ``target`` and rename it into place."""
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.onnxshrink-", dir=target.parent
-        )
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-        temporary = ""
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 # --- figures ----------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 import zipfile
@@ -16,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxshrink.base import Progress
-from onnxshrink.errors import ModelError, OutputError, UsageError
+from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.files import replacing
 from onnxshrink.training.step import TrainingStep
 
 __all__ = ["Checkpoint", "Outcome", "Plan", "find_rate", "fit", "schedule"]
@@ -336,19 +336,8 @@ class _Keeper:
             ("kept", state.kept),
         ):
             arrays.update({f"{group}/{name}": array for name, array in named.items()})
-        temporary = path.with_name(f"{path.name}.new")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(
-                f"cannot keep the state of training in {path}: "
-                f"{error.strerror or error}"
-            ) from error
+        with replacing(path, what="cannot keep the state of training in") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         self._saved = time.monotonic()
 
     def load(self) -> _State | None:

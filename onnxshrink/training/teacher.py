@@ -17,7 +17,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import os
 import tempfile
 import zipfile
 import zlib
@@ -33,6 +32,7 @@ from onnxshrink import runtime
 from onnxshrink._version import __version__
 from onnxshrink.base import Progress
 from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
+from onnxshrink.files import replacing
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
 from onnxshrink.samples.columns import Column, open_arrays
@@ -343,15 +343,11 @@ def write(
                 _CHECKSUMS: checksums(samples),
                 _ABOUT: np.asarray(json.dumps(about, sort_keys=True))[None],
             }
-            made = folder / "made.npz"
-            with zipfile.ZipFile(made, "w") as archive:
+            with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
                 for name, array in arrays.items():
                     entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-                    with archive.open(entry, "w", force_zip64=True) as file:
-                        np.lib.format.write_array(file, array, allow_pickle=False)
-            with made.open("rb") as file:
-                os.fsync(file.fileno())
-            made.replace(path)
+                    with archive.open(entry, "w", force_zip64=True) as part:
+                        np.lib.format.write_array(part, array, allow_pickle=False)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     return {name: array.shape for name, array in kept.items()}
