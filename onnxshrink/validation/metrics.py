@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -9,6 +10,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,47 @@ from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.measuring.differences import matrix
 from onnxshrink.samples.columns import Array, Spool
 
-__all__ = ["BUILT_IN", "Custom", "Spearman", "Squared", "Task", "Top", "imported"]
+__all__ = [
+    "BUILT_IN",
+    "Custom",
+    "Metric",
+    "MetricChange",
+    "Spearman",
+    "Squared",
+    "Task",
+    "Top",
+    "imported",
+]
+
+Metric = str | Callable[[Mapping[str, Any], Any], float] | None
+"""A built-in name, ``module:function``, ``file.py:function``, a callable, or none."""
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """The task metric before and after.
+
+    Attributes:
+        name: Name of the metric.
+        before: Of the reference.
+        after: Of the candidate.
+        lower_is_better: Whether a smaller value is better, as for an error.
+    """
+
+    name: str
+    before: float
+    after: float
+    lower_is_better: bool = False
+
+    @property
+    def drop(self) -> float:
+        """How much worse it became; negative if it became better."""
+        change = self.before - self.after
+        return -change if self.lower_is_better else change
+
+    def to_json(self) -> dict[str, object]:
+        """Return the figures for a report."""
+        return {**dataclasses.asdict(self), "drop": self.drop}
 
 
 class Task(ABC):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from onnxshrink.base import Progress, Promise
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.measuring.differences import (
     Difference,
-    OutputMetrics,
     Seen,
     Store,
     is_float,
@@ -31,9 +30,12 @@ from onnxshrink.measuring.differences import (
 from onnxshrink.model import ValueInfo
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.samples.columns import Array
+from onnxshrink.validation.budget import Budget
 from onnxshrink.validation.metrics import (
     BUILT_IN,
     Custom,
+    Metric,
+    MetricChange,
     Spearman,
     Squared,
     Task,
@@ -46,213 +48,13 @@ from onnxshrink.validation.signature import (
     signature_of,
     signature_problem,
 )
+from onnxshrink.validation.verdict import Problem, Verdict, judge, moved
 
-__all__ = [
-    "Budget",
-    "Metric",
-    "MetricChange",
-    "OutputMetrics",
-    "Validator",
-    "Verdict",
-    "grown",
-]
-
-Metric = str | Callable[[Mapping[str, Any], Any], float] | None
-"""A built-in name, ``module:function``, ``file.py:function``, a callable, or none."""
-
-DEFAULT_DROP = 1.0
-DEFAULT_AGREEMENT = 0.98
-DEFAULT_SQNR = 20.0
+__all__ = ["Validator"]
 
 _BATCH_BYTES = 8 << 20
 _BATCH = 32
 """Larger batches were no faster for any of the models tried."""
-_GROWTH = 4096
-_GROWTH_SHARE = 0.01
-"""A file may grow by this much, for metadata and nodes of tiny models."""
-
-
-# --- what is asked ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a pass may cost; ``None`` does not limit.
-
-    Attributes:
-        max_drop: Most the task metric may get worse, in its own unit: ``top1`` is in
-            percent, so 0.1 is a tenth of a point.
-        min_agreement: Least share of samples (0 to 1) whose top class stays.
-        min_sqnr: Least signal to quantization noise ratio of every float output, dB.
-        max_latency_ratio: Most the latency may be of the reference's.
-        automatic: Chosen for the user: what the samples cannot tell is left out.
-    """
-
-    max_drop: float | None = None
-    min_agreement: float | None = None
-    min_sqnr: float | None = None
-    max_latency_ratio: float | None = None
-    automatic: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse limits that cannot be meant."""
-        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
-            raise UsageError(f"--max-drop is at least 0, not {self.max_drop}")
-        agreement = self.min_agreement
-        if agreement is not None and not 0 <= agreement <= 1:
-            hint = f"; did you mean {agreement / 100}?" if 1 < agreement <= 100 else ""
-            raise UsageError(
-                f"--min-agreement is a share from 0 to 1, not {agreement}{hint}"
-            )
-        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
-            raise UsageError(f"--min-sqnr is a number of dB, not {self.min_sqnr}")
-        ratio = self.max_latency_ratio
-        if ratio is not None and not 0 < ratio < math.inf:
-            raise UsageError(f"a latency ratio is more than 0, not {ratio}")
-
-    @classmethod
-    def default(cls, splits: Splits) -> Budget:
-        """Return the budget for users who give none.
-
-        With labels, one point of a metric in percent; with data, 98 % of top classes
-        unchanged, or 20 dB where no output is class scores; on random inputs nothing
-        but broken outputs stops a pass.
-        """
-        if splits.random:
-            return cls(automatic=True)
-        return cls(
-            max_drop=DEFAULT_DROP if splits.labelled else None,
-            min_agreement=DEFAULT_AGREEMENT,
-            min_sqnr=DEFAULT_SQNR,
-            automatic=True,
-        )
-
-    def to_json(self) -> dict[str, object]:
-        """Return the limits for a report."""
-        return dataclasses.asdict(self)
-
-
-# --- what is found ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MetricChange:
-    """The task metric before and after.
-
-    Attributes:
-        name: Name of the metric.
-        before: Of the reference.
-        after: Of the candidate.
-        lower_is_better: Whether a smaller value is better, as for an error.
-    """
-
-    name: str
-    before: float
-    after: float
-    lower_is_better: bool = False
-
-    @property
-    def drop(self) -> float:
-        """How much worse it became; negative if it became better."""
-        change = self.before - self.after
-        return -change if self.lower_is_better else change
-
-    def to_json(self) -> dict[str, object]:
-        """Return the figures for a report."""
-        return {**dataclasses.asdict(self), "drop": self.drop}
-
-
-Problem = Literal["", "broken", "signature", "same", "budget", "bytes", "latency"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the validator says about a candidate.
-
-    Attributes:
-        ok: Whether it holds.
-        reason: ``ok``, or what does not hold, with figures.
-        problem: Kind of what does not hold.
-        outputs: Metrics by output name; empty if it could not run.
-        metric: The task metric, where there is one.
-        samples: Samples that were compared.
-        smoke_test: Whether they were random, which proves little.
-        damage: Share of the budget that is used up; at most 1 fits. It moves with the
-            noise in the outputs, so that candidates can be ranked by it even where
-            the metric stays the same. Infinite if the candidate is broken.
-        noise: Largest noise-to-signal amplitude ratio of a float output.
-    """
-
-    ok: bool
-    reason: str = "ok"
-    problem: Problem = ""
-    outputs: Mapping[str, OutputMetrics] = field(default_factory=dict)
-    metric: MetricChange | None = None
-    samples: int = 0
-    smoke_test: bool = False
-    damage: float = 0.0
-    noise: float = 0.0
-
-    @property
-    def keepable(self) -> bool:
-        """Whether only the user's limits are broken, so that a user may insist."""
-        return self.problem in ("", "budget", "bytes", "latency")
-
-    def quality(self) -> dict[str, float]:
-        """Return the figures worth a place in a table, by name.
-
-        The task metric under its name; the least ``agreement`` and ``sqnr_db`` (absent
-        if exact) over outputs.
-        """
-        found: dict[str, float] = {}
-        if self.metric is not None:
-            found[self.metric.name] = self.metric.after
-        agreements = [m.agreement for m in self.outputs.values()]
-        known = [a for a in agreements if a is not None]
-        if known:
-            found["agreement"] = min(known)
-        noisy = [m.sqnr_db for m in self.outputs.values() if m.sqnr_db < math.inf]
-        if noisy:
-            found["sqnr_db"] = min(noisy)
-        return found
-
-    def to_json(self) -> dict[str, object]:
-        """Return the verdict for a report; infinities become null."""
-        return {
-            "ok": self.ok,
-            "reason": self.reason,
-            "problem": self.problem,
-            "outputs": {name: m.to_json() for name, m in self.outputs.items()},
-            "metric": None if self.metric is None else self.metric.to_json(),
-            "samples": self.samples,
-            "smoke_test": self.smoke_test,
-            "damage": self.damage if math.isfinite(self.damage) else None,
-            "noise": self.noise if math.isfinite(self.noise) else None,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Verdict:
-        """Read what ``to_json`` gave."""
-        metric = data["metric"]
-        if metric is not None:
-            names = [f.name for f in dataclasses.fields(MetricChange)]
-            metric = MetricChange(**{name: metric[name] for name in names})
-        return cls(
-            ok=bool(data["ok"]),
-            reason=str(data["reason"]),
-            problem=data["problem"],
-            outputs={
-                name: OutputMetrics.from_json(m) for name, m in data["outputs"].items()
-            },
-            metric=metric,
-            samples=int(data["samples"]),
-            smoke_test=bool(data["smoke_test"]),
-            damage=math.inf if data["damage"] is None else float(data["damage"]),
-            noise=math.inf if data["noise"] is None else float(data["noise"]),
-        )
-
-
-# --- the validator ----------------------------------------------------------------
 
 
 @dataclass
@@ -602,20 +404,22 @@ class Validator:
             name: difference.result(reference.seen[name])
             for name, difference in differences.items()
         }
-        moved = ""
-        if promise is Promise.SAME:
-            moved = self._not_same(start, from_start)
-        limit = self.budget.max_latency_ratio
-        if limit is not None and latency_ratio is None:
+        budget = self.budget
+        if budget.max_latency_ratio is not None and latency_ratio is None:
             latency_ratio = self._latency_ratio(session)
-        return self._judge(
+        return judge(
             promise,
             metrics,
-            moved,
-            change,
-            used,
-            (before_bytes, after_bytes),
-            latency_ratio,
+            budget=budget,
+            moved=moved(from_start, start.seen, lambda: self._own_noise(start))
+            if promise is Promise.SAME
+            else "",
+            change=change,
+            samples=used,
+            smoke_test=self.smoke_test,
+            before_bytes=before_bytes,
+            after_bytes=after_bytes,
+            latency_ratio=latency_ratio,
         )
 
     def _compare(
@@ -675,147 +479,6 @@ class Validator:
         _, ratio = latencies(session, reference, self.samples.read([0]))
         return ratio if ratio is not None else 1.0
 
-    # --- judging ------------------------------------------------------------------
-
-    def _judge(
-        self,
-        promise: Promise,
-        metrics: Mapping[str, OutputMetrics],
-        moved: str,
-        change: MetricChange | None,
-        samples: int,
-        sizes: tuple[int | None, int | None],
-        latency_ratio: float | None,
-    ) -> Verdict:
-        noise = max(
-            (_amplitude(m.sqnr_db) for m in metrics.values() if not m.note), default=0.0
-        )
-        problem: Problem = ""
-        reason = "ok"
-        usage = 0.0
-        broken = _broken_values(metrics)
-        if broken:
-            problem, reason, usage = "broken", broken, math.inf
-        elif promise is Promise.SAME:
-            reason = moved
-            if reason:
-                problem, usage = "same", math.inf
-        elif promise is Promise.CLOSE:
-            usage, reason = self._over_budget(metrics, change)
-            if reason:
-                problem = "budget"
-        if not problem:
-            reason = grown(*sizes) if promise is not Promise.SIGNATURE else ""
-            problem = "bytes" if reason else ""
-        limit = self.budget.max_latency_ratio
-        if not problem and limit is not None and latency_ratio is not None:
-            if latency_ratio > limit:
-                problem = "latency"
-                reason = (
-                    f"latency is {latency_ratio:.2f} of the reference's, more than "
-                    f"{limit:.2f}"
-                )
-            usage = max(usage, latency_ratio / limit)
-        return Verdict(
-            ok=not problem,
-            reason=reason or "ok",
-            problem=problem,
-            outputs=metrics,
-            metric=change,
-            samples=samples,
-            smoke_test=self.smoke_test,
-            damage=_damage(usage, noise),
-            noise=noise,
-        )
-
-    def _over_budget(
-        self, metrics: Mapping[str, OutputMetrics], change: MetricChange | None
-    ) -> tuple[float, str]:
-        """Return the share of the budget used, and what goes beyond it, if anything."""
-        budget = self.budget
-        worst, reason = 0.0, ""
-
-        def use(share: float, words: str) -> None:
-            nonlocal worst, reason
-            if share > max(1.0, worst):
-                reason = words
-            worst = max(worst, share)
-
-        if budget.max_drop is not None and change is not None:
-            # 100 - 99.9 is a little more than 0.1 in floating point.
-            allowed = budget.max_drop + 1e-9 * max(1.0, abs(change.before))
-            use(
-                _share(change.drop, allowed),
-                f"{change.name} went from {change.before:.6g} to {change.after:.6g}, "
-                f"{change.drop:.3g} worse where {budget.max_drop:g} is allowed",
-            )
-        for name, m in metrics.items():
-            if m.note:
-                continue
-            if budget.min_agreement is not None and m.agreement is not None:
-                use(
-                    _share(1 - m.agreement, 1 - budget.min_agreement + 1e-12),
-                    f"agreement of {name!r} is {m.agreement:.4f}, less than "
-                    f"{budget.min_agreement:g}",
-                )
-            if budget.min_sqnr is not None:
-                use(
-                    _amplitude(m.sqnr_db) / _amplitude(budget.min_sqnr),
-                    f"SQNR of {name!r} is {m.sqnr_db:.1f} dB, less than "
-                    f"{budget.min_sqnr:g}",
-                )
-        return worst, reason
-
-    def _not_same(
-        self, start: _Reference, differences: Mapping[str, Difference]
-    ) -> str:
-        """Return how outputs differ by more than float noise, or ``""``.
-
-        Float noise is an error of at most 1e-4 of the output's largest value, and 60
-        dB (1e-2 and 36 dB for fp16). A deep or ill-conditioned model may do worse on
-        its own: then ten times the difference between onnxruntime's optimised and
-        plain run of it is allowed, up to 1e-2 and 40 dB. Integers, booleans
-        and strings must be equal; 8-bit values may differ by one step in 1 %.
-        """
-        for name, difference in differences.items():
-            seen = start.seen[name]
-            m = difference.result(seen)
-            if m.note and not seen.stable:
-                continue
-            if m.note:
-                return f"promised the same outputs, but {name!r}: {m.note}"
-            if m.reshaped:
-                return f"promised the same outputs, but the shape of {name!r} differs"
-            if seen.dtype is None or not is_float(np.zeros(0, seen.dtype)):
-                equal = m.agreement is None or m.agreement == 1
-                small = difference.far == 0 and (m.agreement or 0) >= 0.99
-                if equal or (small and seen.dtype is not None):
-                    continue
-                return (
-                    f"promised the same outputs, but {1 - (m.agreement or 0):.2%} of "
-                    f"the values of {name!r} differ"
-                )
-            if difference.far:
-                return (
-                    f"promised the same outputs, but {difference.far:,} values of "
-                    f"{name!r} are finite that were not"
-                )
-            half = seen.dtype.itemsize == 2
-            error, level = (1e-2, 36.0) if half else (1e-4, 60.0)
-            if m.max_abs <= error * seen.scale + 1e-12 and m.sqnr_db >= level:
-                continue
-            own_error, own_level = self._own_noise(start)[name]
-            error = max(error, min(10 * own_error, 1e-2))
-            level = min(level, max(own_level - 20, 36.0 if half else 40.0))
-            if m.max_abs <= error * seen.scale + 1e-12 and m.sqnr_db >= level:
-                continue
-            return (
-                f"promised the same outputs, but {name!r} differs by up to "
-                f"{m.max_abs:.3g} where its values reach {seen.scale:.3g} "
-                f"({m.sqnr_db:.1f} dB)"
-            )
-        return ""
-
     def _own_noise(self, start: _Reference) -> dict[str, tuple[float, float]]:
         """Relative error and SQNR of a model run without optimisations."""
         if start.noise is None:
@@ -863,48 +526,6 @@ def _identity(source: Source) -> object:
         state = source.stat()
         return str(source.resolve()), state.st_mtime_ns, state.st_size
     return id(source)
-
-
-def _amplitude(sqnr_db: float) -> float:
-    """Noise-to-signal amplitude ratio of an SQNR."""
-    if math.isinf(sqnr_db):
-        return 0.0 if sqnr_db > 0 else math.inf
-    return float(10 ** min(-sqnr_db / 20, 300))
-
-
-def _share(used: float, allowed: float) -> float:
-    if used <= 0:
-        return 0.0
-    return used / allowed if allowed > 0 else math.inf
-
-
-def _damage(usage: float, noise: float) -> float:
-    """Share of the budget used, with a hundredth of it moved by the output noise.
-
-    Metrics count samples and so often stay the same; the noise tells candidates apart.
-    What fits stays at most 1, what does not stays above.
-    """
-    if math.isinf(usage):
-        return math.inf
-    tail = 1.0 if math.isinf(noise) else noise / (1 + noise)
-    return 0.99 * usage + 0.01 * tail if usage <= 1 else usage + 0.01 * tail
-
-
-def grown(before: int | None, after: int | None) -> str:
-    """Return how much a file grew, if by more than metadata and nodes take."""
-    if before is None or after is None:
-        return ""
-    if after <= before + max(_GROWTH, before * _GROWTH_SHARE):
-        return ""
-    return f"the file grew from {before:,} to {after:,} bytes"
-
-
-def _broken_values(metrics: Mapping[str, OutputMetrics]) -> str:
-    for name, m in metrics.items():
-        if m.nan or m.inf:
-            what = f"{m.nan:,} NaN" if m.nan else f"{m.inf:,} infinite"
-            return f"output {name!r} has {what} values that the reference has not"
-    return ""
 
 
 def _repeats(one: Any, two: Any) -> bool:
