@@ -392,22 +392,6 @@ def test_a_budget_that_nothing_measures_is_refused():
         validator(text, X[:, 0], budget=Budget(min_agreement=0.9)).check(text)
 
 
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"max_drop": -1}, "--max-drop is at least 0"),
-        ({"max_drop": math.nan}, "--max-drop is at least 0"),
-        ({"min_agreement": 98}, r"from 0 to 1, not 98; did you mean 0\.98"),
-        ({"min_agreement": -0.1}, "from 0 to 1"),
-        ({"min_sqnr": math.inf}, "a number of dB"),
-        ({"max_latency_ratio": 0}, "latency ratio"),
-    ],
-)
-def test_limits_that_cannot_be_meant_are_refused(limits: Any, message: str):
-    with pytest.raises(UsageError, match=message):
-        Budget(**limits)
-
-
 def test_the_default_budget_follows_the_samples():
     m = Model.load(linear())
     smoke = Budget.default(Splits.build(m))

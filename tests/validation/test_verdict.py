@@ -1,0 +1,71 @@
+"""Verdicts on given figures; on those of real models: test_validator.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from onnxshrink.base import Promise
+from onnxshrink.validation import Budget, MetricChange, OutputMetrics
+from onnxshrink.validation.verdict import judge
+
+NOISY = {"y": OutputMetrics(max_abs=0.1, sqnr_db=20, agreement=0.9)}
+NAN = {"y": OutputMetrics(nan=3)}
+WORSE = MetricChange("top1", 90, 80)
+STRICT = Budget(max_drop=1)
+SLOW: dict[str, Any] = {"budget": Budget(max_latency_ratio=1.1), "latency_ratio": 1.2}
+LARGE: dict[str, Any] = {"before_bytes": 100_000, "after_bytes": 200_000}
+
+
+@pytest.mark.parametrize(
+    ("promise", "outputs", "given", "problem"),
+    [
+        (Promise.SAME, NOISY, {}, ""),
+        (Promise.SAME, NOISY, {"moved": "y moved"}, "same"),
+        (Promise.CLOSE, NOISY, {"moved": "y moved"}, ""),
+        (Promise.CLOSE, NOISY, {"budget": STRICT, "change": WORSE}, "budget"),
+        (Promise.SAME, NOISY, {"budget": STRICT, "change": WORSE}, ""),
+        (Promise.SIGNATURE, NOISY, {"budget": STRICT, "change": WORSE}, ""),
+        (Promise.CLOSE, NOISY, LARGE, "bytes"),
+        (Promise.SAME, NOISY, LARGE, "bytes"),
+        (Promise.SIGNATURE, NOISY, LARGE, ""),
+        (Promise.CLOSE, NOISY, SLOW, "latency"),
+        (Promise.SIGNATURE, NOISY, SLOW, "latency"),
+        (Promise.SIGNATURE, NAN, {}, "broken"),
+        (Promise.CLOSE, NAN, {"budget": STRICT, "change": WORSE}, "broken"),
+    ],
+)
+def test_what_a_promise_is_held_to(
+    promise: Promise, outputs: Any, given: dict[str, Any], problem: str
+):
+    verdict = judge(promise, outputs, **{"budget": Budget(), **given})
+    assert verdict.problem == problem
+    assert verdict.ok == (not problem)
+    assert (verdict.reason == "ok") == (not problem)
+    assert verdict.keepable == (problem in ("", "budget", "bytes", "latency"))
+    fits = problem in ("", "bytes")
+    assert (verdict.damage <= 1) == fits
+
+
+def test_damage_is_the_share_of_the_budget_and_a_little_noise():
+    change = MetricChange("top1", 90, 89.5)
+    verdict = judge(Promise.CLOSE, NOISY, budget=STRICT, change=change)
+    # Half of the drop that is allowed; noise of a tenth of the signal.
+    assert verdict.noise == pytest.approx(0.1)
+    assert verdict.damage == pytest.approx(0.99 * 0.5 + 0.01 * 0.1 / 1.1)
+    beyond = judge(Promise.CLOSE, NOISY, budget=STRICT, change=WORSE)
+    assert beyond.damage == pytest.approx(10 + 0.01 * 0.1 / 1.1)
+    assert judge(Promise.CLOSE, NAN, budget=STRICT).damage == math.inf
+
+
+def test_figures_for_a_table_are_the_least_of_all_outputs():
+    outputs = {
+        "a": OutputMetrics(agreement=0.97, sqnr_db=14),
+        "b": OutputMetrics(agreement=0.99, sqnr_db=math.inf),
+        "c": OutputMetrics(sqnr_db=30),
+    }
+    verdict = judge(Promise.CLOSE, outputs, budget=Budget(), change=WORSE)
+    assert verdict.quality() == {"top1": 80, "agreement": 0.97, "sqnr_db": 14}
+    assert judge(Promise.CLOSE, {}, budget=Budget()).quality() == {}
