@@ -426,6 +426,14 @@ class Quantize(SitePass):
         method: Fit = "hqq" if self.rounding == "hqq" else "mse"
         if self.rounding == "nearest":
             method = "minmax"
+        if self.granularity == "tensor":
+            grid, codes = weightonly.quantized(
+                rows, levels, method=method, gram=gram, shared=True
+            )
+            by_rounding = self.rounding == "adaround" and levels.step == 1
+            if by_rounding and gram is not None:
+                return grid, adaround(rows, gram, grid)
+            return grid, codes
         if self.rounding == "learned" and gram is not None:
             grid, _ = weightonly.quantized(
                 rows, levels, block=block, method="learned", gram=gram

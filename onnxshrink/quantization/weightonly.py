@@ -150,6 +150,7 @@ def quantized(
     block: int = 0,
     method: Fit = "mse",
     gram: NDArray[np.float64] | None = None,
+    shared: bool = False,
 ) -> tuple[Grid, NDArray[np.int32]]:
     """Choose a grid with scales that are cheap to keep, and the codes of a matrix.
 
@@ -162,17 +163,21 @@ def quantized(
         block: Columns that share a scale; 0: a row.
         method: How ``rounding.fit`` chooses scales.
         gram: [inputs, inputs] or [stacks, inputs, inputs] of the layer's inputs.
+        shared: All rows have one scale; ``block`` and ``learned`` mean nothing then.
     """
     grid = fit(
-        weight,
+        weight.reshape(1, -1) if shared else weight,
         levels.low,
         levels.high,
         symmetric=levels.symmetric or _is_pruned(weight, levels),
-        block=block,
+        block=0 if shared else block,
         step=levels.step,
-        method=method,
-        gram=gram,
+        method="mse" if shared and method == "learned" else method,
+        gram=None if shared else gram,
     )
+    if shared:
+        rows = np.zeros((len(weight), 1), np.intp)
+        grid = replace(grid, scale=grid.scale[rows, 0], zero=grid.zero[rows, 0])
     if grid.scale.shape[1] > 1 or levels.high - levels.low < _FEW_CODES:
         grid = half_scales(grid)
     if gram is None:
@@ -403,6 +408,8 @@ def _levels(grid: Grid) -> Levels:
 def _described(grid: Grid) -> str:
     values = (grid.high - grid.low) // grid.step + 1
     shared = f"blocks of {grid.block}" if grid.scale.shape[1] > 1 else "rows"
+    if grid.scale.size > 1 and _is_constant(grid.scale):
+        return f"{values} levels for the whole weight"
     return f"{values} levels for {shared}"
 
 
@@ -439,11 +446,26 @@ class _Decoded:
             return model.add_weight(f"{self.name}_{what}", array, self.graph)
 
         self.codes = add("codes", codes.astype(dtype), scales and layout.shape)
-        self.scale = add("scale", grid.scale, scales)
+        one = grid.scale.size > 1 and _is_constant(grid.scale)
+        self.is_shared = self.is_shaped and one and _is_constant(grid.zero)
+        if self.is_shared:
+            self.scale = self._single("scale", grid.scale)
+        else:
+            self.scale = add("scale", grid.scale, scales)
         self.zero: gs.Tensor | None = None
-        if grid.zero.any():
-            # Floats save a Cast at each lookup; storage writes few values as codes.
-            self.zero = add("zero", grid.zero.astype(np.float32), scales)
+        if not grid.zero.any():
+            return
+        # Floats save a Cast at each lookup; storage writes few values as codes.
+        zero = grid.zero.astype(np.float32)
+        if self.is_shared:
+            self.zero = self._single("zero", zero)
+        else:
+            self.zero = add("zero", zero, scales)
+
+    def _single(self, what: str, rows: Array) -> gs.Tensor:
+        """Add what all rows share."""
+        value = np.array(rows.flat[0], rows.dtype)
+        return self.model.add_weight(f"{self.name}_{what}", value, self.graph)
 
     def folded(self) -> None:
         """Let all readers have a constant expression that is the decoded weight."""
@@ -459,6 +481,8 @@ class _Decoded:
         indices = node.inputs[1]
 
         def gathered(tensor: gs.Tensor) -> gs.Tensor:
+            if self.is_shared and tensor is not self.codes:
+                return tensor
             return self._node("Gather", [tensor, indices], graph, axis=0)
 
         zero = None if self.zero is None else gathered(self.zero)
@@ -504,6 +528,10 @@ class _Decoded:
         name = f"{self.name}_{op}"
         node = self.model.add_node(op, inputs, attrs=attrs, name=name, graph=graph)
         return node.outputs[0]
+
+
+def _is_constant(values: Array) -> bool:
+    return bool((values == values.flat[0]).all())
 
 
 def _placed(layout: Layout, rows: Array, blocks: int) -> Array:

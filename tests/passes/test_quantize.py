@@ -28,7 +28,8 @@ MODELS = Path(__file__).parents[2] / "models"
 
 def model(body: str, inputs: str = "float[N,3,8,8] x", **weights: Array) -> Model:
     """A graph of the given nodes with output y of the rank of x."""
-    dims = "A, B" if "Gemm" in body or "[N,8]" in inputs else "A, B, C, D"
+    flat = "Gemm" in body or any(text in inputs for text in ("[N,8]", "[N,64]", "[N] "))
+    dims = "A, B" if flat else "A, B, C, D"
     text = (
         '<ir_version: 8, opset_import: ["" : 17]>\n'
         f"g ({inputs}) => (float[{dims}] y) {{ {body} }}"
@@ -571,3 +572,33 @@ def test_a_trained_network_keeps_its_answers(text: str) -> None:
     ]
     assert right[1] >= right[0] - 0.003
     assert len(after.to_bytes()) < 0.4 * len(made.to_bytes())
+
+
+@pytest.mark.parametrize("reader", ["y = MatMul(x, w)", "y = Gemm<transB=1>(x, w)"])
+@pytest.mark.parametrize("weights", ["int8", "uint8", "int4", "ternary"])
+def test_one_scale_for_the_whole_tensor_is_one_number(
+    reader: str, weights: str
+) -> None:
+    made = model(reader, "float[N,64] x", w=draw(64, 64))
+    x = draw(9, 64, seed=1)
+    before = run(made, x=x)
+    text = f"quantize:activations=none,granularity=tensor,weights={weights}"
+    (pass_,) = Pipeline.parse(text)
+    pass_.apply(made, make_context(Splits(random=True), made))
+    assert made.weight("w_scale").shape == ()
+    assert all(w.shape == () for w in made.weights() if "zero" in w.name)
+    after = run(made, x=x)
+    lost = ((after - before) ** 2).sum() / (before**2).sum()
+    assert lost < {"int8": 2e-4, "uint8": 2e-4, "int4": 0.03, "ternary": 0.3}[weights]
+
+
+def test_rows_of_a_table_with_one_scale_are_gathered_as_codes() -> None:
+    table = draw(6000, 64)
+    made = model("y = Gather(w, i)", "int64[N] i", w=table)
+    text = "quantize:activations=none,granularity=tensor"
+    (pass_,) = Pipeline.parse(text)
+    pass_.apply(made, make_context(Splits(random=True), made))
+    assert made.weight("w_scale").shape == ()
+    index = np.array([5, 5999], np.int64)
+    rows = run(made, i=index)
+    np.testing.assert_allclose(rows, table[index], atol=0.05)
