@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
+from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Memory, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Weight
@@ -22,7 +21,9 @@ from onnxshrink.solvers.magnitude import (
     Pattern,
     Source,
     choose_smallest,
+    energies,
     smallest,
+    smallest_of_rows,
     zero_smallest,
 )
 from onnxshrink.solvers.obs import (
@@ -30,8 +31,8 @@ from onnxshrink.solvers.obs import (
     Removal,
     allocate,
     pattern_mask,
-    refit,
     removal_order,
+    without,
 )
 from onnxshrink.structure import layers
 from onnxshrink.structure.inputs import InputStatistics
@@ -66,6 +67,8 @@ class PruneSite(Site):
         path: Zeros at strengths 0, 1/32, ..., 1, in entries or in blocks; empty if
             there is nothing in between.
         total: Entries or blocks it has.
+        seen_in: Fingerprint of the model whose activations say what goes: the one that
+            was planned on, whatever other sites have changed since.
     """
 
     sparsity: float
@@ -74,23 +77,22 @@ class PruneSite(Site):
     importance: Measure = "magnitude"
     path: tuple[int, ...] = field(default=(), repr=False)
     total: int = field(default=0, repr=False)
+    seen_in: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class _Study:
-    """What is known of a weight's inputs, from the model as it was given.
+    """What is known of a weight whatever share of it is to go.
 
     Attributes:
-        tensor: The weight as it was.
         measure: How importance is judged.
         squares: For wanda: sum of squares of each input, [groups, inputs].
         curvature: For obs.
         mean: For obs: mean input, [groups, inputs], if a bias makes up for it.
-        removal: For obs without an N:M pattern.
+        removal: For obs without an N:M pattern: the order in which entries go.
         mask: For obs with one: what goes.
     """
 
-    tensor: LazyTensor
     measure: Measure = "magnitude"
     squares: Array | None = None
     curvature: Curvature | None = None
@@ -197,7 +199,8 @@ class Prune(SitePass):
             UsageError: The importance asked for needs data that is not there.
         """
         found = self._layers(model, ctx)
-        studies = self._studies(model, found, ctx)
+        seen_in = fingerprint(model)
+        studies = self._studies(model, seen_in, found, ctx)
         sources = [self._source(layer, studies[layer.name]) for layer in found]
         present = [_count_zeros(source) for source in sources]
         paths = self._paths(found, studies, sources, present, ctx)
@@ -212,12 +215,13 @@ class Prune(SitePass):
                 share = f"its share is {path[-1] / total:.1%} zeros"
                 ctx.skipped(layer.name, f"{share}, and it has {zero / total:.1%}")
                 continue
-            sites.append(self._site(layer, study, tuple(path), zero))
+            site = self._site(layer, study, tuple(path), zero)
+            sites.append(replace(site, seen_in=seen_in))
         return sites
 
     def _site(
         self, layer: LinearWeight, study: _Study, path: tuple[int, ...], zero: int
-    ) -> Site:
+    ) -> PruneSite:
         total = self._total(layer)
         bits = bits_of(layer.weight.data_type)
         size = layer.weight.size
@@ -273,11 +277,10 @@ class Prune(SitePass):
 
     def _source(self, layer: LinearWeight, study: _Study) -> Source:
         """Return what is compared within a layer and, in global scope, among layers."""
-        if study.squares is not None:
-            return _Energies(layer.weight.tensor, layer.layout, study, self.zeros)
-        if self.zeros.is_blocks:
-            return _Energies(layer.weight.tensor, layer.layout, None, self.zeros)
-        return layer.weight.tensor
+        if study.squares is None and not self.zeros.is_blocks:
+            return layer.weight.tensor
+        tensor = layer.weight.tensor
+        return _Energies(tensor, layer.layout, study.squares, self.zeros)
 
     def _paths(
         self,
@@ -332,7 +335,7 @@ class Prune(SitePass):
         matrices = layer.layout.matrices(layer.weight.read())
         mask = study.mask
         if mask is None:
-            mask = self.zeros.drop(_energy(matrices, study))
+            mask = self.zeros.drop(energies(matrices, study.squares))
         return bool((matrices[mask] != 0).any())
 
     def weaken(self, site: Site, strength: float) -> Site | None:
@@ -373,56 +376,90 @@ class Prune(SitePass):
         return wanted
 
     def _studies(
-        self, model: Model, found: Sequence[LinearWeight], ctx: Context
+        self, model: Model, seen_in: str, found: Sequence[LinearWeight], ctx: Context
     ) -> dict[str, _Study]:
-        """Study each layer's inputs, all in one run; what was studied is remembered."""
+        """Study layers, the inputs of all in one run; each once in a step.
+
+        A study does not depend on how much is to go, so that every attempt at the step
+        reads it off.
+
+        Args:
+            model: The model.
+            seen_in: Fingerprint of the model that the plan was made on.
+            found: Layers of the model.
+            ctx: Samples and memory.
+
+        Returns:
+            What is known of each layer, by the name of its weight.
+        """
         measure = self._measure(ctx)
-        studies: dict[str, _Study] = {}
-        unknown: list[LinearWeight] = []
-        for layer in found:
-            key = self._key(layer, measure)
-            if key in ctx.cache:
-                studies[layer.name] = ctx.cache[key]
-                continue
-            studies[layer.name] = _Study(layer.weight.tensor)
-            if measure != "magnitude":
-                unknown.append(layer)
-        if not unknown:
-            return studies
+        if measure == "magnitude":
+            return {layer.name: _Study() for layer in found}
+        keys = {layer.name: self._key("study", seen_in, layer, ctx) for layer in found}
+        known = {name: ctx.memory.get(key) for name, key in keys.items()}
+        studies = {name: one for name, one in known.items() if one is not None}
+        missing = [layer for layer in found if layer.name not in studies]
+        fresh = self._studied(model, missing, measure, ctx) if missing else {}
+        for name, study in fresh.items():
+            ctx.memory.put(keys[name], study)
+        return {**studies, **fresh}
+
+    def _studied(
+        self,
+        model: Model,
+        missing: Sequence[LinearWeight],
+        measure: Measure,
+        ctx: Context,
+    ) -> dict[str, _Study]:
+        """Look at the inputs of layers and study their weights."""
+        studies = {layer.name: _Study() for layer in missing}
         # Gram matrices are large and the studies keep what they need of them.
         once = replace(ctx, memory=Memory(0), samples=_most_samples(ctx.samples))
-        inputs = once.inputs(unknown, grams=measure == "obs")
-        watched = [layer for layer in unknown if layer.name in inputs]
-        tasks = [self._task(layer, inputs[layer.name]) for layer in watched]
-        with threadpool_limits(1):
-            done = ctx.map(_study, tasks, "studying weights")
-        for layer, study in zip(watched, done, strict=True):
-            study = replace(study, tensor=layer.weight.tensor)
-            ctx.cache[self._key(layer, measure)] = study
-            studies[layer.name] = study
+        inputs = once.inputs(missing, grams=measure == "obs")
+        curvatures = _Curvatures()
+        for layer in missing:
+            if layer.name not in inputs:
+                continue
+            seen = inputs[layer.name]
+            if seen.gram is None:
+                studies[layer.name] = _Study("wanda", seen.squares)
+            elif seen.is_finite:  # else the model itself overflows on this data
+                adjusts = self._adjusts and layers.free_bias(layer) is not None
+                study = _Study(
+                    "obs",
+                    curvature=curvatures.of(layer, seen, adjusts),
+                    mean=seen.mean if adjusts else None,
+                )
+                studies[layer.name] = study
+        del inputs
+        tasks = {
+            layer.name: _StudyTask(
+                layer.weight.tensor, layer.layout, curvature, self.zeros
+            )
+            for layer in missing
+            if (curvature := studies[layer.name].curvature) is not None
+        }
+        done = ctx.map(_study, tasks.values(), "studying weights")
+        for name, one in zip(tasks, done, strict=True):
+            study = studies[name]
+            if isinstance(one, Removal):
+                studies[name] = replace(study, removal=one)
+            else:
+                studies[name] = replace(study, mask=one)
         return studies
 
-    def _key(self, layer: LinearWeight, measure: Measure) -> tuple[object, ...]:
-        # The study holds the tensor, so its identity is not used again.
-        adjusts = "biases" not in self.also
-        return ("prune", id(layer.weight.tensor), measure, self.pattern, adjusts)
+    @property
+    def _adjusts(self) -> bool:
+        """Whether biases may move to make up for what goes."""
+        return "biases" not in self.also
 
-    def _task(self, layer: LinearWeight, inputs: InputStatistics) -> _Task:
-        tensor, layout = layer.weight.tensor, layer.layout
-        if inputs.gram is None:
-            study = _Study(tensor, "wanda", inputs.squares)
-            return _Task(tensor, layout, study, self.zeros)
-        if not inputs.is_finite:  # the model itself overflows on this data
-            return _Task(tensor, layout, _Study(tensor), self.zeros)
-        adjusts = "biases" not in self.also and layers.free_bias(layer) is not None
-        mean = inputs.mean if adjusts else None
-        study = _Study(
-            tensor,
-            "obs",
-            curvature=Curvature.of(inputs.gram, mean, inputs.count),
-            mean=mean,
-        )
-        return _Task(tensor, layout, study, self.zeros)
+    def _key(
+        self, what: str, seen_in: str, layer: LinearWeight, ctx: Context
+    ) -> tuple[Hashable, ...]:
+        """Return what an entry of the memory is found by: all that it depends on."""
+        how = (self._measure(ctx), self.pattern, self._adjusts)
+        samples = (ctx.samples.calibration, ctx.samples.training)
+        return ("prune", what, seen_in, layer.name, *how, *samples)
 
     # --- act ----------------------------------------------------------------------
 
@@ -433,35 +470,42 @@ class Prune(SitePass):
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
         """Zero the least important entries of several weights."""
         found = {layer.name: layer for layer in layers.find(model, roles=_ROLES)}
-        # What is seen of activations must not depend on which sites were done before.
-        everything = self._layers(model, replace(ctx, skips=[]))
-        studies = self._studies(model, everything, ctx)
-        tasks = []
-        for site in sites:
-            assert isinstance(site, PruneSite)
-            layer, study = found[site.where], studies[site.where]
-            zeros = round(site.sparsity * self._total(layer))
-            tasks.append(
-                _Task(layer.weight.tensor, layer.layout, study, self.zeros, zeros)
+        chosen = [site for site in sites if isinstance(site, PruneSite)]
+        plans: dict[str, list[LinearWeight]] = {}
+        for site in chosen:
+            plans.setdefault(site.seen_in, []).append(found[site.where])
+        studies: dict[str, _Study] = {}
+        for seen_in, some in plans.items():
+            studies |= self._studies(model, seen_in, some, ctx)
+        tasks = {}
+        for site in chosen:
+            layer = found[site.where]
+            count = round(site.sparsity * self._total(layer))
+            tasks[site.where] = _PruneTask(
+                layer.weight.tensor,
+                layer.layout,
+                studies[site.where],
+                self.zeros,
+                count,
             )
         # Back-off asks for the same weight at the same strength again and again.
-        memo = ctx.cache.setdefault(("prune", "results"), _Memo())
-        keys = [
-            (*self._key(found[s.where], t.study.measure), t.count)
-            for s, t in zip(sites, tasks, strict=True)
-        ]
-        new = [
-            (key, task)
-            for key, task in zip(keys, tasks, strict=True)
-            if key not in memo
-        ]
-        with threadpool_limits(1):
-            fresh = ctx.map(_prune, [task for _, task in new], self.name)
-        results = dict(zip((key for key, _ in new), fresh, strict=True))
-        for site, task, key in zip(sites, tasks, keys, strict=True):
-            values, shift = results[key] if key in results else memo[key]
-            memo.keep(key, (values, shift))
-            layer = found[site.where]
+        keys = {
+            site.where: (
+                *self._key("values", site.seen_in, found[site.where], ctx),
+                tasks[site.where].count,
+            )
+            for site in chosen
+        }
+        known = {name: ctx.memory.get(key) for name, key in keys.items()}
+        results = {name: one for name, one in known.items() if one is not None}
+        new = {name: task for name, task in tasks.items() if name not in results}
+        fresh = ctx.map(_pruned, new.values(), self.name)
+        for name, one in zip(new, fresh, strict=True):
+            ctx.memory.put(keys[name], one)
+            results[name] = one
+        for name, task in tasks.items():
+            values, shift = results[name]
+            layer = found[name]
             model.set_weight(layer.weight, values)
             zeros = _count_zeros(layer.weight.tensor)
             words = f"{zeros / layer.weight.size:.1%} zero, by {task.study.measure}"
@@ -469,111 +513,96 @@ class Prune(SitePass):
             if bias is not None and bias.weight is not None and shift is not None:
                 bias.add(shift)
                 words += f"; {bias.weight.name} adjusted"
-            ctx.did(layer.name, words)
+            ctx.did(name, words)
 
 
-class _Memo(OrderedDict[tuple[object, ...], tuple[Array, "Array | None"]]):
-    """The latest results, as many as fit into a bounded amount of memory."""
+class _Curvatures:
+    """Curvatures of layers; those that read the same inputs share one."""
 
-    limit = 256 << 20
-    nbytes = 0
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Curvature] = {}
 
-    def keep(self, key: tuple[object, ...], result: tuple[Array, Array | None]) -> None:
-        """Remember a result as the latest; forget the oldest ones for it."""
-        if key in self:
-            self.move_to_end(key)
-            return
-        self[key] = result
-        self.nbytes += result[0].nbytes
-        while self.nbytes > self.limit:
-            self.nbytes -= self.popitem(last=False)[1][0].nbytes
+    def of(
+        self, layer: LinearWeight, seen: InputStatistics, adjusts: bool
+    ) -> Curvature:
+        """Return a layer's curvature, around the mean input if its bias adjusts."""
+        assert seen.gram is not None
+        read = layer.statistics_for("gram") or ()
+        key = (
+            tuple((tensor.name, str(statistic.key)) for tensor, statistic in read),
+            layer.layout.matrices_shape[::2],
+            adjusts,
+        )
+        if key not in self.known:
+            mean = seen.mean if adjusts else None
+            self.known[key] = Curvature.of(seen.gram, mean, seen.count)
+        return self.known[key]
 
 
 # --- one weight -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
-    """One weight to study or to prune, with all that this takes."""
+class _StudyTask:
+    """One weight to study, with all that this takes."""
+
+    tensor: LazyTensor
+    layout: Layout
+    curvature: Curvature
+    zeros: Pattern
+
+
+def _study(task: _StudyTask) -> Removal | Array:
+    """Return the order in which obs removes entries; for an N:M pattern, which go."""
+    matrices = task.layout.matrices(task.tensor.read()).astype(np.float64)
+    if task.zeros.of:
+        return pattern_mask(matrices, task.curvature, task.zeros)
+    blocks = task.zeros if task.zeros.is_blocks else None
+    return removal_order(matrices, task.curvature, blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class _PruneTask:
+    """One weight to prune, with all that this takes; ``count`` entries go."""
 
     tensor: LazyTensor
     layout: Layout
     study: _Study
     zeros: Pattern
-    count: int = 0
+    count: int
 
 
-def _study(task: _Task) -> _Study:
-    """Find what obs will remove; wanda needs nothing more."""
-    study, curvature = task.study, task.study.curvature
-    if curvature is None:
-        return study
-    matrices = task.layout.matrices(task.tensor.read()).astype(np.float64)
-    if task.zeros.of:
-        return replace(study, mask=pattern_mask(matrices, curvature, task.zeros))
-    blocks = task.zeros if task.zeros.is_blocks else None
-    return replace(study, removal=removal_order(matrices, curvature, blocks))
-
-
-def _prune(task: _Task) -> tuple[Array, Array | None]:
+def _pruned(task: _PruneTask) -> tuple[Array, Array | None]:
     """Return a weight's new values, and what its bias gains."""
     study, tensor, zeros = task.study, task.tensor, task.zeros
     if study.measure == "magnitude" and not (zeros.of or zeros.is_blocks):
         flat = zero_smallest(tensor, task.count, tensor.dtype)
         return flat.reshape(tensor.shape), None
     matrices = task.layout.matrices(tensor.read())
-    mask = _mask(task, matrices)
+    gone = _gone(task, matrices)
     if study.curvature is None:
-        pruned = np.where(mask, np.zeros((), matrices.dtype), matrices)
-        return task.layout.array(pruned), None
-    wide = matrices.astype(np.float64)
-    values = refit(wide, study.curvature, ~mask)
-    new = values.astype(matrices.dtype)
-    # Half precision has little room: where the new values do not fit, the old ones do.
-    if not np.isfinite(new.astype(np.float64)).all():
-        new = np.where(mask, np.zeros((), matrices.dtype), matrices)
-    if study.mean is None:
+        new = np.where(gone, np.zeros((), matrices.dtype), matrices)
         return task.layout.array(new), None
-    shift = np.einsum("goi,gi->go", wide - new.astype(np.float64), study.mean)
+    new, shift = without(matrices, gone, study.curvature, study.mean)
     return task.layout.array(new), shift
 
 
-def _mask(task: _Task, matrices: Array) -> Array:
+def _gone(task: _PruneTask, matrices: Array) -> Array:
     """Return which entries of [groups, outputs, inputs] go."""
     study, zeros = task.study, task.zeros
     if study.mask is not None:
         return study.mask
     if study.removal is not None:
-        gone = study.removal.rank < task.count
-        return zeros.spread(gone, matrices.shape) if zeros.is_blocks else gone
-    energy = _energy(matrices, study)
+        first = study.removal.rank < task.count
+        return zeros.spread(first, matrices.shape) if zeros.is_blocks else first
+    energy = energies(matrices, study.squares)
     if zeros.of:
         return zeros.drop(energy)
     if zeros.is_blocks:
         scores = zeros.scores(energy)
         chosen = choose_smallest(ArrayTensor(scores), task.count)
         return zeros.spread(chosen.reshape(scores.shape), matrices.shape)
-    return _by_row(energy, task.count)
-
-
-def _by_row(energy: Array, count: int) -> Array:
-    """Choose the smallest of each row, as many in each, ``count`` together."""
-    mask = np.zeros(energy.shape, np.bool_)
-    rows = energy.reshape(-1, energy.shape[-1])
-    flat = mask.reshape(rows.shape)
-    each, more = divmod(count, len(rows))
-    for index, row in enumerate(rows):
-        wanted = each + (index < more)
-        flat[index, np.argsort(row, kind="stable")[:wanted]] = True
-    return mask
-
-
-def _energy(matrices: Array, study: _Study | None) -> Array:
-    """Return what each entry is worth, float32: ``w^2``, times ``||x||^2`` if known."""
-    energy = np.square(matrices.astype(np.float32))
-    if study is not None and study.squares is not None:
-        energy = energy * study.squares[:, None, :].astype(np.float32)
-    return np.asarray(energy)
+    return smallest_of_rows(energy, task.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -585,7 +614,7 @@ class _Energies:
 
     tensor: LazyTensor
     layout: Layout
-    study: _Study | None
+    squares: Array | None
     zeros: Pattern
 
     @property
@@ -596,8 +625,8 @@ class _Energies:
 
     def chunks(self, _: int) -> Iterator[Array]:
         """Yield them in one piece."""
-        energy = _energy(self.layout.matrices(self.tensor.read()), self.study)
-        if self.study is not None:
+        energy = energies(self.layout.matrices(self.tensor.read()), self.squares)
+        if self.squares is not None:
             energy /= float(energy.sum(dtype=np.float64)) or 1.0
         if self.zeros.is_blocks:
             energy = self.zeros.scores(energy)

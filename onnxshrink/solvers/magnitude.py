@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from onnxshrink.errors import ModelError
 
-__all__ = ["Pattern", "Source", "choose_smallest", "smallest", "zero_smallest"]
+__all__ = [
+    "Pattern",
+    "Source",
+    "choose_smallest",
+    "energies",
+    "smallest",
+    "smallest_of_rows",
+    "zero_smallest",
+]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = 0x7F800000
@@ -177,6 +185,38 @@ def zero_smallest(source: Source, count: int, dtype: np.dtype[Any]) -> NDArray[A
             ties -= equal.size
         at += bits.size
     return out
+
+
+def energies(weights: Floats, squares: Floats | None = None) -> NDArray[np.float32]:
+    """Return what each entry gives the outputs: ``w^2``, times ``|x|^2`` if known.
+
+    Its root is the measure of Wanda (Sun et al. 2023, equation 1).
+
+    Args:
+        weights: Floats [groups, outputs, inputs].
+        squares: Sum of the squares of each input, [groups, inputs].
+    """
+    energy = np.square(weights.astype(np.float32))
+    if squares is not None:
+        energy = energy * squares[:, None, :].astype(np.float32)
+    return np.asarray(energy)
+
+
+def smallest_of_rows(energy: Floats, count: int) -> NDArray[np.bool_]:
+    """Return a mask of the ``count`` smallest entries, as many in each row.
+
+    Args:
+        energy: [..., inputs].
+        count: How many of all rows together; what does not divide goes to the first.
+    """
+    mask = np.zeros(energy.shape, np.bool_)
+    rows = energy.reshape(-1, energy.shape[-1])
+    flat = mask.reshape(rows.shape)
+    each, more = divmod(count, len(rows))
+    for index, row in enumerate(rows):
+        wanted = each + (index < more)
+        flat[index, np.argsort(row, kind="stable")[:wanted]] = True
+    return mask
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,14 @@ al. 2017; Frantar, Singh and Alistarh 2022, "Optimal Brain Compression", section
 - ``sparsegpt`` is that method (Frantar and Alistarh 2023, algorithm 1 and section 3.4):
   columns from left to right, one inverse for all rows, updates of what lies right of
   the column only.
-- ``refit`` gives what stays its optimal values, exactly or by conjugate gradients.
+- ``refit`` gives what stays its optimal values, exactly or by conjugate gradients;
+  ``without`` does so for given zeros, in the type of the weights.
 
-Everything is float64 and deterministic.
+The order in which entries go does not depend on how many will go. So a layer is
+studied once (``removal_order``), and every sparsity is read off: its zeros are the
+entries whose rank is below a number, the values of the others come from ``without``.
+
+Everything is float64, on one BLAS thread, and deterministic.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from numpy.typing import NDArray
 from scipy.linalg import blas, lapack
 
 from onnxshrink.solvers.magnitude import Pattern
+from onnxshrink.solvers.threads import one_thread
 
 __all__ = [
     "Curvature",
@@ -38,6 +44,7 @@ __all__ = [
     "refit",
     "removal_order",
     "sparsegpt",
+    "without",
 ]
 
 Array = NDArray[np.float64]
@@ -76,6 +83,7 @@ class Curvature:
     dead: Mask
 
     @classmethod
+    @one_thread
     def of(cls, gram: Array, mean: Array | None, rows: int) -> Curvature:
         """Damp a Gram matrix.
 
@@ -167,6 +175,7 @@ class _Order:
         )
 
 
+@one_thread
 def removal_order(
     weights: Array, curvature: Curvature, blocks: Pattern | None = None
 ) -> Removal:
@@ -350,6 +359,7 @@ def _block_order(weights: Array, curvature: Curvature, blocks: Pattern) -> Remov
         order.point(1.0 - float((now * targets).sum()) / energy)
 
 
+@one_thread
 def pattern_mask(weights: Array, curvature: Curvature, pattern: Pattern) -> Mask:
     """Return what an N:M pattern removes, chosen run by run as SparseGPT does."""
     mask = np.empty(weights.shape, np.bool_)
@@ -359,6 +369,34 @@ def pattern_mask(weights: Array, curvature: Curvature, pattern: Pattern) -> Mask
             rows, factor, lambda scores, _: pattern.drop(scores), pattern.of
         )[1]
     return mask
+
+
+@one_thread
+def without(
+    weights: NDArray[Any], gone: Mask, curvature: Curvature, mean: Array | None = None
+) -> tuple[NDArray[Any], Array | None]:
+    """Remove entries, and let what stays and the bias make up for them.
+
+    Args:
+        weights: Floats [groups, outputs, inputs].
+        gone: Which entries are zero afterwards.
+        curvature: Of the layer.
+        mean: Mean input float64 [groups, inputs], if the layer has a bias to shift.
+
+    Returns:
+        The new weights, of the type given, and what the bias gains, float64
+        [groups, outputs], if there is a mean.
+    """
+    wide = weights.astype(np.float64)
+    # Half precision has little room: where the new values do not fit, the old ones do.
+    with np.errstate(over="ignore"):
+        new = refit(wide, curvature, ~gone).astype(weights.dtype)
+    if not np.isfinite(new.astype(np.float64)).all():
+        new = np.where(gone, np.zeros((), weights.dtype), weights)
+    if mean is None:
+        return new, None
+    change = wide - new.astype(np.float64)
+    return new, np.einsum("goi,gi->go", change, mean)
 
 
 def refit(weights: Array, curvature: Curvature, keep: Mask) -> Array:

@@ -19,19 +19,18 @@ Nothing here is random: the same arguments give the same codes.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack
-from threadpoolctl import ThreadpoolController
 
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.solvers.threads import one_thread
 
 __all__ = [
     "Grid",
@@ -49,8 +48,6 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 Fit = Literal["minmax", "mse", "hqq", "learned"]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 DAMPING = 0.01
 """Share of the mean diagonal that GPTQ adds to it, as Frantar et al. do."""
@@ -61,22 +58,6 @@ _COLUMNS = 128
 _CHUNK = 1 << 21
 """Weights worked on at a time: 16 MB as float64."""
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-@functools.cache
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-def _one_thread(function: Callable[P, R]) -> Callable[P, R]:
-    """Let BLAS use one thread: two on busy cores burn many times the CPU time."""
-
-    @functools.wraps(function)
-    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _controller().limit(limits=1):
-            return function(*args, **kwargs)
-
-    return limited
 
 
 # --- grids ----------------------------------------------------------------------------
@@ -161,7 +142,7 @@ def decode(codes: Array, grid: Grid) -> Float32:
     return np.asarray((codes - zero).astype(np.float32) * scale, np.float32)
 
 
-@_one_thread
+@one_thread
 def error(
     weight: Array, codes: Array, grid: Grid, gram: Float64 | None = None
 ) -> float:
@@ -269,6 +250,7 @@ def _pieces(weight: Array, gram: Float64 | None) -> Iterator[_Piece]:
 # --- fitting a grid -------------------------------------------------------------------
 
 
+@one_thread
 def fit(
     weight: Array,
     low: int,
@@ -653,7 +635,7 @@ def _unit(gram: Float64) -> Float64:
 # --- choosing codes -------------------------------------------------------------------
 
 
-@_one_thread
+@one_thread
 def gptq(
     weight: Array,
     gram: Float64,
@@ -824,7 +806,7 @@ def _no_worse(weight: Array, codes: Int32, grid: Grid, gram: Float64) -> Int32:
     return codes
 
 
-@_one_thread
+@one_thread
 def descend(
     weight: Array,
     gram: Float64,
@@ -925,7 +907,7 @@ def _descended(
     return np.swapaxes(now, 1, 2).astype(np.int32)
 
 
-@_one_thread
+@one_thread
 def adaround(
     weight: Array,
     gram: Float64,

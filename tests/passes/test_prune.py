@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,27 +14,15 @@ from onnx import numpy_helper
 from onnxshrink import testing
 from onnxshrink.base import Context
 from onnxshrink.engine import make_context
-from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune, _stored_bytes
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.solvers.magnitude import (
     Pattern,
-    choose_smallest,
-    smallest,
-    zero_smallest,
-)
-from onnxshrink.solvers.obs import (
-    Curvature,
-    Removal,
-    allocate,
-    pattern_mask,
-    refit,
-    removal_order,
 )
 from onnxshrink.structure import layers
-from onnxshrink.tensors import ArrayTensor, FileTensor
 
 Array = np.ndarray[Any, Any]
 
@@ -167,45 +153,6 @@ def test_pruning_again_changes_nothing(weight: Array, sparsity: float) -> None:
     assert not pass_.sites(once, _context(once))
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(FLOATS, min_size=1, max_size=4), st.floats(0, 1))
-def test_global_is_the_sorted_concatenation(arrays: list[Array], share: float) -> None:
-    everything = np.concatenate([array.reshape(-1) for array in arrays])
-    count = int(share * everything.size)
-    order = np.argsort(np.abs(everything), kind="stable")[:count]
-    owner = np.repeat(np.arange(len(arrays)), [array.size for array in arrays])
-    expected = np.bincount(owner[order], minlength=len(arrays))
-    (found,) = smallest([ArrayTensor(array) for array in arrays], [count])
-    assert found == expected.tolist()
-
-
-@settings(deadline=None, max_examples=40)
-@given(FLOATS, st.integers(0, 100))
-def test_a_selection_takes_low_indices_first(weight: Array, count: int) -> None:
-    expected = np.zeros(weight.size, np.bool_)
-    expected[np.argsort(np.abs(weight), axis=None, kind="stable")[:count]] = True
-    assert np.array_equal(choose_smallest(ArrayTensor(weight), count), expected)
-
-
-def test_chunks_do_not_change_a_selection(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(-9, 9, 3_000_000).astype(np.float32)
-    path = tmp_path / "values"
-    path.write_bytes(values.tobytes())
-    lazy = FileTensor(
-        path, 0, values.nbytes, values.shape, onnx.TensorProto.FLOAT, "values"
-    )
-    assert len(list(lazy.chunks(4 << 20))) > 1
-    expected = values.copy()
-    expected[np.argsort(np.abs(values), kind="stable")[:1_234_567]] = 0
-    found = zero_smallest(lazy, 1_234_567, values.dtype)
-    assert np.array_equal(found, expected)
-
-
-def test_a_nan_is_not_compared() -> None:
-    with pytest.raises(ModelError, match="NaN"):
-        smallest([ArrayTensor(np.array([1, np.nan], np.float32))], [1])
-
-
 def test_global_prunes_small_weights_wherever_they_are() -> None:
     model = _model(
         "g (float[N,2] x) => (float[N,2] y) { h = MatMul(x, a)  y = MatMul(h, b) }",
@@ -312,63 +259,6 @@ def test_obs_beats_magnitude_and_wanda_on_the_outputs() -> None:
     assert errors["obs"] < 0.5 * errors["magnitude"]
 
 
-def test_obs_of_one_weight_is_the_best_of_all_single_removals() -> None:
-    random = np.random.default_rng(4)
-    weight = random.standard_normal((1, 1, 5))
-    x = _inputs(50, 5).astype(np.float64)
-    gram = (x.T @ x)[None]
-    curvature = Curvature.of(gram, None, len(x))
-    first = int(removal_order(weight, curvature).rank.argmin())
-    losses = []
-    for gone in range(5):
-        keep = np.ones(weight.shape, np.bool_)
-        keep[..., gone] = False
-        # Least squares with the damping written as further rows of data.
-        damping = np.diagonal(curvature.matrix[0]) - np.diagonal(gram[0]) / len(x)
-        rows = np.vstack([x / np.sqrt(len(x)), np.diag(np.sqrt(damping))])
-        best, *_ = np.linalg.lstsq(rows[:, keep[0, 0]], rows @ weight[0, 0])
-        values = np.zeros(5)
-        values[keep[0, 0]] = best
-        assert np.allclose(refit(weight, curvature, keep), values, atol=1e-9)
-        losses.append(np.square(rows @ (values - weight[0, 0])).sum())
-    assert first == int(np.argmin(losses))
-
-
-def test_obs_is_close_to_the_best_subset_of_all() -> None:
-    random = np.random.default_rng(5)
-    weight = random.standard_normal((1, 1, 8))
-    x = _inputs(60, 8)
-    curvature = Curvature.of((x.T @ x).astype(np.float64)[None], None, len(x))
-
-    def loss(keep: Array) -> float:
-        change = (refit(weight, curvature, keep) - weight)[0, 0]
-        return float(change @ curvature.matrix[0] @ change)
-
-    found = loss(removal_order(weight, curvature).rank >= 5)
-    subsets = []
-    for kept in itertools.combinations(range(8), 3):
-        keep = np.zeros(weight.shape, np.bool_)
-        keep[..., list(kept)] = True
-        subsets.append(loss(keep))
-    subsets.sort()
-    assert subsets[0] - 1e-9 <= found <= subsets[5]
-
-
-def test_conjugate_gradients_agree_with_the_exact_refit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from onnxshrink.solvers import obs
-
-    random = np.random.default_rng(6)
-    weight = random.standard_normal((2, 5, 12))
-    x = random.standard_normal((2, 300, 12))
-    curvature = Curvature.of(np.swapaxes(x, 1, 2) @ x, None, 300)
-    keep = random.random(weight.shape) < 0.5
-    exact = refit(weight, curvature, keep)
-    monkeypatch.setattr(obs, "EXACT_INPUTS", 0)
-    assert np.allclose(refit(weight, curvature, keep), exact, atol=1e-8)
-
-
 def test_large_layers_take_sparsegpt_and_stay_better_than_magnitude(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -384,20 +274,6 @@ def test_large_layers_take_sparsegpt_and_stay_better_than_magnitude(
     assert (values == 0).sum() == round(0.7 * weight.size)
     worse = _error(weight, plain.weight("w").read(), x)
     assert _error(weight, values, x) < 0.55 * worse
-
-
-def test_sparsegpt_of_n_to_m_reduces_the_error_of_magnitude() -> None:
-    weight = np.random.default_rng(8).standard_normal((1, 16, 40))
-    x = _inputs(300, 40)
-    gram = (x.T @ x).astype(np.float64)[None]
-    curvature = Curvature.of(gram, None, len(x))
-    pattern = Pattern(keep=2, of=4)
-    mask = pattern_mask(weight, curvature, pattern)
-    best = refit(weight, curvature, ~mask)
-    plain = np.where(pattern.drop(np.square(weight)), 0, weight)
-    masked = refit(weight, curvature, plain != 0)
-    errors = [_error(weight[0].T, w[0].T, x) for w in (best, masked, plain)]
-    assert errors[0] < errors[1] < errors[2]
 
 
 def test_inputs_that_are_always_zero_go_first() -> None:
@@ -525,16 +401,6 @@ def test_sites_do_not_depend_on_which_others_are_done() -> None:
     pass_.rewrite(alone, sites["b"], context)
     pass_.rewrite_all(together, list(sites.values()), context)
     assert np.array_equal(alone.weight("b").read(), together.weight("b").read())
-
-
-def test_zeros_go_where_the_errors_grow_least() -> None:
-    flat = Removal(
-        np.zeros((1, 1, 10), np.int32), np.array([0, 10]), np.array([0, 0.1])
-    )
-    bent = Removal(
-        np.zeros((1, 1, 10), np.int32), np.array([0, 5, 10]), np.array([0, 0.01, 1.0])
-    )
-    assert allocate([flat, bent], [3, 5, 12, 20]) == [[0, 3], [0, 5], [7, 5], [10, 10]]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Case:
 
     model: str
     passes: str
-    budget: dict[str, float]
+    budget: dict[str, Any]
 
 
 CASES = {
@@ -46,7 +46,9 @@ CASES = {
     ),
     "static": Case("residual-cnn", "quantize", {"min_sqnr": 45.0}),
     "dynamic": Case("vit", "quantize", {"min_sqnr": 45.0}),
-    "weights": Case("vit", "quantize:activations=none,weights=int4", {"min_sqnr": 42.0}),
+    "weights": Case(
+        "vit", "quantize:activations=none,weights=int4", {"min_sqnr": 42.0}
+    ),
 }
 COUNTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "studied": (

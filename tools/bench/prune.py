@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxshrink import runtime
+from onnxshrink.base import Memory
 from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune
@@ -72,8 +73,8 @@ def _table(
     table.add_column("of plain", justify="right")
     table.add_column("of sparse_initializer", justify="right")
     splits = Splits(calibration=Samples.from_arrays({"image": train}))
-    # Statistics are shared, as they are while a run backs off; the first one pays.
-    cache: dict[object, object] = {}
+    # Studies are shared, as they are while a run backs off; the first one pays.
+    memory = Memory()
     choices: list[tuple[str, dict[str, object]]] = [
         (method, {**options, "sparsity": float(sparsity)})
         for method, options in METHODS.items()
@@ -86,7 +87,7 @@ def _table(
     ]
     for method, options in choices:
         pass_ = Prune(**options)  # type: ignore[arg-type]
-        context = make_context(samples=splits, reference=model, cache=cache)
+        context = make_context(samples=splits, reference=model, memory=memory)
         begin = time.perf_counter()
         sites = pass_.sites(model, context)
         planned = time.perf_counter()

@@ -1,0 +1,65 @@
+"""One BLAS thread for functions that run side by side.
+
+Passes hand such functions to ``Context.map``, which has a thread or a process for each
+processor. Two BLAS threads on busy cores burn many times the CPU time, and sums in
+another order would make the bytes of a model depend on how many jobs there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["one_thread"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+class _Limit:
+    """Holds BLAS to one thread as long as anyone is inside.
+
+    The limit is one for the whole process: who leaves while others are inside must not
+    lift it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.limiter: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.limiter = _controller().limit(limits=1)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.limiter.restore_original_limits()
+                self.limiter = None
+
+
+_LIMIT = _Limit()
+
+
+def one_thread(function: Callable[P, R]) -> Callable[P, R]:
+    """Let BLAS use one thread while the function runs, in whatever thread it does."""
+
+    @functools.wraps(function)
+    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _LIMIT:
+            return function(*args, **kwargs)
+
+    return limited
