@@ -27,6 +27,7 @@ __all__ = [
     "Context",
     "Cost",
     "Costs",
+    "Form",
     "Memory",
     "Pass",
     "Progress",
@@ -235,8 +236,28 @@ class Progress(Protocol):
         """Report that ``done`` of ``total`` steps of ``what`` are finished."""
 
 
+Form = Literal["float", "static", "dynamic", "codes"]
+"""How a layer computes: in floats; in 8-bit integers, its input and output coded by
+fixed scales (QDQ); the same, the input coded at run time; or in floats from weights in
+codes (of a MatMul: MatMulNBits; a convolution decodes them when a model is loaded)."""
+
+
 class Costs(Protocol):
-    """What forms of a layer cost: of one that is there, and of those it may become."""
+    """What forms of a layer cost: of one that is there, and of those it may become.
+
+    Seconds come from a fixed table, the same on every machine, unless a budget of
+    latency asks for what this machine takes; then they are measured.
+    """
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether seconds are those of this machine."""
+
+    def measured(self) -> Costs:
+        """Return costs that are measured here, for options such as ``latency=``.
+
+        The report says so, since other machines may decide otherwise.
+        """
 
     def conv(
         self,
@@ -246,6 +267,7 @@ class Costs(Protocol):
         size: Sequence[int],
         *,
         groups: int = 1,
+        form: Form = "float",
         itemsize: float = 4,
     ) -> Cost:
         """Return the cost of a convolution, its bias not counted.
@@ -256,11 +278,18 @@ class Costs(Protocol):
             kernel: Extent of the kernel along each axis.
             size: Extent of its output along each axis, for one sample.
             groups: As the attribute ``group`` of Conv.
+            form: How it computes.
             itemsize: Bytes of a stored weight.
         """
 
     def matmul(
-        self, rows: int, inputs: int, outputs: int, *, itemsize: float = 4
+        self,
+        rows: int,
+        inputs: int,
+        outputs: int,
+        *,
+        form: Form = "float",
+        itemsize: float = 4,
     ) -> Cost:
         """Return the cost of a product ``[rows, inputs] @ [inputs, outputs]``.
 
@@ -268,6 +297,7 @@ class Costs(Protocol):
             rows: Rows of the activations of one sample: tokens, or 1.
             inputs: Rows of the weight.
             outputs: Columns of the weight.
+            form: How it computes.
             itemsize: Bytes of a stored weight.
         """
 
@@ -551,7 +581,12 @@ class Context(metaclass=_ContextType):
 
     @property
     def costs(self) -> Costs:
-        """Bytes, multiply-accumulates and seconds of forms of a layer."""
+        """Bytes, multiply-accumulates and seconds of forms of a layer.
+
+        Such as ``ctx.costs.matmul(rows, 512, 512) - (ctx.costs.matmul(rows, 512, 64) +
+        ctx.costs.matmul(rows, 64, 512))``, which are the ``Savings`` of a low rank;
+        ``measuring.costs.layer_cost`` has the cost of a layer of a model.
+        """
         return self._engine().costs
 
     def _engine(self) -> Engine:

@@ -7,16 +7,13 @@ kernels one by one. A kernel that loses alone may still win in a model, where a 
 left in float costs two conversions.
 
 Ratios are kept in the user's cache folder, by processor, onnxruntime, threads, and
-operators with their shapes and types. A cache that cannot be read is as good as none.
+operators with their shapes and types (``figures``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +27,7 @@ from rich.console import Console
 
 from onnxshrink import runtime
 from onnxshrink.base import Progress
-from onnxshrink.errors import OutputError
-from onnxshrink.files import write_text
+from onnxshrink.measuring.figures import KeptFigures, cache_folder, machine
 from onnxshrink.measuring.measure import latencies
 from onnxshrink.model import Model, attribute
 from onnxshrink.quantization.processors import Processor, detect
@@ -39,34 +35,16 @@ from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.terminal import clean, middle, table
 
-__all__ = ["Kernel", "Kernels", "Timings", "cache_folder", "structure"]
+__all__ = ["Kernel", "Kernels", "Timings", "structure"]
 
 Array = np.ndarray[Any, Any]
 
-_FORMAT = 1
-_MOST_BYTES = 4 << 20
-"""A larger cache file is not one of ours."""
 _KEPT = ("auto_pad", "dilations", "group", "pads", "strides", "transB")
 """Attributes that say how much a kernel has to do."""
 _SMALL = 64
 """Integer constants up to this size are shapes and axes, and part of a structure."""
 _OPSET = 17
 _IR = 8
-
-
-def cache_folder() -> Path | None:
-    """Return the user's folder for what can be computed again, if there is one."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if sys.platform == "win32":
-        given = given or os.environ.get("LOCALAPPDATA", "")
-    if given and Path(given).is_absolute():
-        return Path(given) / "onnxshrink"
-    try:
-        home = Path.home()
-    except RuntimeError:
-        return None
-    mac = sys.platform == "darwin"
-    return home.joinpath(*(("Library", "Caches") if mac else (".cache",)), "onnxshrink")
 
 
 def structure(model: Model) -> str:
@@ -180,12 +158,11 @@ class Timings:
             providers: onnxruntime's execution providers.
         """
         folder = cache_folder() if folder is None else folder
-        self._file = None if folder is None else folder / "timings.json"
+        file = None if folder is None else folder / "timings.json"
+        self._kept = KeptFigures(file, "ratios")
         self._threads = threads
         self._providers = tuple(providers)
-        cpu = detect()
-        machine = [cpu.model, cpu.machine, cpu.target, os.cpu_count()]
-        self._machine = [*machine, runtime.version(), threads, list(providers)]
+        self._machine = machine(threads, providers)
 
     def ratio(
         self, candidate: Model, reference: Model, feed: Mapping[str, Array]
@@ -264,51 +241,19 @@ class Timings:
         reference_feed: Mapping[str, Array] | None,
     ) -> float:
         """Return a ratio from the cache, or measure it."""
-        text = json.dumps([self._machine, key])
-        mark = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        known = self._read().get(mark)
-        if known is not None:
-            return known
-        one, two = (
-            runtime.session(source, threads=self._threads, providers=self._providers)
-            for source in (candidate, reference)
-        )
-        _, ratio = latencies(one, two, feed, reference_feed)
-        assert ratio is not None
-        self._write({**self._read(), mark: round(ratio, 4)})
-        return round(ratio, 4)
 
-    def _read(self) -> dict[str, float]:
-        """Return what the cache holds; nothing where it makes no sense."""
-        if self._file is None:
-            return {}
-        try:
-            if self._file.stat().st_size > _MOST_BYTES:
-                return {}
-            data = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            return {}
-        ratios = data.get("ratios")
-        return {
-            str(mark): float(ratio)
-            for mark, ratio in (ratios if isinstance(ratios, dict) else {}).items()
-            if isinstance(ratio, float) and 0 < ratio < math.inf
-        }
+        def measure() -> float:
+            one, two = (
+                runtime.session(
+                    source, threads=self._threads, providers=self._providers
+                )
+                for source in (candidate, reference)
+            )
+            _, ratio = latencies(one, two, feed, reference_feed)
+            assert ratio is not None
+            return round(ratio, 4)
 
-    def _write(self, ratios: Mapping[str, float]) -> None:
-        """Keep ratios, or do without where nothing can be written."""
-        if self._file is None:
-            return
-        text = json.dumps({"format": _FORMAT, "ratios": dict(sorted(ratios.items()))})
-        if len(text) > _MOST_BYTES:
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._file, text)
-        except (OSError, OutputError):
-            return
+        return self._kept.get([self._machine, key], measure)
 
 
 # --- one kernel -------------------------------------------------------------------

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from onnxshrink import runtime
 from onnxshrink.cli import main
-from onnxshrink.measuring import timings
-from onnxshrink.measuring.timings import Timings, cache_folder, structure
+from onnxshrink.measuring import figures, timings
+from onnxshrink.measuring.figures import cache_folder
+from onnxshrink.measuring.timings import Timings, structure
 from onnxshrink.model import Model
 from onnxshrink.quantization.processors import PROCESSORS
 from onnxshrink.structure.layers import find
@@ -141,13 +142,13 @@ def test_every_layer_is_timed_or_says_why_not(
 def test_the_cache_is_where_the_system_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(timings.sys, "platform", "linux")
+    monkeypatch.setattr(figures.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "onnxshrink"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert cache_folder() == tmp_path / ".cache" / "onnxshrink"
-    monkeypatch.setattr(timings.sys, "platform", "darwin")
+    monkeypatch.setattr(figures.sys, "platform", "darwin")
     assert cache_folder() == tmp_path / "Library" / "Caches" / "onnxshrink"
 
 
