@@ -35,6 +35,7 @@ from onnxshrink.base import Context, Pass, Promise, Site, SitePass
 from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.options import build, options
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
@@ -505,7 +506,7 @@ def _graph_lines(graph: onnx.GraphProto, indent: str) -> list[str]:
 
 
 def _node_lines(node: onnx.NodeProto, indent: str) -> list[str]:
-    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    domain = f"{node.domain}." if not is_onnx(node.domain) else ""
     plain, nested = [], []
     for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
         if attribute.ref_attr_name:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxshrink.activations.gathering import unavailable
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.model import Model, Node, Weight
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.statistics import Range
 from onnxshrink.storage.encoder import Encoder, Encoding, plain_nbytes
 from onnxshrink.structure.selection import selected
@@ -35,7 +36,6 @@ _NODE_BYTES = 60
 _UNDERFLOW = {"fp16": 2.0**-10, "bf16": 2.0**-7}
 """Relative error of a tensor beyond which rounding alone, twice the unit roundoff at
 most, cannot be the cause: values got lost below the smallest number."""
-_ONNX = (None, "", "ai.onnx")
 _TYPED = frozenset(
     {
         "Cast",
@@ -361,7 +361,7 @@ class _Conversion:
         taken: set[str] = set()
         for number, graph in enumerate(self._graphs):
             for node in graph.nodes:
-                if node.op in _TYPED or node.domain not in _ONNX:
+                if node.op in _TYPED or not is_onnx(node.domain):
                     continue
                 made = next((t.name for t in node.outputs if t.name), node.op)
                 where = node.name or made

@@ -20,7 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxshrink.errors import ModelError
-from onnxshrink.model.topology import Constant, Graph, tensor_of
+from onnxshrink.model.topology import Constant, Graph, is_onnx, tensor_of
 from onnxshrink.storage.census import cast_type
 from onnxshrink.storage.encoder import MAX_INFLATION, PREFIX, SLACK, SUPPORTED
 from onnxshrink.tensors import ArrayTensor, LazyTensor, SparseTensor
@@ -411,7 +411,8 @@ def _trace(
             order[id(node)] = node
             continue
         _require(len(order) + len(stack) <= 4 * _MAX_STEPS)
-        _require(not node.domain and node.op in _OPERATORS and len(node.outputs) == 1)
+        is_known = is_onnx(node.domain) and node.op in _OPERATORS
+        _require(is_known and len(node.outputs) == 1)
         stack.append((node, True))
         for tensor in reversed(node.inputs):
             _require(tensor.name.startswith(PREFIX) and id(tensor) not in forbidden)

@@ -14,7 +14,14 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from onnxshrink.errors import ModelError
-from onnxshrink.model.topology import Constant, Function, Graph, subgraphs_of, tensor_of
+from onnxshrink.model.topology import (
+    Constant,
+    Function,
+    Graph,
+    domain_key,
+    subgraphs_of,
+    tensor_of,
+)
 from onnxshrink.tensors import (
     ArrayTensor,
     FileTensor,
@@ -754,7 +761,7 @@ def _write_opsets(template: onnx.ModelProto, model: Exportable) -> None:
     wanted = dict(model.opsets)
     written = set()
     for entry in model._origin.opset_import:
-        key = "" if entry.domain == "ai.onnx" else entry.domain
+        key = domain_key(entry.domain)
         if key not in wanted:
             continue
         version = wanted[key]

@@ -18,6 +18,8 @@ from onnxshrink.model.topology import (
     Graph,
     Node,
     Variable,
+    domain_key,
+    is_onnx,
     own,
 )
 from onnxshrink.tensors import (
@@ -114,7 +116,7 @@ class Importer:
     def model(self) -> Graph:
         """Return the main graph, with functions attached."""
         domains = list(self.proto.opset_import)
-        opset = next((o.version for o in domains if o.domain in ("", "ai.onnx")), 1)
+        opset = next((o.version for o in domains if is_onnx(o.domain)), 1)
         self.opset = opset
         for function in self.proto.functions:
             self.functions.append(self._function(function))
@@ -310,7 +312,7 @@ class Importer:
                 "which nothing produces"
             )
         domains = list(proto.opset_import)
-        opset = next((o.version for o in domains if o.domain in ("", "ai.onnx")), None)
+        opset = next((o.version for o in domains if is_onnx(o.domain)), None)
         function = Function(
             proto.name,
             domain=proto.domain,
@@ -380,7 +382,7 @@ def check_functions(proto: onnx.ModelProto) -> None:
     for function in proto.functions:
         label = f"function {function.name!r}"
         _check_nodes(label, function.node, set(function.input), None, 0)
-        key = (_domain(function.domain), function.name, function.overload)
+        key = (domain_key(function.domain), function.name, function.overload)
         calls[key] = set(_called(function.node))
     done: set[tuple[str, str, str]] = set()
     for first in calls:
@@ -400,13 +402,9 @@ def check_functions(proto: onnx.ModelProto) -> None:
                 current = following
 
 
-def _domain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
-
-
 def _called(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, str, str]]:
     for node in nodes:
-        yield _domain(node.domain), node.op_type, node.overload
+        yield domain_key(node.domain), node.op_type, node.overload
         for graph in _graphs(node):
             yield from _called(graph.node)
 

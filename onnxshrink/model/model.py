@@ -40,6 +40,7 @@ from onnxshrink.model.topology import (
     Variable,
     adopt_graph,
     call_key,
+    domain_key,
     function_key,
     is_onnx,
     own,
@@ -366,7 +367,7 @@ class Model:
     def opsets(self) -> dict[str, int]:
         """Operator set versions by domain; ``""`` is ai.onnx."""
         found = {
-            "" if entry.domain == "ai.onnx" else entry.domain: entry.version
+            domain_key(entry.domain): entry.version
             for entry in self.graph.import_domains or []
         }
         if "" in found or not found:

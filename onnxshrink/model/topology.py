@@ -437,21 +437,24 @@ def own(graph: gs.Graph, constant: gs.Constant, key: str | None = None) -> None:
     constant.__dict__["_home"] = graph
 
 
+def domain_key(domain: str | None) -> str:
+    """Return a domain's name; ONNX's own, however it is written, is ``""``."""
+    return "" if domain is None or domain == "ai.onnx" else domain
+
+
 def is_onnx(domain: str | None) -> bool:
     """Whether a domain is ONNX's own."""
-    return domain in (None, "", "ai.onnx")
+    return not domain_key(domain)
 
 
 def call_key(node: gs.Node) -> tuple[str, str, str]:
     """Return domain, name and overload of the function that a node would call."""
-    domain = "" if is_onnx(node.domain) else node.domain
-    return domain, node.op, getattr(node, "overload", "")
+    return domain_key(node.domain), node.op, getattr(node, "overload", "")
 
 
 def function_key(function: gs.Graph) -> tuple[str, str, str]:
     """Return domain, name and overload of a function."""
-    domain = "" if is_onnx(function.domain) else function.domain
-    return domain, function.name, getattr(function, "overload", "")
+    return domain_key(function.domain), function.name, getattr(function, "overload", "")
 
 
 def subgraphs_of(node: gs.Node) -> Iterator[gs.Graph]:

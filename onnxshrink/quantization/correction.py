@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnxshrink.activations import regression
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.structure.layers import is_float
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ LARGEST_SCALE = 1e3
 """A channel is scaled by no more: its activations would drown all others."""
 HELD = 5
 """One of so many samples judges a corrected bias."""
-_DEFAULT_DOMAINS = (None, "", "ai.onnx")
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _HOMOGENEOUS = frozenset(
     {
@@ -260,7 +260,7 @@ def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
 
 def _own_weight(model: Model, node: Node) -> Weight | None:
     """Return the weight of a layer that may be changed."""
-    if node.op not in _LINEAR or node.domain not in _DEFAULT_DOMAINS:
+    if node.op not in _LINEAR or not is_onnx(node.domain):
         return None
     if len(node.inputs) < 2 or model.constant(node.inputs[0]) is not None:
         return None
@@ -316,7 +316,7 @@ def _passes(
 ) -> Weight | str | None:
     """Return what a node on the way adds, ``None`` for nothing, or why it is no way."""
     label = f"{node.op} behind it"
-    if node.domain not in _DEFAULT_DOMAINS:
+    if not is_onnx(node.domain):
         return f"{label} is of another domain"
     if node.op in _HOMOGENEOUS and len(node.outputs) == 1:
         return None
@@ -531,7 +531,7 @@ def _index(model: Model) -> tuple[Mapping[tuple[str, str], Node], Mapping[str, N
 
 def _quantized_layers(model: Model) -> Iterator[Node]:
     for node in model.graph.nodes:
-        if node.op not in _LINEAR or node.domain not in _DEFAULT_DOMAINS:
+        if node.op not in _LINEAR or not is_onnx(node.domain):
             continue
         if len(node.inputs) > 1 and _maker(node.inputs[1]) == "DequantizeLinear":
             yield node

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, ValueInfo, attribute
 from onnxshrink.model.exporter import in_order
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
 from onnxshrink.structure.layers import LinearWeight, find
 
@@ -86,7 +87,6 @@ MOVING = frozenset(
 """Operators that hand on values of their first input, and so its codes."""
 CLIPPING = frozenset({"Clip", "Relu"})
 _MANY = frozenset({"Add", "Concat", "Mul"})
-_STANDARD = (None, "", "ai.onnx")
 _INT32_ROOM = 2.0**30
 """Largest code of a bias: half of what int32 holds, the other half for the sums."""
 
@@ -342,7 +342,7 @@ class _Planning:
 
     def _runs_on_codes(self, node: Node) -> bool:
         """Whether there is an integer kernel of an operator without weight."""
-        if node.domain not in _STANDARD or len(node.outputs) < 1:
+        if not is_onnx(node.domain) or len(node.outputs) < 1:
             return False
         inputs = self._inputs(node)
         if node.op in _MANY:
@@ -408,7 +408,7 @@ class _Planning:
         if len(made.outputs) != 1 or id(made) in self.planner._outputs:
             return None
         reader: Node = made.outputs[0]
-        if reader.op not in CLIPPING or reader.domain not in _STANDARD:
+        if reader.op not in CLIPPING or not is_onnx(reader.domain):
             return None
         known = clipped_range(self.planner.model, reader) is not None
         return reader if known and reader.inputs[0] is made else None

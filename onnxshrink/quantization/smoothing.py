@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnxshrink.base import Context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization.dynamic import safe_scale
 from onnxshrink.quantization.weightonly import Levels, block_of
 from onnxshrink.solvers.rounding import Fit, decode, fit, nearest
@@ -444,7 +445,7 @@ def _above(
     if any(tensor is output for output in model.graph.outputs):
         return None
     node = tensor.inputs[0]
-    if node.domain not in (None, "", "ai.onnx") or tensor is not node.outputs[0]:
+    if not is_onnx(node.domain) or tensor is not node.outputs[0]:
         return None
 
     def parameter(index: int, *, transposed: bool = False) -> _Divided | None:

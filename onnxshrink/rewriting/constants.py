@@ -15,9 +15,15 @@ from onnx import numpy_helper
 from onnxshrink.errors import ModelError
 from onnxshrink.model import MAX_IR_VERSION, Model
 from onnxshrink.model.exporter import _node_proto, export, is_function
-from onnxshrink.model.topology import Constant, Node, Variable, subgraphs_of, tensor_of
+from onnxshrink.model.topology import (
+    Constant,
+    Node,
+    Variable,
+    is_onnx,
+    subgraphs_of,
+    tensor_of,
+)
 from onnxshrink.rewriting.rewriter import (
-    STANDARD,
     Rewriter,
     compacted,
     in_function,
@@ -117,7 +123,7 @@ def fold_known_values(rewriter: Rewriter) -> int:
     count = 0
     facts = rewriter.facts
     for _, node in rewriter.ordered():
-        if not rewriter.is_live(node) or node.domain not in STANDARD:
+        if not rewriter.is_live(node) or not is_onnx(node.domain):
             continue
         if node.op == "Constant" or len(node.outputs) != 1:
             continue

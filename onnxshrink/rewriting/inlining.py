@@ -10,7 +10,7 @@ from onnxshrink.errors import ModelError
 from onnxshrink.model import MAX_IR_VERSION, Model
 from onnxshrink.model.exporter import partial
 from onnxshrink.model.importer import Importer
-from onnxshrink.model.topology import own
+from onnxshrink.model.topology import is_onnx, own
 from onnxshrink.rewriting.rewriter import Rewriter
 
 __all__ = ["inline_branches", "inline_functions"]
@@ -59,7 +59,7 @@ def inline_branches(rewriter: Rewriter) -> int:
     """Put the branch of an If with a constant condition in its place."""
     count = 0
     for node in rewriter.nodes():
-        if node.op != "If" or not rewriter.is_live(node) or node.domain:
+        if node.op != "If" or not rewriter.is_live(node) or not is_onnx(node.domain):
             continue
         condition = rewriter.array(node.inputs[0])
         if condition is None or condition.size != 1:

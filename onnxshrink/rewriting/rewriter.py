@@ -18,15 +18,19 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Model, Node
 from onnxshrink.model.exporter import in_order, is_function
-from onnxshrink.model.topology import Constant, Variable, subgraphs_of, tensor_of
+from onnxshrink.model.topology import (
+    Constant,
+    Variable,
+    is_onnx,
+    subgraphs_of,
+    tensor_of,
+)
 from onnxshrink.structure.symbolic import Dims, Facts, facts_of
 from onnxshrink.tensors import ArrayTensor, LazyTensor, SparseTensor
 
 __all__ = ["Budget", "Rewriter", "Rule", "RuleSet", "is_uniform", "stored_bytes"]
 
 Array = np.ndarray[Any, Any]
-STANDARD = (None, "", "ai.onnx")
-"""Names of ONNX's own operator domain."""
 
 
 @dataclass(frozen=True)
@@ -603,7 +607,7 @@ class Rewriter:
 
 def is_plain(node: gs.Node) -> bool:
     """Whether a node is of ONNX's own domain and its attributes are all known."""
-    return node.domain in STANDARD and not any(
+    return is_onnx(node.domain) and not any(
         isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values()
     )
 

@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Node, Variable
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.rewriting.rewriter import Rewriter, RuleSet, float_type
 
 __all__ = ["ARITHMETIC", "OUTPUTS"]
@@ -134,7 +135,9 @@ def clip_twice(rewriter: Rewriter, node: Node) -> bool:
         return rewriter.replace(node.outputs[0], node.inputs[0])
     y = node.inputs[0]
     before = rewriter.producer(y)
-    if before is None or before.domain or before.op not in ("Relu", "Clip"):
+    if before is None or not is_onnx(before.domain):
+        return False
+    if before.op not in ("Relu", "Clip"):
         return False
     theirs = _bounds(rewriter, before)
     if theirs is None or theirs[0] > theirs[1] or mine[0] > mine[1]:
@@ -256,7 +259,7 @@ def softmax(rewriter: Rewriter, node: Node) -> bool:
 def _through(rewriter: Rewriter, node: Node | None) -> Node | None:
     """Look through reshapes to the reduction in front of them."""
     for _ in range(3):
-        if node is None or node.domain:
+        if node is None or not is_onnx(node.domain):
             return None
         if node.op not in ("Reshape", "Unsqueeze"):
             return node

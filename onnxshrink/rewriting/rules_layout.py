@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Node
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.rewriting.rewriter import Rewriter, RuleSet
 from onnxshrink.rewriting.rules_linear import pads_nothing
 from onnxshrink.structure.symbolic import Dims, broadcast, slice_plan
@@ -255,7 +256,9 @@ def join_reshapes(rewriter: Rewriter, node: Node) -> bool:
     """
     y = node.inputs[0]
     before = rewriter.producer(y)
-    if before is None or before.domain or before.op not in (*_RESHAPES, "Transpose"):
+    if before is None or not is_onnx(before.domain):
+        return False
+    if before.op not in (*_RESHAPES, "Transpose"):
         return False
     if before.op == "Transpose" and not _keeps_order(rewriter, before):
         return False
@@ -494,7 +497,7 @@ def _pool_refuses(
 
 def _not_negative(rewriter: Rewriter, tensor: gs.Tensor) -> bool:
     node = rewriter.producer(tensor)
-    if node is None or node.domain:
+    if node is None or not is_onnx(node.domain):
         return False
     if node.op in ("Relu", "Sigmoid", "Softmax", "Abs", "Exp", "Sqrt", "HardSigmoid"):
         return True

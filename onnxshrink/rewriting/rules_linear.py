@@ -16,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Node
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.rewriting.rewriter import (
     Rewriter,
     RuleSet,
@@ -210,7 +211,7 @@ def linear_of(rewriter: Rewriter, tensor: gs.Tensor) -> Linear | None:
         return None
     if node.op == "MatMul":
         return _matmul_of(rewriter, node)
-    if node.op not in ("Conv", "ConvTranspose", "Gemm") or node.domain:
+    if node.op not in ("Conv", "ConvTranspose", "Gemm") or not is_onnx(node.domain):
         return None
     weight, bias = rewriter.input(node, 1), rewriter.input(node, 2)
     values = rewriter.constant(weight)
@@ -247,7 +248,7 @@ def tensor_of_shape(rewriter: Rewriter, tensor: gs.Tensor) -> tuple[int, ...] | 
 
 
 def _matmul_of(rewriter: Rewriter, node: Node) -> Linear | None:
-    if node.domain:
+    if not is_onnx(node.domain):
         return None
     weight = node.inputs[1]
     values = rewriter.constant(weight)
@@ -408,7 +409,7 @@ def _explain(rewriter: Rewriter, node: Node, x: gs.Tensor | None) -> None:
     before = rewriter.producer(x)
     if node.op != "BatchNormalization" or before is None or len(before.inputs) < 2:
         return
-    if before.op in ("Conv", "ConvTranspose", "Gemm") and not before.domain:
+    if before.op in ("Conv", "ConvTranspose", "Gemm") and is_onnx(before.domain):
         weight = before.inputs[1]
         why = "is computed"
         if rewriter.producer(weight, "DequantizeLinear"):
@@ -488,7 +489,7 @@ def fold_in_front(rewriter: Rewriter, node: Node) -> bool:
     before = rewriter.producer(y)
     if before is None or before.op not in _AFFINE or not rewriter.is_only_for(y, node):
         return False
-    if before.domain or (
+    if not is_onnx(before.domain) or (
         before.op != "BatchNormalization" and not _near_input(rewriter, before)
     ):
         return False
@@ -687,7 +688,7 @@ def _linear_above(
         between: Receives the values that a factor of the operator reaches on the way.
     """
     node = rewriter.producer(tensor)
-    if node is None or depth == 0 or node.domain:
+    if node is None or depth == 0 or not is_onnx(node.domain):
         return None
     found = linear_of(rewriter, tensor)
     if found is not None:
@@ -726,7 +727,9 @@ def join_constants(rewriter: Rewriter, node: Node) -> bool:
         return False
     y, b = outer
     before = rewriter.producer(y)
-    if before is None or before.domain or not rewriter.is_only_for(y, node):
+    if before is None or not is_onnx(before.domain):
+        return False
+    if not rewriter.is_only_for(y, node):
         return False
     multiplies = node.op in ("Mul", "Div")
     if (before.op in ("Mul", "Div")) != multiplies or before.op not in _AFFINE[1:]:

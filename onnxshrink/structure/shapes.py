@@ -12,6 +12,7 @@ import onnx.inliner
 
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
+from onnxshrink.model.topology import is_onnx
 
 __all__ = ["macs", "macs_by_value", "value_shapes"]
 
@@ -175,7 +176,7 @@ def _node(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         known = [number for number in inner if number is not None]
         return max(known) if len(known) == len(inner) else None
     rule = _RULES.get(node.op_type)
-    if rule is None or node.domain not in ("", "ai.onnx", "com.microsoft"):
+    if rule is None or not (is_onnx(node.domain) or node.domain == "com.microsoft"):
         return 0
     try:
         return rule(node, [shapes.get(n) for n in node.input], shapes)

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Model, Node, ValueInfo
 from onnxshrink.model.exporter import in_order
-from onnxshrink.model.topology import subgraphs_of, tensor_of
+from onnxshrink.model.topology import is_onnx, subgraphs_of, tensor_of
 
 __all__ = ["Dim", "Dims", "Facts", "Poly", "broadcast", "facts_of", "product"]
 
@@ -257,7 +257,7 @@ def facts_of(model: Model, unknown: Iterable[gs.Tensor] = ()) -> Facts:
             for tensor in node.outputs:
                 if tensor.name:
                     _adopt(facts, tensor, named.get(tensor.name))
-            if not node.domain and not _refers(node):
+            if is_onnx(node.domain) and not _refers(node):
                 _derive(facts, node)
 
     visit(model.graph)
@@ -301,10 +301,7 @@ def _inferred(model: Model, hidden: frozenset[gs.Tensor]) -> dict[str, ValueInfo
 def _forget(graph: onnx.GraphProto, is_main: bool) -> None:
     """Drop stated shapes of what operators of ONNX's own compute."""
     foreign = {
-        name
-        for node in graph.node
-        if node.domain not in ("", "ai.onnx")
-        for name in node.output
+        name for node in graph.node if not is_onnx(node.domain) for name in node.output
     }
     kept = [info for info in graph.value_info if info.name in foreign]
     del graph.value_info[:]

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node, Variable
 from onnxshrink.model import attribute as attribute_of
-from onnxshrink.model.topology import is_onnx, subgraphs_of
+from onnxshrink.model.topology import domain_key, is_onnx, subgraphs_of
 from onnxshrink.tensors import numpy_type
 
 __all__ = ["GradContext", "Rule", "gradients", "is_covered", "rule", "zero_gradient"]
@@ -79,10 +79,6 @@ _KEEPS_CODES = frozenset(
 """Operators that move such integers about and may stand before DequantizeLinear."""
 
 
-def _domain(domain: str | None) -> str:
-    return "" if is_onnx(domain) else str(domain)
-
-
 def rule(*ops: str, domain: str = "") -> Callable[[_R], _R]:
     """Register the gradient rule of operators; a later one replaces an earlier one.
 
@@ -109,7 +105,7 @@ def rule(*ops: str, domain: str = "") -> Callable[[_R], _R]:
 
     def register(function: _R) -> _R:
         for op in ops:
-            _RULES[_domain(domain), op] = function
+            _RULES[domain_key(domain), op] = function
         return function
 
     return register
@@ -117,7 +113,7 @@ def rule(*ops: str, domain: str = "") -> Callable[[_R], _R]:
 
 def zero_gradient(*ops: str, domain: str = "") -> None:
     """Declare that the gradient of operators is zero: it stops there, silently."""
-    _ZERO.update((_domain(domain), op) for op in ops)
+    _ZERO.update((domain_key(domain), op) for op in ops)
 
 
 zero_gradient(
@@ -159,7 +155,7 @@ def _load_rules() -> None:
 def is_covered(op: str, domain: str = "") -> bool:
     """Whether an operator has a gradient rule, or a gradient that is zero."""
     _load_rules()
-    key = _domain(domain), op
+    key = domain_key(domain), op
     return key in _RULES or key in _ZERO
 
 
@@ -646,7 +642,7 @@ def _apply(
     needs: tuple[bool, ...],
     wanted: Mapping[str, Tensor],
 ) -> Sequence[Tensor | None]:
-    key = _domain(node.domain), node.op
+    key = domain_key(node.domain), node.op
     if key in _ZERO:
         return ()
     function = _RULES.get(key)
@@ -740,7 +736,7 @@ def depends_on(
             reads.extend(graph.outputs)
         if not any(id(tensor) in moving for tensor in reads):
             continue
-        if (_domain(node.domain), node.op) in _ZERO:
+        if (domain_key(node.domain), node.op) in _ZERO:
             continue
         carries = node.op in _CODES or node.op in _KEEPS_CODES
         for tensor in node.outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxshrink
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import MAX_IR_VERSION, Model, Variable
+from onnxshrink.model.topology import domain_key, is_onnx
 from onnxshrink.tensors import ProtoTensor
 
 WHEEL = Path(onnx.__file__).parent / "backend" / "test" / "data"
@@ -1050,3 +1053,23 @@ def test_a_weight_is_read_only_when_asked() -> None:
     assert "array" not in repr(model.weight("w"))
     assert model.weight("w").nbytes == 16
     assert [list(chunk) for chunk in model.weight("w").chunks(8)] == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", [None, "", "ai.onnx"])
+def test_a_domain_is_onnx_s_own_under_each_of_its_names(name: str | None) -> None:
+    assert is_onnx(name)
+    assert domain_key(name) == ""
+
+
+@pytest.mark.parametrize("name", ["ai.onnx.ml", "com.microsoft"])
+def test_other_domains_keep_their_names(name: str) -> None:
+    assert not is_onnx(name)
+    assert domain_key(name) == name
+
+
+def test_one_function_knows_the_names_of_onnx_s_domain() -> None:
+    package = Path(onnxshrink.__file__).parent
+    sources = [*package.rglob("*.py"), *(package.parent / "passes").glob("*.py")]
+    pattern = r'[,(=] ?"ai\.onnx"|if (not )?\w+\.domain\b(?!\.)( and| or|:)'
+    guilty = {p.name for p in sources if re.search(pattern, p.read_text("utf-8"))}
+    assert guilty <= {"topology.py", "exporter.py", "recover.py"}
