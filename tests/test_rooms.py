@@ -35,7 +35,7 @@ ORDER = (
     ("reporting",),
     ("search",),
     ("engine", "manager", "state"),
-    ("cli", "testing", "_examples", "__main__"),
+    ("cli", "testing", "__main__"),
 )
 """From the ground up; rooms on one floor may import from each other."""
 
@@ -87,7 +87,7 @@ def test_a_module_imports_from_rooms_below_its_own(room: str, path: Path) -> Non
 
 def test_every_room_has_its_place_and_a_line_in_the_guide() -> None:
     guide = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for room in {room for room, _ in MODULES} - {"_version", "__main__", "_examples"}:
+    for room in {room for room, _ in MODULES} - {"_version", "__main__"}:
         assert room in FLOOR
         assert f"{room}/`" in guide or f"{room}.py`" in guide, room
 

@@ -19,6 +19,7 @@ from onnxshrink.measuring.measure import count_parameters
 from onnxshrink.model import Model
 from onnxshrink.passes.student import Student
 from onnxshrink.pipeline import Pipeline
+from onnxshrink.testing import laws
 
 MODELS = Path(__file__).parent.parent.parent / "models"
 EXAMPLES = testing.example_models()
@@ -30,7 +31,7 @@ def load(name: str) -> Model:
 
 
 def sites_of(student: Student, model: Model) -> list[Site]:
-    return list(student.sites(model, testing._context(model, 0)))
+    return list(student.sites(model, laws.context_of(model, 0)))
 
 
 def perceptron(*widths: int) -> Model:
@@ -190,7 +191,7 @@ def test_a_weaker_site_keeps_more_channels() -> None:
     assert heads.how()["kept"] == 3
     assert student.weaken(sites["blocks.0.fc1.weight"], 0.01) is None
     assert student.weaken(sites["/blocks.1/Add_1_output_0"], 0.5) is None
-    student.rewrite_all(model, [hidden, heads], testing._context(model, 0))
+    student.rewrite_all(model, [hidden, heads], laws.context_of(model, 0))
     assert model.weight("blocks.0.fc1.weight").shape == (64, 144)
     assert model.weight("blocks.0.attention.query.weight").shape == (64, 48)
 

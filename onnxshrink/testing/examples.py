@@ -1,4 +1,4 @@
-"""Small models that hold one difficulty each; ``onnxshrink.testing`` hands them out."""
+"""Small models that hold one difficulty each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from onnx import numpy_helper
 _Array = np.ndarray[Any, np.dtype[Any]]
 _Weights = Mapping[str, "Sequence[int] | _Array"]
 
+__all__ = ["example_models"]
+
 EXAMPLES: dict[str, Callable[[], onnx.ModelProto]] = {}
+
+
+def example_models() -> dict[str, onnx.ModelProto]:
+    """Return small models that hold one difficulty each, by name.
+
+    All are valid, run in onnxruntime, and have seeded weights: weights that are shared,
+    graph inputs, graph outputs, Constant nodes, behind Identity, in branches, loops and
+    functions; convolutions with uneven pads, groups and strides; recurrent layers, a
+    transformer, half precision, quantized weights, an opset 9 model, and more.
+    """
+    return {name: make() for name, make in EXAMPLES.items()}
 
 
 def _example(function: Callable[[], onnx.ModelProto]) -> Callable[[], onnx.ModelProto]:
