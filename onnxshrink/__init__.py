@@ -3,6 +3,8 @@
 ``shrink(model, passes, data=...)`` is the command line in one call; ``Model``,
 ``Pipeline`` and ``PassManager`` are its parts. Whoever writes a pass imports from
 ``onnxshrink.base``.
+
+Tested in tests/test_packaging.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a Context offers from rooms above its own, put together."""
+"""What a Context offers from rooms above its own, put together.
+
+Tested in tests/test_base.py.
+"""
 
 from __future__ import annotations
 

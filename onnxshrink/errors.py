@@ -3,6 +3,8 @@
 ``UsageError`` cannot read the request, ``ModelError`` cannot take the model or its
 data, ``PromiseError`` broke a promise: a pass or a budget did not hold. All print as
 one line and end the command line with exit code 1.
+
+Tested in tests/test_registry.py.
 """
 
 from __future__ import annotations

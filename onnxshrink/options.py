@@ -5,6 +5,8 @@ written as in an address, ``%2C``, ``%20``, ``%25``, so that no shell needs quot
 ``%XX`` is read that way. ``none`` stands for ``None`` and for the empty tuple; a string
 that would be read as something else has its first character written as ``%XX``. TOML
 takes values as they are, and ``[]`` for ``None``.
+
+Tested in tests/test_pipeline.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What ``--resume`` needs: the model a run accepted last, and the steps before it.
 
 Its tests are those of the manager, ``tests/test_manager.py``, and of lineage.
+
+Tested in tests/test_manager.py.
 """
 
 from __future__ import annotations

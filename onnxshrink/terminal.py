@@ -1,4 +1,7 @@
-"""What the terminal shows: consoles that survive a closed pipe, progress, numbers."""
+"""What the terminal shows: consoles that survive a closed pipe, progress, numbers.
+
+Tested in tests/reporting/test_report.py.
+"""
 
 from __future__ import annotations
 

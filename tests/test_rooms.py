@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,29 @@ def test_solvers_know_no_model() -> None:
     for room, path in MODULES:
         if room == "solvers":
             assert rooms_imported(path) <= {"errors", "solvers"}, path.name
+
+
+def defines(path: Path) -> bool:
+    """Whether a module has functions or classes of its own."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return any(isinstance(node, kinds) for node in body)
+
+
+def test_a_module_has_a_test_file_of_its_name_or_says_where_it_is_tested() -> None:
+    root = PACKAGE.parent
+    silent, wrong = [], []
+    for path in [*PACKAGE.rglob("*.py"), *PASSES.glob("*.py")]:
+        place = path.relative_to(root if path.parent == PASSES else PACKAGE)
+        if (place.parts[0] == "passes") != (path.parent == PASSES):
+            continue  # seen through the link
+        own = root / "tests" / place.parent / f"test_{place.name}"
+        if own.exists() or not defines(path):
+            continue
+        words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        named = re.findall(r"tests/\S+\.py", words.partition("Tested in ")[2])
+        if not named:
+            silent.append(f"{place}: neither {own.relative_to(root)} nor 'Tested in'")
+        wrong += [f"{place}: {name}" for name in named if not (root / name).exists()]
+    assert not silent, "end the docstring with 'Tested in tests/....py.'"
+    assert not wrong

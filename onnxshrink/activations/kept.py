@@ -3,6 +3,8 @@
 The file of a run is named by a digest of the model, the samples and the statistics. It
 holds, for each tensor, what was gathered and from how many samples. What is read is
 checked before it is believed, and a file that does not fit is ignored with a note.
+
+Tested in tests/quantization/test_calibration.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ For each linear layer of a model, ``gather`` streams samples through that model 
 reference and sums up what least squares needs: ``X^T X`` of the inputs the layer sees
 now, ``X^T E`` with ``E = Y_reference - Y_now``, and their means (the normal equations,
 Golub and Van Loan 2013, section 5.3). Memory does not grow with the samples.
+
+Tested in tests/passes/test_recover.py.
 """
 
 from __future__ import annotations

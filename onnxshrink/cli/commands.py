@@ -1,4 +1,7 @@
-"""How the command line is read: the bare command, words, sections of help."""
+"""How the command line is read: the bare command, words, sections of help.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

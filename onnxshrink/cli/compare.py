@@ -1,4 +1,7 @@
-"""``onnxshrink compare``: two models side by side."""
+"""``onnxshrink compare``: two models side by side.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How a command ends: errors in one line each, and the exit code."""
+"""How a command ends: errors in one line each, and the exit code.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

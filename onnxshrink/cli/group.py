@@ -1,4 +1,7 @@
-"""The group of all commands."""
+"""The group of all commands.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``onnxshrink inspect``: where the bytes are, and what could be saved."""
+"""``onnxshrink inspect``: where the bytes are, and what could be saved.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Options that several commands share, and what is made of them."""
+"""Options that several commands share, and what is made of them.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

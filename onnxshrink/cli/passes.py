@@ -1,4 +1,7 @@
-"""``onnxshrink passes``: what passes there are."""
+"""``onnxshrink passes``: what passes there are.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where a command shows things."""
+"""Where a command shows things.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

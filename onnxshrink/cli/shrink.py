@@ -1,4 +1,7 @@
-"""``onnxshrink MODEL``: run passes and write a smaller model."""
+"""``onnxshrink MODEL``: run passes and write a smaller model.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

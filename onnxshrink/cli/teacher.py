@@ -1,4 +1,7 @@
-"""``onnxshrink teacher``: store what a model answers."""
+"""``onnxshrink teacher``: store what a model answers.
+
+Tested in tests/training/test_teacher.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How outputs differ from the reference's: stores and running comparisons."""
+"""How outputs differ from the reference's: stores and running comparisons.
+
+Tested in tests/validation/test_validator.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A cache that cannot be read is as good as none, and so is a folder that cannot be
 written to.
+
+Tested in tests/measuring/test_timings.py.
 """
 
 from __future__ import annotations

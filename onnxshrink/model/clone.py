@@ -1,4 +1,7 @@
-"""An independent copy of a topology that shares the values of its tensors."""
+"""An independent copy of a topology that shares the values of its tensors.
+
+Tested in tests/model/test_model.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ only operators that the encoder writes, over initializers only. Its value is wha
 says these operators compute, so a decoder that somebody else wrote, or broke, is at
 worst left alone or refused; it is never trusted: the shape of every intermediate tensor
 is computed and bounded before anything is allocated, and indices are checked.
+
+Tested in tests/storage/test_storage.py.
 """
 
 from __future__ import annotations

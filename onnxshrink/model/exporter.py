@@ -1,4 +1,7 @@
-"""From the graph back to protos and files, reusing the origin of what is unchanged."""
+"""From the graph back to protos and files, reusing the origin of what is unchanged.
+
+Tested in tests/model/test_model.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From protos to a graphsurgeon graph, keeping each proto as an object's origin."""
+"""From protos to a graphsurgeon graph, keeping each proto as an object's origin.
+
+Tested in tests/model/test_model.py.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ back byte for byte.
 Objects that a pass makes with plain graphsurgeon become ours as soon as they enter a
 graph. Lists of nodes and outputs leave hints on their items, so that finding an item
 does not walk the whole model; a hint is checked whenever it is used, never trusted.
+
+Tested in tests/model/test_model.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ guess each decision: what came before in row and column, and how the row, the co
 and the last row went so far. A mixer weighs the guesses by how well they did, in the
 logistic domain (Mahoney, "Adaptive weighing of context models", 2005), in integers, so
 that every machine decodes the same; an arithmetic coder writes what is left.
+
+Tested in tests/package/test_coders.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Everything else is left alone, so that the pieces put together again are the file that
 was there, byte for byte.
+
+Tested in tests/package/test_container.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Bit patterns are all that counts: a negative zero, a NaN with a payload and any dtype
 come back as they were.
+
+Tested in tests/package/test_coders.py.
 """
 
 from __future__ import annotations

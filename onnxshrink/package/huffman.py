@@ -2,6 +2,8 @@
 
 Codes have at most 12 bits. Lane ``i % lanes`` has symbol ``i``; whenever a lane holds
 fewer than 12 bits it takes the next 16-bit word, which all lanes share.
+
+Tested in tests/package/test_coders.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ words as in Giesen, "Interleaved entropy coders", arXiv:1402.3392. A state has 3
 and stays at or above 2**16; frequencies of a context sum to 2**12; words have 16 bits.
 Symbol ``i`` belongs to lane ``i % lanes``. What a lane has as its last symbols is kept
 in the 16 bits below the bound of its state, so that a lane costs about a byte.
+
+Tested in tests/package/test_coders.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Bytes of a package read in order; every length is checked before it is used."""
+"""Bytes of a package read in order; every length is checked before it is used.
+
+Tested in tests/package/test_container.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The pieces of a model that is there already: graph, tensors, data files."""
+"""The pieces of a model that is there already: graph, tensors, data files.
+
+Tested in tests/package/test_container.py.
+"""
 
 from __future__ import annotations
 

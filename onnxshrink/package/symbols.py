@@ -4,6 +4,8 @@ Numbers of equal distribution go through one table of frequencies. Where the den
 rows and columns tells something, each row and each column has a class, the sum of both
 is the context of a number, and each context has a table: all of that is sent along, so
 that contexts are known before a number is decoded, and lanes run side by side.
+
+Tested in tests/package/test_coders.py.
 """
 
 from __future__ import annotations

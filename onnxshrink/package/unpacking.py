@@ -1,4 +1,7 @@
-"""A package back into the files it was made of."""
+"""A package back into the files it was made of.
+
+Tested in tests/package/test_container.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gram matrices of what layers read, within the bounds of quantization."""
+"""Gram matrices of what layers read, within the bounds of quantization.
+
+Tested in tests/passes/test_quantize.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ the sums of products come out right (``rounding.gptq``); the shift in the mean t
 left goes into the bias (Nagel et al. 2019, "Data-Free Quantization Through Weight
 Equalization and Bias Correction", section 4.2). Because a bias can hold any shift, the
 inputs are taken relative to their mean, and rounding is free to shift outputs.
+
+Tested in tests/passes/test_quantize.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Comparison: two models side by side, the first being the reference."""
+"""Comparison: two models side by side, the first being the reference.
+
+Tested in tests/cli/test_cli.py.
+"""
 
 from __future__ import annotations
 

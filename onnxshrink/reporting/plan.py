@@ -1,4 +1,7 @@
-"""What a pipeline would do, before it does anything."""
+"""What a pipeline would do, before it does anything.
+
+Tested in tests/reporting/test_report.py.
+"""
 
 from __future__ import annotations
 

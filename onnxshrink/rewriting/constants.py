@@ -1,4 +1,7 @@
-"""Values that do not depend on any input: computing, merging and counting them."""
+"""Values that do not depend on any input: computing, merging and counting them.
+
+Tested in tests/passes/test_fold.py.
+"""
 
 from __future__ import annotations
 

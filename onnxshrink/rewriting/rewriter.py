@@ -3,6 +3,8 @@
 A rule is a function of one operator: it looks at a node and what surrounds it, and
 either changes the graph and says so, or leaves it alone. Rules are run until none has
 anything left to do; only the neighbourhood of a change is looked at again.
+
+Tested in tests/passes/test_fold.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Rules for arithmetic that changes nothing, and for what one operator can say."""
+"""Rules for arithmetic that changes nothing, and for what one operator can say.
+
+Tested in tests/passes/test_fold.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rules for what moves, copies or renames values without changing them."""
+"""Rules for what moves, copies or renames values without changing them.
+
+Tested in tests/passes/test_fold.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A linear operator followed by ``scale * y + shift`` per output channel is a linear
 operator with other weights and bias, and so is one behind it where nothing is padded in
 between. New weights are computed in float64 and rounded once.
+
+Tested in tests/passes/test_fold.py.
 """
 
 from __future__ import annotations

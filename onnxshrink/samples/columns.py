@@ -1,4 +1,7 @@
-"""Columns of samples: one array over all samples, wherever it lies, read by index."""
+"""Columns of samples: one array over all samples, wherever it lies, read by index.
+
+Tested in tests/samples/test_samples.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Seeded random inputs: right dtypes, right shapes, indices inside their tables."""
+"""Seeded random inputs: right dtypes, right shapes, indices inside their tables.
+
+Tested in tests/samples/test_samples.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Passes hand such functions to ``Context.map``, which has a thread or a process for each
 processor. Two BLAS threads on busy cores burn many times the CPU time, and sums in
 another order would make the bytes of a model depend on how many jobs there are.
+
+Tested in tests/test_steps.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What values a tensor holds: the counts that decide how it is stored."""
+"""What values a tensor holds: the counts that decide how it is stored.
+
+Tested in tests/storage/test_storage.py.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ run-length coding (Golomb 1966), the base its parameter.
 onnxruntime folds all of it from ORT_ENABLE_BASIC on. It keeps the intermediate tensors
 of all decoders until the last one is folded, so forms avoid tensors of the full size;
 NonZero is not folded at all, and Gather takes no indices below 32 bits.
+
+Tested in tests/storage/test_storage.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Small integers in machine words: several digits of one base in each word."""
+"""Small integers in machine words: several digits of one base in each word.
+
+Tested in tests/storage/test_storage.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is added to the outputs of a linear operator, however it is attached."""
+"""What is added to the outputs of a linear operator, however it is attached.
+
+Tested in tests/structure/test_layers.py.
+"""
 
 from __future__ import annotations
 

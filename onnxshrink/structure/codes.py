@@ -1,4 +1,7 @@
-"""How weights are stored: floats, or integer codes and the nodes that decode them."""
+"""How weights are stored: floats, or integer codes and the nodes that decode them.
+
+Tested in tests/structure/test_layers.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the inputs of a layer add up to, in the order of its matrices."""
+"""What the inputs of a layer add up to, in the order of its matrices.
+
+Tested in tests/activations/test_inputs.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Choosing by name: what ``only=`` and ``skip=`` mean in every pass."""
+"""Choosing by name: what ``only=`` and ``skip=`` mean in every pass.
+
+Tested in tests/test_base.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Shapes of values for one given feed, and the multiply-accumulates they make."""
+"""Shapes of values for one given feed, and the multiply-accumulates they make.
+
+Tested in tests/measuring/test_measure.py.
+"""
 
 from __future__ import annotations
 

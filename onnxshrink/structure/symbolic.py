@@ -4,6 +4,8 @@ onnx's own shape inference knows more operators; this knows more about each dime
 ``batch * 12`` stays what it is instead of becoming a fresh name, so that two shapes can
 be proved equal, and what Shape, Gather, Concat and their kind compute from shapes is
 followed as a list of such dimensions.
+
+Tested in tests/passes/test_fold.py and tests/structure/test_channels.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Golden cases: a model as ONNX text, and what a pipeline makes of it."""
+"""Golden cases: a model as ONNX text, and what a pipeline makes of it.
+
+Tested in tests/test_cases.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Small models that hold one difficulty each."""
+"""Small models that hold one difficulty each.
+
+Tested in tests/test_laws.py.
+"""
 
 from __future__ import annotations
 

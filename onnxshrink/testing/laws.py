@@ -1,4 +1,7 @@
-"""Laws that hold for every pass, on example models or on those given."""
+"""Laws that hold for every pass, on example models or on those given.
+
+Tested in tests/test_laws.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where a training finds its teacher's answers: in a file, in advance, or live."""
+"""Where a training finds its teacher's answers: in a file, in advance, or live.
+
+Tested in tests/training/test_teacher.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ master ``v``, passes the gradient of ``v`` straight through the rounding, and wi
 that of the scale ``s``: LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020,
 equations 1 to 3). Values within half a step of the outermost code are rounded to it
 and not clipped, so a master that starts on that code is free to move.
+
+Tested in tests/training/test_trainable.py.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A teacher's rows of an output are arrays by part: ``""`` is the output itself; of a
 teacher of whom only the largest scores are known, the parts are ``values``, ``indices``
 and ``rest``, see ``onnxshrink.training.teacher``.
+
+Tested in tests/passes/test_distill.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Optimizers as ONNX nodes: a weight, its gradient and its state become new ones."""
+"""Optimizers as ONNX nodes: a weight, its gradient and its state become new ones.
+
+Tested in tests/training/test_step.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A model made ready for gradients: static shapes, one flat graph, a recent opset."""
+"""A model made ready for gradients: static shapes, one flat graph, a recent opset.
+
+Tested in tests/training/test_trainable.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gradients of Conv and ConvTranspose, in the forms onnxruntime runs fast."""
+"""Gradients of Conv and ConvTranspose, in the forms onnxruntime runs fast.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gradients of arithmetic with broadcasting and of activation functions."""
+"""Gradients of arithmetic with broadcasting and of activation functions.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gradients of gathering and scattering."""
+"""Gradients of gathering and scattering.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gradients of MatMul, Gemm and Einsum."""
+"""Gradients of MatMul, Gemm and Einsum.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

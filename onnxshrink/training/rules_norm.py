@@ -1,4 +1,7 @@
-"""Gradients of normalization."""
+"""Gradients of normalization.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gradients of pooling."""
+"""Gradients of pooling.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ gradient of an integer code stands for that of the real number the code was roun
 from. The two operators of a pair each give their part of the scale's gradient: where
 they share one scale, the parts add up to the paper's. A number within half a step of
 the outermost code is rounded to it like any other, and not clipped.
+
+Tested in tests/training/test_trainable.py.
 """
 
 from __future__ import annotations

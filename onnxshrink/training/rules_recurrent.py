@@ -3,6 +3,8 @@
 ``prepare`` calls ``unroll``. The projection of the whole sequence stays one product, so
 that the gradient of the input weights is one as well; each step adds the recurrent
 product and the elementwise nodes of the cell.
+
+Tested in tests/training/test_recurrent.py.
 """
 
 from __future__ import annotations

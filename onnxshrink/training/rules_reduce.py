@@ -1,4 +1,7 @@
-"""Gradients of reductions and running sums."""
+"""Gradients of reductions and running sums.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

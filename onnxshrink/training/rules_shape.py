@@ -1,4 +1,7 @@
-"""Gradients of operators that move values about, and of Resize."""
+"""Gradients of operators that move values about, and of Resize.
+
+Tested in tests/training/test_gradients.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Task metrics: fed with outputs and labels batch by batch, then read."""
+"""Task metrics: fed with outputs and labels batch by batch, then read.
+
+Tested in tests/validation/test_validator.py.
+"""
 
 from __future__ import annotations
 

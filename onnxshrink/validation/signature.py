@@ -1,4 +1,7 @@
-"""The form of a model file, and how its inputs and outputs compare with another's."""
+"""The form of a model file, and how its inputs and outputs compare with another's.
+
+Tested in tests/validation/test_validator.py.
+"""
 
 from __future__ import annotations
 
