@@ -29,11 +29,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, ValueInfo, attribute
 from onnxshrink.model.exporter import in_order
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
+from onnxshrink.structure.bias import Bias, bias_at
 from onnxshrink.structure.layers import LinearWeight, find
 
 __all__ = [
@@ -114,10 +114,12 @@ class Linear:
         return self.name, self.layer.name, str(self.node.op)
 
     @property
-    def bias(self) -> gs.Tensor | None:
+    def bias(self) -> Bias | None:
         """The bias the operator itself adds, if it has one."""
-        has = self.node.op != "MatMul" and len(self.node.inputs) > 2
-        return self.node.inputs[2] if has and self.node.inputs[2].name else None
+        model = self.layer.weight.model
+        channels = self.layer.uses[0].channels
+        found = bias_at(model, self.node, channels, -1)
+        return found if found is not None and found.node is self.node else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,17 +258,11 @@ class Planner:
         if node.op == "Gemm" and (
             attribute(node, "transA", 0)
             or attribute(node, "alpha", 1.0) != 1.0
-            or (bias is not None and attribute(node, "beta", 1.0) != 1.0)
+            or (bias is not None and bias.factor != 1.0)
         ):
             return "it has factors or a transposed input; run fold first"
-        if bias is None:
-            return ""
-        known = self.model.constant(bias)
-        groups, outputs, _ = linear.layer.layout.matrices_shape
-        if known is None or known.is_input:
-            return "its bias is not constant"
-        if known.size != groups * outputs or known.shape[-1] != known.size:
-            return "its bias is not one value for each output"
+        if bias is not None and bias.why_unknown:
+            return f"its bias {bias.why_unknown}"
         return ""
 
     def _is_float(self, tensor: gs.Tensor) -> bool:
@@ -707,19 +703,16 @@ class _Writer:
         return made
 
     def _bias(self, linear: Linear, activation: Coded) -> None:
-        node = linear.node
+        node, bias = linear.node, linear.bias
         if linear.name in self.biases:
             values = self.biases[linear.name]
-        elif linear.bias is not None:
-            known = self.model.constant(linear.bias)
-            if known is None:
-                raise ModelError(f"the bias of {linear.name} is not constant")
-            values = known.read().reshape(-1)
+        elif bias is not None:
+            values = bias.read()
         else:
             return
         weight = self.weights[linear.layer.name]
         codes, scale = bias_codes(values, activation.scale, weight.scale)
-        name = linear.bias.name if linear.bias is not None else f"{linear.name}_bias"
+        name = bias.tensor.name if bias is not None else f"{linear.name}_bias"
         made = self._dequantized(name, codes, scale, np.zeros(scale.shape, np.int32), 0)
         if len(node.inputs) > 2:
             node.inputs[2] = made

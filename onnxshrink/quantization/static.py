@@ -399,10 +399,10 @@ class _Static:
 
     def _raised(self, grid: Grid, one: Linear, coded: Coded) -> Grid:
         """Raise scales so that the bias fits int32."""
-        bias = self.model.constant(one.bias) if one.bias is not None else None
+        bias = one.bias
         if bias is None:
             return grid
-        least = placement.smallest_scale(bias.read().reshape(-1), float(coded.scale))
+        least = placement.smallest_scale(bias.read(), float(coded.scale))
         raised = np.maximum(grid.scale, least[:, None]).astype(np.float32)
         if not self.recipe.per_channel:
             raised = np.full_like(raised, raised.max(initial=0))
@@ -437,8 +437,8 @@ class _Static:
             shift = rounded[one.layer.name].shift
             if shift is None:
                 continue
-            bias = self.model.constant(one.bias) if one.bias is not None else None
-            plain = 0.0 if bias is None else bias.read().reshape(-1)
+            bias = one.bias
+            plain = 0.0 if bias is None else bias.read()
             biases[one.name] = (plain + shift).astype(np.float32)
         outputs = sum(len(rounded[name].codes.scale.reshape(-1)) for name in rounded)
         narrowed = sum(one.narrowed for one in rounded.values())

@@ -17,7 +17,7 @@ from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.structure.codes import is_float
 
-__all__ = ["Bias", "bias_at", "takes_bias"]
+__all__ = ["Bias", "bias_at", "is_shift", "takes_bias"]
 
 Array = NDArray[np.float64]
 
@@ -40,8 +40,10 @@ class Bias:
         weight: Its values, or the int32 codes of them; ``None`` if it is computed.
         scale: What a code stands for, one value or one for each; ``None`` of floats.
         factor: What the node multiplies it with: beta of Gemm.
-        why_not: Why it is not free to change; empty if it is: a constant with one
-            value for each output that nothing else reads.
+        why_unknown: What keeps its values from being known, after "the bias"; empty if
+            it is a constant with one value for each output.
+        why_not: What keeps it from being changed, after "the bias"; empty if it is
+            known, no caller sees it, and nothing else reads it.
     """
 
     node: Node
@@ -50,6 +52,7 @@ class Bias:
     weight: Weight | None = None
     scale: Weight | None = None
     factor: float = 1.0
+    why_unknown: str = ""
     why_not: str = ""
 
     @property
@@ -69,8 +72,9 @@ class Bias:
             ModelError: It is not a constant with one value for each output.
         """
         weight = self.weight
-        if weight is None or weight.size != self.channels:
-            raise ModelError(f"the bias of {self.node.name or self.node.op} varies")
+        if weight is None or self.why_unknown:
+            label = self.node.name or self.node.op
+            raise ModelError(f"the bias of {label} {self.why_unknown}")
         return (weight.read().astype(np.float64) * self._step()).reshape(-1)
 
     def write(self, values: NDArray[Any]) -> Array:
@@ -81,10 +85,8 @@ class Bias:
         """
         weight = self.weight
         if weight is None or self.why_not:
-            raise ModelError(
-                f"the bias of {self.node.name or self.node.op} cannot be changed: "
-                f"{self.why_not or 'it is computed'}"
-            )
+            label = self.node.name or self.node.op
+            raise ModelError(f"the bias of {label} {self.why_not}")
         wanted = np.asarray(values, np.float64).reshape(weight.shape) / self._step()
         if weight.dtype.kind == "i":
             room = np.iinfo(weight.dtype)
@@ -180,8 +182,10 @@ def _described(
 ) -> Bias:
     held = _held(model, node, index)
     if held is None:
-        return Bias(node, index, channels, factor=factor, why_not="it is computed")
+        why = "is not constant"
+        return Bias(node, index, channels, None, None, factor, why, why)
     weight, scale, reader, at = held
+    why = _why_unknown(model, weight, scale, reader, channels, axis)
     return Bias(
         node,
         index,
@@ -189,38 +193,56 @@ def _described(
         weight,
         scale,
         factor,
-        _why_not(model, weight, scale, reader, at, channels, axis)
-        or ("" if reader is node else _why_not_alone(node, reader)),
+        why,
+        why or _why_not(weight, node, reader, at),
     )
 
 
-def _why_not(
+def is_shift(weight: Weight, channels: int, axis: int) -> bool:
+    """Whether a constant has one value for each channel along an axis.
+
+    Args:
+        weight: The constant.
+        channels: How many channels there are.
+        axis: Their axis in what it is added to, counted from the end: negative.
+    """
+    shape = weight.shape
+    is_along = len(shape) >= -axis and shape[axis] == channels
+    return weight.size == channels and (is_along or channels == 1)
+
+
+def _why_unknown(
     model: Model,
     weight: Weight,
     scale: Weight | None,
     reader: Node,
-    at: int,
     channels: int,
     axis: int,
 ) -> str:
-    """Return why a constant is not one free value for each output."""
+    """Return why a constant does not tell the bias of each output."""
     if weight.is_input:
-        return "it is a graph input that a caller may set"
-    if weight.is_output:
-        return "it is also an output of its graph"
+        return "is a graph input that a caller may set"
     if scale is None and not is_float(weight):
-        return f"it holds {weight.dtype}"
+        return f"holds {weight.dtype}"
     if scale is not None:
         if weight.dtype.kind != "i":
-            return f"its codes are {weight.dtype}"
+            return f"has codes of {weight.dtype}"
         if scale.size not in (1, channels) or _shifts(model, reader):
-            return "its codes have a zero point, or a scale that does not fit"
-    shape = weight.shape
-    is_along = len(shape) >= -axis and shape[axis] == channels
-    if weight.size != channels or not (is_along or channels == 1):
-        return "it is not one value for each output"
+            return "has codes with a zero point, or with a scale that does not fit"
+    if not is_shift(weight, channels, axis):
+        return "is not one value for each output"
+    return ""
+
+
+def _why_not(weight: Weight, node: Node, reader: Node, at: int) -> str:
+    """Return why a change of a constant would be seen elsewhere."""
+    if weight.is_output:
+        return "is also an output of its graph"
     if weight.uses != ((reader, at),):
-        return "other nodes read it too"
+        return "is read by other nodes too"
+    made = reader.outputs[0]
+    if reader is not node and (list(made.outputs) != [node] or returned_by(made)):
+        return "is read by other nodes too"
     return ""
 
 
@@ -230,10 +252,3 @@ def _shifts(model: Model, decoder: Node) -> bool:
         return False
     zero = model.constant(decoder.inputs[2])
     return zero is None or bool(zero.read().any())
-
-
-def _why_not_alone(node: Node, decoder: Node) -> str:
-    """Return why what a DequantizeLinear gives is not one node's alone."""
-    made = decoder.outputs[0]
-    alone = list(made.outputs) == [node] and not returned_by(made)
-    return "" if alone else "other nodes read it too"

@@ -48,6 +48,7 @@ __all__ = [
     "Use",
     "find",
     "free_bias",
+    "layer_at",
     "is_float",
 ]
 
@@ -71,6 +72,9 @@ _THROUGH = frozenset(
     {"Cast", "DequantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 """Operators a weight may pass through on its way to a layer."""
+_DECODING = 8
+"""Nodes between codes and the layer that multiplies what they stand for, at most."""
+
 Role = Literal["weight", "table", "bias"]
 
 
@@ -344,25 +348,69 @@ def find(
             them. Otherwise they have no uses, and ``why_not`` says what they are.
     """
     for weight in model.weights():
-        if len(weight.shape) == 0 or weight.size == 0:
+        found = _layer(model, weight, roles, codes)
+        if found is None:
             continue
-        decoder = _decoder(model, weight) if codes else None
-        if decoder is not None:
-            uses, others = _readings_of_codes(model, decoder)
-            behind: list[tuple[str, Node]] = []
-        else:
-            uses, others, behind = _readings(weight)
-        wanted = [use for use in uses if use.role in roles]
-        if not wanted and not (behind and "weight" in roles):
+        layer, names = found
+        if selected(names, only, skip):
+            yield layer
+
+
+def layer_at(model: Model, node: Node, *, codes: bool = False) -> LinearWeight | None:
+    """Return the weight that a node multiplies, with all that reads it.
+
+    Args:
+        model: The model.
+        node: A node of it.
+        codes: As for ``find``.
+
+    Returns:
+        ``None`` if the node multiplies no constant, or is no linear operator.
+    """
+    for index in (1, 0):
+        if index >= len(node.inputs):
             continue
-        nodes = [use.node for use in wanted] + [node for _, node in behind]
-        names = [weight.name]
-        names += [n for node in nodes for n in (node.name, node.op)]
-        if not selected(names, only, skip):
-            continue
-        wanted += [use for use in uses if use.role not in roles]
-        why_not = _why_not(weight, wanted, roles, others, behind, decoder is not None)
-        yield LinearWeight(weight, tuple(wanted), why_not, decoder)
+        weight = _held(model, node.inputs[index], codes)
+        found = None if weight is None else _layer(model, weight, ("weight",), codes)
+        if found is not None:
+            layer, _ = found
+            uses = [use for use in layer.uses if (use.node, use.index) == (node, index)]
+            if uses and uses[0].role == "weight":
+                return layer
+    return None
+
+
+def _held(model: Model, tensor: gs.Tensor, codes: bool) -> Weight | None:
+    """Return the constant that a tensor is, or the codes that it is decoded from."""
+    for _ in range(_DECODING):
+        known = model.constant(tensor)
+        if known is not None or not codes or not tensor.inputs:
+            return known
+        tensor = tensor.inputs[0].inputs[0]
+    return None
+
+
+def _layer(
+    model: Model, weight: Weight, roles: Sequence[Role], codes: bool
+) -> tuple[LinearWeight, list[str]] | None:
+    """Return the layer of a weight and all its names; ``None`` if it is none."""
+    if len(weight.shape) == 0 or weight.size == 0:
+        return None
+    decoder = _decoder(model, weight) if codes else None
+    if decoder is not None:
+        uses, others = _readings_of_codes(model, decoder)
+        behind: list[tuple[str, Node]] = []
+    else:
+        uses, others, behind = _readings(weight)
+    wanted = [use for use in uses if use.role in roles]
+    if not wanted and not (behind and "weight" in roles):
+        return None
+    nodes = [use.node for use in wanted] + [node for _, node in behind]
+    names = [weight.name]
+    names += [n for node in nodes for n in (node.name, node.op)]
+    wanted += [use for use in uses if use.role not in roles]
+    why_not = _why_not(weight, wanted, roles, others, behind, decoder is not None)
+    return LinearWeight(weight, tuple(wanted), why_not, decoder), names
 
 
 def _decoder(model: Model, weight: Weight) -> Decoder | None:
