@@ -22,7 +22,9 @@ from onnxshrink.activations import regression
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx
-from onnxshrink.structure.layers import is_float
+from onnxshrink.structure.bias import Bias, is_shift
+from onnxshrink.structure.codes import is_float
+from onnxshrink.structure.layers import LinearWeight, layer_at
 
 if TYPE_CHECKING:
     from onnxshrink.base import Context
@@ -92,15 +94,15 @@ class _Side:
         return np.asarray(size.max(axis=(other, 3), initial=0.0)).reshape(-1)
 
 
-def _sides(node: Node, weight: Weight) -> tuple[_Side, _Side]:
+def _sides(layer: LinearWeight) -> tuple[_Side, _Side]:
     """Return a layer's weight by output channels and by input channels."""
-    shape = weight.shape
-    group = int(attribute(node, "group", 1)) if node.op.startswith("Conv") else 1
-    reach = math.prod(shape[2:])
-    split = (group, shape[0] // group, shape[1], reach)
-    by_output = node.op == "Conv" or bool(attribute(node, "transB", 0))
-    first, second = (1, 2) if by_output else (2, 1)
-    return _Side(weight, node, split, first), _Side(weight, node, split, second)
+    weight, shape = layer.weight, layer.weight.shape
+    split = (layer.groups, shape[0] // layer.groups, shape[1], math.prod(shape[2:]))
+    first, second = (1, 2) if layer.output_axis == 0 else (2, 1)
+    return (
+        _Side(weight, layer.node, split, first),
+        _Side(weight, layer.node, split, second),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,18 +227,16 @@ def _scales(pairs: list[_Pair]) -> list[Float64]:
 
 def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
     """Return the pair that starts at a node, or why there is none; empty: no layer."""
-    weight = _own_weight(model, node)
-    if weight is None:
+    layer = _own_layer(model, node)
+    if layer is None:
         return ""
-    first = _sides(node, weight)[0]
+    first, weight = _sides(layer)[0], layer.weight
     shifts = []
-    bias = _bias_input(model, node)
-    if isinstance(bias, str):
-        return bias
-    if bias is not None:
-        if not _is_shift(model, node, 2, bias, first.channels, node.op, None):
-            return "its bias is shared, or not one value for each channel"
-        shifts.append(bias)
+    bias = layer.bias
+    if bias is not None and bias.node is node:
+        if bias.why_not or bias.weight is None or bias.scale is not None:
+            return f"its bias {bias.why_not or 'is stored as codes'}"
+        shifts.append(bias.weight)
     spatial = len(weight.shape) - 2 if node.op.startswith("Conv") else 0
     tensor = node.outputs[0]
     while True:
@@ -258,57 +258,38 @@ def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
         tensor = reader.outputs[0]
 
 
-def _own_weight(model: Model, node: Node) -> Weight | None:
-    """Return the weight of a layer that may be changed."""
-    if node.op not in _LINEAR or not is_onnx(node.domain):
+def _own_layer(model: Model, node: Node) -> LinearWeight | None:
+    """Return the layer of a node whose weight may be changed, for it alone."""
+    if node.op not in _LINEAR:
         return None
-    if len(node.inputs) < 2 or model.constant(node.inputs[0]) is not None:
+    layer = layer_at(model, node)
+    if layer is None or layer.why_not or layer.is_shared or layer.uses[0].index != 1:
         return None
-    weight = model.constant(node.inputs[1])
-    if weight is None or not is_float(weight) or not weight.size:
+    if layer.input is None or model.constant(layer.input) is not None:
         return None
-    if weight.is_input or weight.is_output or weight.uses != ((node, 1),):
+    is_plain = not attribute(node, "transA", 0)
+    if node.op in ("Gemm", "MatMul") and not (
+        is_plain and len(layer.weight.shape) == 2
+    ):
         return None
-    rank = len(weight.shape)
-    if node.op == "Gemm" and attribute(node, "transA", 0):
-        return None
-    return weight if (rank > 2 if node.op.startswith("Conv") else rank == 2) else None
+    return layer
 
 
-def _bias_input(model: Model, node: Node) -> Weight | str | None:
-    if node.op == "MatMul" or len(node.inputs) < 3 or not node.inputs[2].name:
-        return None
-    return model.constant(node.inputs[2]) or "its bias is not constant"
-
-
-def _is_shift(
-    model: Model,
-    node: Node,
-    index: int,
-    shift: Weight,
-    channels: int,
-    op: str,
-    spatial: int | None,
+def _is_free_shift(
+    node: Node, index: int, shift: Weight, channels: int, spatial: int
 ) -> bool:
-    """Whether a constant is one free value for each channel.
+    """Whether an added constant is one free value for each channel.
 
     Args:
-        model: The model.
         node: What reads it.
         index: At which input.
         shift: The constant.
         channels: How many channels there are.
-        op: Operator type of ``node``.
-        spatial: Axes behind that of the channels; ``None`` for a bias.
+        spatial: Axes behind that of the channels.
     """
     if shift.is_input or shift.is_output or not is_float(shift):
         return False
-    if shift.uses != ((node, index),) or shift.size != channels:
-        return False
-    if spatial is None:
-        return op.startswith("Conv") or shift.shape[-1] == channels
-    at = len(shift.shape) - 1 - spatial
-    return at >= 0 and shift.shape[at] == channels
+    return shift.uses == ((node, index),) and is_shift(shift, channels, -1 - spatial)
 
 
 def _passes(
@@ -334,7 +315,7 @@ def _passes(
     if node.op == "Mul":
         grows = constant.size > 1 and len(constant.shape) > spatial + 2
         return f"{label} may change its shape" if grows else None
-    if not _is_shift(model, node, index, constant, channels, node.op, spatial):
+    if not _is_free_shift(node, index, constant, channels, spatial):
         return f"{label} does not add one value of its own to each channel"
     return constant
 
@@ -342,10 +323,10 @@ def _passes(
 def _ended(
     model: Model, first: _Side, node: Node, shifts: tuple[Weight, ...]
 ) -> _Pair | str:
-    weight = _own_weight(model, node)
-    if weight is None:
+    layer = _own_layer(model, node)
+    if layer is None:
         return f"the weight of the {node.op} behind it is shared, or not constant"
-    second = _sides(node, weight)[1]
+    second = _sides(layer)[1]
     if second.channels != first.channels:
         return f"the {node.op} behind it reads them as {second.channels} channels"
     return _Pair(first, second, shifts)
@@ -370,33 +351,6 @@ def expected_shift(weight: Array, decoded: Array, mean: Array) -> Float64:
     """
     lost = weight.astype(np.float64) - decoded
     return np.asarray(np.einsum("...oi,...i->...o", lost, mean))
-
-
-@dataclass(frozen=True, eq=False)
-class _Bias:
-    """Where the bias of a layer is.
-
-    Attributes:
-        weight: Its values: float, or int32 codes.
-        scale: What a code stands for, float64 of the shape of the bias; 1 for floats.
-    """
-
-    weight: Weight
-    scale: Float64
-
-    def add(self, model: Model, shift: Float64) -> Float64:
-        """Add to the bias; return what was really added, after rounding."""
-        old = self.weight.read()
-        wanted = shift.reshape(old.shape) / self.scale
-        if old.dtype.kind == "i":
-            info = np.iinfo(old.dtype)
-            wide = np.rint(old.astype(np.float64) + wanted)
-            new = np.clip(wide, info.min, info.max).astype(old.dtype)
-        else:
-            new = (old.astype(np.float64) + wanted).astype(old.dtype)
-        model.set_weight(self.weight, new)
-        added = (new.astype(np.float64) - old.astype(np.float64)) * self.scale
-        return np.asarray(added.reshape(-1))
 
 
 def correct_bias(
@@ -451,14 +405,13 @@ def correct_bias(
     )
     changed = 0
     for name, bias in biases.items():
-        changed += _corrected(quantized, name, bias, fit[name], held[name], ctx)
+        changed += _corrected(name, bias, fit[name], held[name], ctx)
     return changed
 
 
 def _corrected(
-    model: Model,
     name: str,
-    bias: _Bias,
+    bias: Bias,
     fit: regression.Moments,
     held: regression.Moments,
     ctx: Context,
@@ -474,7 +427,7 @@ def _corrected(
     if not after < before:
         ctx.skipped(name, "a corrected bias would not help on held-out samples")
         return False
-    bias.add(model, shift)
+    bias.add(shift)
     scale = max(held.variance, 1e-300)
     ctx.did(name, f"bias corrected: error {before / scale:.3%} -> {after / scale:.3%}")
     return True
@@ -482,21 +435,20 @@ def _corrected(
 
 def _requests(
     float_model: Model, quantized: Model, ctx: Context
-) -> tuple[dict[str, regression.Request], dict[str, _Bias]]:
+) -> tuple[dict[str, regression.Request], dict[str, Bias]]:
     by_name, by_output = _index(float_model)
     visible = {t.name for t in float_model.graph.inputs} | set(by_output)
     at = {id(node): index for index, node in enumerate(quantized.graph.nodes)}
     requests, biases = {}, {}
-    for node in _quantized_layers(quantized):
+    for node, layer in _quantized_layers(quantized):
         label = node.name or node.outputs[0].name
         theirs = by_name.get((node.op, node.name)) if node.name else None
         theirs = theirs or by_output.get(node.outputs[0].name)
         if theirs is None or theirs.op != node.op:
             ctx.skipped(label, "the float model has no such layer")
             continue
-        outputs = _output_channels(quantized, node)
-        bias = _bias(quantized, node, outputs)
-        if bias is None:
+        bias = layer.bias
+        if bias is None or bias.why_not or bias.factor != 1.0:
             ctx.skipped(label, "it has no bias that is free to change")
             continue
         reader = _quantizer(node.inputs[0])
@@ -529,12 +481,13 @@ def _index(model: Model) -> tuple[Mapping[tuple[str, str], Node], Mapping[str, N
     return {key: n for key, n in by_name.items() if key not in doubles}, by_output
 
 
-def _quantized_layers(model: Model) -> Iterator[Node]:
+def _quantized_layers(model: Model) -> Iterator[tuple[Node, LinearWeight]]:
+    """Yield nodes of the main graph that multiply codes' values, in its order."""
     for node in model.graph.nodes:
-        if node.op not in _LINEAR or not is_onnx(node.domain):
-            continue
-        if len(node.inputs) > 1 and _maker(node.inputs[1]) == "DequantizeLinear":
-            yield node
+        if node.op in _LINEAR and len(node.inputs) > 1 and _maker(node.inputs[1]):
+            layer = layer_at(model, node, codes=True)
+            if layer is not None and layer.codes is not None and not layer.is_shared:
+                yield node, layer
 
 
 def _maker(tensor: gs.Tensor) -> str:
@@ -547,53 +500,3 @@ def _quantizer(tensor: gs.Tensor) -> Node | None:
         return None
     codes = tensor.inputs[0].inputs[0]
     return codes.inputs[0] if _maker(codes) == "QuantizeLinear" else None
-
-
-def _output_channels(model: Model, node: Node) -> int:
-    """Return how many outputs the layer has, from its codes; 0 if that is unknown."""
-    codes = model.constant(node.inputs[1].inputs[0].inputs[0])
-    if codes is None or len(codes.shape) < 2:
-        return 0
-    if node.op == "ConvTranspose":
-        return codes.shape[1] * int(attribute(node, "group", 1))
-    straight = node.op == "Conv" or bool(attribute(node, "transB", 0))
-    return codes.shape[0] if straight else codes.shape[-1]
-
-
-def _bias(model: Model, node: Node, outputs: int) -> _Bias | None:
-    """Return the bias of a layer if it is one free value for each output."""
-    reader, index = node, 2
-    if node.op == "MatMul":
-        tensor = node.outputs[0]
-        while len(tensor.outputs) == 1 and tensor.outputs[0].op in (
-            "QuantizeLinear",
-            "DequantizeLinear",
-        ):
-            tensor = tensor.outputs[0].outputs[0]
-        if len(tensor.outputs) != 1 or tensor.outputs[0].op != "Add":
-            return None
-        reader = tensor.outputs[0]
-        index = 1 if reader.inputs[0] is tensor else 0
-    if node.op == "Gemm" and attribute(node, "beta", 1.0) != 1.0:
-        return None
-    if len(reader.inputs) <= index or not outputs:
-        return None
-    tensor = reader.inputs[index]
-    scale: Float64 = np.ones(1)
-    if _maker(tensor) == "DequantizeLinear" and len(tensor.outputs) == 1:
-        reader, index = tensor.inputs[0], 0
-        known = model.constant(reader.inputs[1])
-        if known is None:
-            return None
-        scale, tensor = known.read().astype(np.float64), reader.inputs[0]
-    weight = model.constant(tensor) if tensor.name else None
-    if weight is None or weight.is_input or weight.is_output:
-        return None
-    if weight.uses != ((reader, index),) or weight.size != outputs:
-        return None
-    shape = weight.shape
-    if not shape or shape[-1] != outputs or scale.size not in (1, outputs):
-        return None
-    if not (is_float(weight) or weight.dtype == np.int32):
-        return None
-    return _Bias(weight, np.broadcast_to(scale.reshape(-1), outputs).reshape(shape))
