@@ -30,7 +30,7 @@ from onnxshrink.quantization.dynamic import safe_scale
 from onnxshrink.quantization.weightonly import Levels, block_of
 from onnxshrink.solvers.rounding import Fit, decode, fit, nearest
 from onnxshrink.statistics import ChannelRange, Multi, Sample
-from onnxshrink.structure.layers import LinearWeight, find, is_float
+from onnxshrink.structure.layers import LinearWeight, find, is_float, layer_at
 
 __all__ = ["Group", "apply", "awq", "groups", "smooth"]
 
@@ -472,12 +472,13 @@ def _above(
     if node.op == "Reshape":
         joined = _values(model, node, channels)
         return joined and _above(model, joined[0], {id(joined[1])}, channels)
-    if node.op == "MatMul":
-        part = parameter(1)
-        return [part] if part is not None and len(part.weight.shape) > 1 else None
-    if node.op == "Gemm":
-        parts = [parameter(1, transposed=bool(attribute(node, "transB", 0)))]
-        if len(node.inputs) > 2 and node.inputs[2].name:
+    if node.op in {"Gemm", "MatMul"}:
+        layer = layer_at(model, node)
+        use = None if layer is None else layer.uses[0]
+        if use is None or use.index != 1 or use.output_axis is None:
+            return None
+        parts = [parameter(1, transposed=not use.is_transposed)]
+        if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name:
             parts.append(parameter(2))
         return _all(parts)
     if node.op in {"Add", "Mul"}:
