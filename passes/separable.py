@@ -19,9 +19,11 @@ from onnxshrink.model import Model, Node, Weight
 from onnxshrink.solvers.separable import (
     ORDERS,
     Order,
-    Separable as Kernels,
     most_branches,
     separate,
+)
+from onnxshrink.solvers.separable import (
+    Separable as Kernels,
 )
 from onnxshrink.structure import layers
 from onnxshrink.structure.layers import LinearWeight
@@ -32,7 +34,7 @@ __all__ = ["Separable"]
 Array = NDArray[Any]
 
 _THIN = 8
-"""Input channels below which a layer is a stem: one kernel a channel sees too little."""
+"""Input channels below which a layer is a stem: a kernel a channel sees too little."""
 _WORTH = 0.9
 """Share of the time from which a replacement does not pay."""
 _LARGEST = 4096
@@ -107,7 +109,7 @@ class Separable(SitePass):
     def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
         """List the convolutions that a separable form pays for."""
         if self.norm == "add" and not _has_data(ctx):
-            ctx.need_data("norm=add writes down means and variances of outputs")
+            ctx.need_data("to write down means and variances of outputs (norm=add)")
         shapes = _shapes(model, ctx)
         found: list[Site] = []
         for layer in layers.find(model, only=self.only, skip=self.skip):
@@ -212,7 +214,7 @@ class Separable(SitePass):
         self.rewrite_all(model, [site], ctx)
 
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
-        """Replace convolutions, each fitted to what it reads in the model as it came."""
+        """Replace convolutions, each fitted to what it reads in the model as it is."""
         chosen = {s.where: s for s in sites if isinstance(s, DenseConvolution)}
         found = [
             layer
@@ -220,7 +222,7 @@ class Separable(SitePass):
             if layer.name in chosen
         ]
         small = [layer for layer in found if _patch(layer) <= _LARGEST]
-        seen = dict(ctx.inputs(small)) if _has_data(ctx) and small else {}
+        seen = _seen(model, small, ctx) if _has_data(ctx) else {}
         mark = fingerprint(model)
         fits = []
         for number, layer in enumerate(found):
@@ -232,7 +234,8 @@ class Separable(SitePass):
             ctx.progress(number + 1, len(found), f"{self.name}: fitting")
         for layer, fit in zip(found, fits, strict=True):
             self._replace(model, layer, fit, ctx)
-        model.drop_unused()
+        if found:
+            model.drop_unused()
 
     def _replace(
         self, model: Model, layer: LinearWeight, fit: _Fit, ctx: Context
@@ -290,10 +293,11 @@ def _fit(layer: LinearWeight, site: DenseConvolution, seen: Any) -> _Fit:
     outputs, inputs, taps, _ = _geometry(layer.weight)
     dense = layer.weight.read().astype(np.float64).reshape(outputs, inputs, taps)
     moments, centre = None, np.zeros(inputs * taps)
-    if seen is not None and seen.rows:
-        moments = seen.gram[0] / seen.rows
+    if seen is not None:
+        gram, mean, rows = layers.gram(layer, seen)
+        moments = gram[0] / max(rows, 1)
         if all(_bias_is_free(layer, use.node) for use in layer.uses):
-            centre = seen.mean[0]
+            centre = mean[0]
             moments = moments - np.outer(centre, centre)
     tried = [separate(dense, site.branches, order, moments) for order in site.orders]
     kernels = min(tried, key=lambda one: one.error)
@@ -305,6 +309,15 @@ def _fit(layer: LinearWeight, site: DenseConvolution, seen: Any) -> _Fit:
     return _Fit(
         kernels, moments is not None, (flat - made) @ centre, flat @ centre, spread
     )
+
+
+def _seen(model, found, ctx):
+    from onnxshrink.quantization.inputs import groups, input_grams
+
+    out = {}
+    for group in groups(found):
+        out |= input_grams(model, group, ctx)[0]
+    return out
 
 
 def _replace_node(
@@ -415,7 +428,7 @@ def _bias_is_free(layer: LinearWeight, node: Node) -> bool:
     """Whether the node has no bias, or one that is known."""
     if len(node.inputs) < 3 or not node.inputs[2].name:
         return True
-    bias = layer.weight._model.constant(node.inputs[2])
+    bias = layer.weight.model.constant(node.inputs[2])
     return bias is not None and not bias.is_input
 
 
@@ -447,9 +460,7 @@ def _why_not(layer: LinearWeight) -> str:
     if taps == 1:
         return "its kernel has one entry: it is pointwise already"
     if inputs < _THIN:
-        return (
-            f"it reads {inputs} channels; a layer of fewer than {_THIN} stays dense"
-        )
+        return f"it reads {inputs} channels; a layer of fewer than {_THIN} stays dense"
     if not np.isfinite(layer.weight.read()).all():
         return "it holds NaN or infinity"
     return ""
