@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Cost, Promise, Site, SitePass
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.solvers.separable import (
     ORDERS,
@@ -26,8 +26,10 @@ from onnxshrink.solvers.separable import (
     Separable as Kernels,
 )
 from onnxshrink.structure import layers
+from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import LinearWeight
 from onnxshrink.structure.shapes import value_shapes
+from onnxshrink.terminal import count_text, size_text
 
 __all__ = ["Separable"]
 
@@ -48,18 +50,14 @@ class DenseConvolution(Site):
     """A convolution to replace.
 
     Attributes:
+        costs: Bytes, multiply-accumulates and time before and after, in words.
         branches: Separable convolutions that are added.
         orders: The orders that pay, of which the better fit is taken.
-        bytes_left: Bytes of the weights, as a share of those of the dense form.
-        macs_left: Multiply-accumulates, as a share; ``None`` if no shape is known.
-        time_left: Time, as a share; ``None`` if not known.
     """
 
-    branches: int
-    orders: tuple[Order, ...]
-    bytes_left: float
-    macs_left: float | None = None
-    time_left: float | None = None
+    costs: str = ""
+    branches: int = 1
+    orders: tuple[Order, ...] = field(default=ORDERS, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,34 +140,22 @@ class Separable(SitePass):
                 shares.append(_share(after.macs, before.macs))
             if before.seconds and after.seconds is not None:
                 shares.append(after.seconds / before.seconds)
-            worst = max(shares)
-            if worst < _WORTH:
-                options.append((worst, order, before, after))
-            told = told or (
-                f"a separable form takes {shares[0]:.0%} of the bytes"
-                + (f", {shares[1]:.0%} of the MACs" if len(shares) > 1 else "")
-                + (f", {shares[2]:.0%} of the time" if len(shares) > 2 else "")
-            )
+            told = told or _change(before, after)
+            if max(shares) < _WORTH:
+                options.append((max(shares), order, before, after))
         if not options:
-            return f"it stays dense: {told}"
+            return f"it stays dense: a separable form would gain too little ({told})"
         # What costs more than half as much again as the other order is not tried.
         best = min(worst for worst, *_ in options)
         options = [one for one in options if one[0] <= 1.5 * best]
         _, _, before, after = max(options, key=lambda one: one[0])
-        known = before.seconds is not None and after.seconds is not None
         return DenseConvolution(
             layer.name,
             layer.kind,
             before - after,
+            costs=_change(before, after),
             branches=self.branches,
             orders=tuple(order for _, order, *_ in options),
-            bytes_left=round(_share(after.bytes, before.bytes), 4),
-            macs_left=round(_share(after.macs, before.macs), 4)
-            if before.macs
-            else None,
-            time_left=round((after.seconds or 0.0) / before.seconds, 4)
-            if known and before.seconds
-            else None,
         )
 
     def _costs(
@@ -222,14 +208,14 @@ class Separable(SitePass):
             if layer.name in chosen
         ]
         small = [layer for layer in found if _patch(layer) <= _LARGEST]
-        seen = _seen(model, small, ctx) if _has_data(ctx) else {}
+        seen = ctx.inputs(small) if _has_data(ctx) and small else {}
         mark = fingerprint(model)
         fits = []
         for number, layer in enumerate(found):
             site = chosen[layer.name]
             # Attempts of a step differ in what they replace, not in how.
             key = ("separable", mark, layer.name, site.branches, site.orders)
-            make = functools.partial(_fit, layer, site, seen.pop(layer.name, None))
+            make = functools.partial(_fit, layer, site, seen)
             fits.append(ctx.remember(key, make))
             ctx.progress(number + 1, len(found), f"{self.name}: fitting")
         for layer, fit in zip(found, fits, strict=True):
@@ -288,16 +274,25 @@ class _Fit:
     variance: Array
 
 
-def _fit(layer: LinearWeight, site: DenseConvolution, seen: Any) -> _Fit:
+def _fit(
+    layer: LinearWeight,
+    site: DenseConvolution,
+    seen: Mapping[str, InputStatistics],
+) -> _Fit:
     """Fit a layer, in the better of the orders that pay."""
     outputs, inputs, taps, _ = _geometry(layer.weight)
     dense = layer.weight.read().astype(np.float64).reshape(outputs, inputs, taps)
     moments, centre = None, np.zeros(inputs * taps)
-    if seen is not None:
-        gram, mean, rows = layers.gram(layer, seen)
-        moments = gram[0] / max(rows, 1)
+    found = seen.get(layer.name)
+    if found is not None and found.gram is not None and found.count:
+        if not found.is_finite:
+            raise ModelError(
+                f"{layer.name} multiplies NaN or infinity on the calibration data; "
+                f"skip={layer.name} leaves it alone"
+            )
+        moments = found.gram[0] / found.count
         if all(_bias_is_free(layer, use.node) for use in layer.uses):
-            centre = mean[0]
+            centre = found.mean[0]
             moments = moments - np.outer(centre, centre)
     tried = [separate(dense, site.branches, order, moments) for order in site.orders]
     kernels = min(tried, key=lambda one: one.error)
@@ -309,15 +304,6 @@ def _fit(layer: LinearWeight, site: DenseConvolution, seen: Any) -> _Fit:
     return _Fit(
         kernels, moments is not None, (flat - made) @ centre, flat @ centre, spread
     )
-
-
-def _seen(model, found, ctx):
-    from onnxshrink.quantization.inputs import groups, input_grams
-
-    out = {}
-    for group in groups(found):
-        out |= input_grams(model, group, ctx)[0]
-    return out
 
 
 def _replace_node(
@@ -377,6 +363,8 @@ def _replace_node(
         ends = [joined.outputs[0], *ends[2:]]
     value = ends[0]
     if add_norm:
+        # What the norm leaves as it is stands for what the layer gave.
+        model.lineage.replace(final.name, value.name)
         value = _normalised(model, node, value, fit, bias, graph, dtype)
     maker = value.inputs[0]
     model.remove(node, graph)
@@ -486,6 +474,16 @@ def _size(
     """Return the extent of a value of shape [samples, channels, extent...]."""
     shape = shapes.get(value.name)
     return None if shape is None else tuple(shape[2:])
+
+
+def _change(before: Cost, after: Cost) -> str:
+    """Say what a layer costs before and after."""
+    words = [f"{size_text(before.bytes)} -> {size_text(after.bytes)}"]
+    if before.macs:
+        words.append(f"{count_text(before.macs)} -> {count_text(after.macs)} MACs")
+    if before.seconds and after.seconds is not None:
+        words.append(f"{before.seconds * 1e6:.3g} -> {after.seconds * 1e6:.3g} us")
+    return ", ".join(words)
 
 
 def _share(part: int, whole: int) -> float:

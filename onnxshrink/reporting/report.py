@@ -448,7 +448,7 @@ def _render_sites(console: Console, step: Planned, most: int) -> None:
             clean(site.kind, 30),
             size_text(site.savings.bytes),
             count_text(site.savings.macs),
-            clean(how, 60),
+            clean(how, 160),
         )
     console.print(made)
     if len(sites) > most:
