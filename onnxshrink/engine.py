@@ -53,4 +53,5 @@ def make_context(samples: Splits, reference: Model, **fields: Any) -> Context:
         reference: The model the run started from.
         **fields: Every other field of ``Context``.
     """
-    return Context(samples=samples, reference=reference, engine=Engine(), **fields)
+    fields.setdefault("engine", Engine())
+    return Context(samples=samples, reference=reference, **fields)

@@ -18,8 +18,17 @@ from typing import Any, Literal
 
 from onnxshrink import runtime
 from onnxshrink._version import __version__
-from onnxshrink.base import Context, Memory, Pass, Progress, Promise, Site, SitePass
-from onnxshrink.engine import make_context
+from onnxshrink.base import (
+    Context,
+    Memory,
+    Pass,
+    Progress,
+    Promise,
+    Saved,
+    Site,
+    SitePass,
+)
+from onnxshrink.engine import Engine, make_context
 from onnxshrink.errors import (
     ModelError,
     OnnxshrinkError,
@@ -28,6 +37,7 @@ from onnxshrink.errors import (
     UsageError,
 )
 from onnxshrink.lineage import Lineage
+from onnxshrink.measuring.costs import FixedCosts
 from onnxshrink.measuring.measure import Stats, measure
 from onnxshrink.model import External, Model, Storage, SupportsModelProto
 from onnxshrink.pipeline import Pipeline
@@ -209,11 +219,13 @@ class PassManager:
         planned on their result; the others are only asked for their sites.
         """
         planned: list[Planned] = []
+        costs = FixedCosts(threads=self.threads, providers=self.providers)
         with self._executor() as executor:
             current = model.copy()
             changed: list[str] = []
             for pass_ in self.pipeline:
-                ctx = self._context(model, self._splits(model), executor)
+                splits = self._splits(model)
+                ctx = self._context(model, splits, executor, costs)
                 current = self._prepared(current, pass_)
                 note = ""
                 if changed:
@@ -227,7 +239,9 @@ class PassManager:
                     note = "; ".join([*done, *([note] if note else [])])
                 else:
                     changed.append(pass_.name)
-                planned.append(Planned(pass_, sites, tuple(ctx.skips), note))
+                planned.append(
+                    Planned(pass_, sites, tuple(ctx.skips), note, self._ranked_by)
+                )
         return planned
 
     # --- run ----------------------------------------------------------------------
@@ -303,10 +317,22 @@ class PassManager:
             return self.splits
         return Splits.build(model, seed=self.seed, shapes=self.shapes)
 
+    @property
+    def _ranked_by(self) -> Saved:
+        """What sites are ranked by: what the budget asks for."""
+        latency = self.budget is not None and self.budget.max_latency_ratio is not None
+        return "seconds" if latency else "bytes"
+
     def _context(
-        self, reference: Model, splits: Splits, executor: Executor | None
+        self,
+        reference: Model,
+        splits: Splits,
+        executor: Executor | None,
+        costs: FixedCosts,
     ) -> Context:
+        """Return a context; layers are timed here only where the latency is bounded."""
         return make_context(
+            engine=Engine(costs.measured() if self._ranked_by == "seconds" else costs),
             samples=splits,
             reference=reference,
             seed=self.seed,
@@ -336,6 +362,7 @@ class _PipelineRun:
             first choice comes.
         steps: Reports of the steps that are decided.
         memory: What passes remember in the step that is being decided.
+        costs: What layers cost, for all steps.
     """
 
     def __init__(
@@ -381,6 +408,7 @@ class _PipelineRun:
         self.selection: Validator | None = None
         self.steps: list[Step] = []
         self.memory = Memory()
+        self.costs = FixedCosts(threads=manager.threads, providers=manager.providers)
 
     def _as_given(self) -> Path:
         """Return a file onnxruntime can open that holds the model as it was given."""
@@ -653,7 +681,9 @@ class _PipelineRun:
         return _TriedPass(index, pass_, attempt, seconds, attempt.verdict.ok)
 
     def _context(self, index: int, tag: str = "") -> Context:
-        ctx = self.manager._context(self.reference, self.splits, self.executor)
+        ctx = self.manager._context(
+            self.reference, self.splits, self.executor, self.costs
+        )
         ctx.memory = self.memory
         if self.target is not None:
             ctx.folder = self.folder / f"step-{index}{tag}"
@@ -781,16 +811,24 @@ class _PipelineRun:
         selection = self._selecting()
         tried = 0
 
-        def damage(some: Sequence[Site]) -> float:
+        def damage(some: Sequence[Site], latency_ratio: float | None = None) -> float:
             nonlocal tried
             tried += 1
             self.manager.progress(tried, tried + 1, f"{pass_.name}: backing off")
             if not some:
                 return 0.0
             trial = self._rewritten(pass_, prepared, some, ctx, listed)
-            return selection.check(trial, _judged_by(pass_)).damage
+            verdict = selection.check(
+                trial, _judged_by(pass_), latency_ratio=latency_ratio
+            )
+            return verdict.damage
 
-        plan = backoff.back_off(pass_, sites, damage)
+        def harm(some: Sequence[Site]) -> float:
+            return damage(some, latency_ratio=0.0)  # of the outputs alone
+
+        plan = backoff.back_off(
+            pass_, sites, damage, saved=self.manager._ranked_by, harm=harm
+        )
         for _ in range(_TIGHTENINGS):
             if plan is None:
                 break
@@ -935,8 +973,13 @@ class _PipelineRun:
                 "agreement and SQNR of what follows the training are against the model "
                 "that was taught, since another teacher changed what it answers"
             )
-        if costs := self._loading(self.original, path):
-            first, last = costs
+        if self.costs.measured_some:
+            notes.append(
+                "times of layers that choices were made by are those of this machine; "
+                "another one may choose otherwise"
+            )
+        if loading := self._loading(self.original, path):
+            first, last = loading
             baseline = dataclasses.replace(
                 baseline, peak_memory_bytes=first.peak_memory_bytes
             )

@@ -29,6 +29,7 @@ from onnxshrink import (
     Pipeline,
     Promise,
     PromiseError,
+    Savings,
     Site,
     SitePass,
     Splits,
@@ -397,3 +398,45 @@ def test_labels_that_fit_no_output_are_said_to_take_no_part() -> None:
     ).run(model)
 
     assert any("labels take no part" in note for note in result.report.notes)
+
+
+# --- what the budget asks for -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(SitePass):
+    """Shrink one output of each layer; one of the two saves no time."""
+
+    name: ClassVar[str] = "test-timed"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    seen: ClassVar[list[bool]] = []
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        self.seen.append(ctx.costs.is_measured)
+        return [
+            Site("w1", "Gemm", Savings(bytes=10, seconds=1e-3)),
+            Site("w2", "Gemm", Savings(bytes=20, seconds=0.0)),
+        ]
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        # Of four outputs, one is wrong by 0.6 or by 0.5: 10.5 or 12 dB, both 8.2 dB.
+        column, factor = {"w1": (0, 0.4), "w2": (1, 0.5)}[site.where]
+        values = model.weight(site.where).read().copy()
+        values[:, column] *= np.float32(factor)
+        model.set_weight(site.where, values)
+        ctx.did(site.where, f"times {factor}")
+
+
+@pytest.mark.parametrize("latency", [None, 1000.0])
+def test_a_latency_budget_gives_up_the_site_that_saves_no_time(
+    latency: float | None,
+) -> None:
+    model = classifier()
+    budget = Budget(min_sqnr=9.5, max_latency_ratio=latency)
+    splits = Splits.build(model, samples(4000))
+    result = manager(Timed(), model=model, budget=budget, splits=splits).run(model)
+
+    (step,) = result.report.steps
+    assert step.accepted
+    assert dict(step.left_out) == {"w2" if latency else "w1": "left out"}
+    assert Timed.seen[-1] == (latency is not None)

@@ -252,7 +252,8 @@ def shrink(
 
     from onnxshrink.manager import PassManager
     from onnxshrink.model import Model
-    from onnxshrink.reporting.report import render_plan, step_line
+    from onnxshrink.reporting.plan import render_plan
+    from onnxshrink.reporting.report import step_line
 
     screen = Screen.open(quiet=quiet, verbose=verbose)
     accepted = []

@@ -24,9 +24,8 @@ from onnxshrink.validation import Verdict
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxshrink.reporting.plan import Planned
 
-__all__ = ["SUFFIXES", "Report", "Step", "dump", "plain", "render_plan", "step_line"]
+__all__ = ["SUFFIXES", "Report", "Step", "dump", "plain", "step_line"]
 
 SUFFIXES = (".json", ".md", ".html")
 """What the name of a report file may end in."""
@@ -393,70 +392,6 @@ def step_line(step: Step) -> str:
     if not step.accepted:
         figures = clean(step.reason, 300)
     return f"{step.pass_name}: {figures} ({step.seconds:.1f} s)"
-
-
-def render_plan(
-    console: Console,
-    pipeline: str,
-    planned: Sequence[Planned],
-    *,
-    verbose: bool = False,
-) -> None:
-    """Print what each pass would do.
-
-    Args:
-        console: Where to.
-        pipeline: The passes as text.
-        planned: The plan.
-        verbose: Print every site, not the largest.
-    """
-    most = 1_000_000 if verbose else 20
-    console.print(f"Plan for {clean(pipeline, 4000)}; nothing was changed.")
-    for index, step in enumerate(planned):
-        console.print()
-        console.print(f"{index + 1}. {step.pass_.name}", style="bold")
-        if step.sites is None:
-            console.print("   acts on the whole model")
-        elif not step.sites:
-            console.print("   nothing to do")
-        else:
-            _render_sites(console, step, most)
-        for line in step.note.split("; ") if step.note else ():
-            console.print(f"   {clean(line, 2000)}", soft_wrap=True)
-        for where, why in step.skipped[:most]:
-            console.print(
-                f"   leaves {clean(where, 80)} alone: {clean(why)}", soft_wrap=True
-            )
-        if len(step.skipped) > most:
-            console.print(f"   ... and {len(step.skipped) - most} more; -v lists all")
-
-
-def _render_sites(console: Console, step: Planned, most: int) -> None:
-    sites = sorted(step.sites or (), key=lambda site: -site.savings.bytes)
-    made = table(
-        ["where", "kind", "bytes saved", "MACs saved", "how"],
-        left=(0, 1, 4),
-        wrap=(0, 4),
-    )
-    for site in sites[:most]:
-        how = ", ".join(
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in site.how().items()
-        )
-        made.add_row(
-            clean(site.where, 60),
-            clean(site.kind, 30),
-            size_text(site.savings.bytes),
-            count_text(site.savings.macs),
-            clean(how, 160),
-        )
-    console.print(made)
-    if len(sites) > most:
-        console.print(f"   ... and {len(sites) - most} more; -v lists all")
-    total = sum(site.savings.bytes for site in sites)
-    console.print(
-        f"   {len(sites)} sites, about {size_text(total)} saved before encoding"
-    )
 
 
 # --- values -----------------------------------------------------------------------

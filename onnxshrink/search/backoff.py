@@ -1,16 +1,16 @@
 """How a pass gives way when it breaks the budget: a search over its sites.
 
-The search sees sites and a function that measures damage, nothing else. Damage is the
-share of the budget that is used up: what is at most 1 fits.
+The search sees sites, what each saves, and a function that measures damage. Damage is
+the share of the budget that is used up: what is at most 1 fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from onnxshrink.base import Site, SitePass
+from onnxshrink.base import Saved, Site, SitePass
 
 __all__ = ["Plan", "back_off", "blend", "nothing", "rank", "tighten"]
 
@@ -32,7 +32,8 @@ class Plan:
     Attributes:
         sites: The sites as the pass listed them.
         strengths: One for each site; 1 as listed, 0 left out.
-        order: Indices of the sites, the most damaging first where that was measured.
+        order: Indices of the sites in the order in which they are given up: first those
+            that do not save what counts, if that is known, then the most damaging.
     """
 
     sites: tuple[Site, ...]
@@ -62,8 +63,18 @@ class Plan:
                 said.append((site.where, _difference(site, kept, strength)))
         return said
 
+    def at(self, strengths: Iterable[float]) -> Plan:
+        """Return the plan with other strengths."""
+        return replace(self, strengths=tuple(strengths))
+
+    def without(self, count: int) -> Plan:
+        """Return the plan that leaves out the first to be given up, no others."""
+        out = set(self.order[:count])
+        return self.at([0.0 if i in out else 1.0 for i in range(len(self.sites))])
+
 
 def _difference(listed: Site, kept: Site, strength: float) -> str:
+    """Say how a weaker form of a site differs from the one listed, field by field."""
     before, after = listed.how(), kept.how()
     changed = [
         f"{key} {_short(value)} -> {_short(after[key])}"
@@ -77,49 +88,69 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def back_off(pass_: SitePass, sites: Sequence[Site], damage: Damage) -> Plan | None:
+def back_off(
+    pass_: SitePass,
+    sites: Sequence[Site],
+    damage: Damage,
+    *,
+    saved: Saved = "bytes",
+    harm: Damage | None = None,
+) -> Plan | None:
     """Find how far a pass that breaks the budget can still go.
 
     Where sites can be weakened, one strength for all is found by bisection, so that a
-    pass which divided its work among them keeps its shares; sites that bear more are
-    given more where that saves more together. Where they cannot, each site's damage
-    alone is measured, and the fewest of the most damaging are left out, by bisection
-    too. Both take for granted that more does more damage.
+    pass which divided its work among them keeps its shares. Then sites that bear more
+    are given more, where that saves more in all. Where sites cannot be weakened, the
+    harm of each alone is measured, and the fewest of the most harmful are left out, by
+    bisection too. Both take for granted that more does more damage.
+
+    Where MACs or time count, sites that save none are given up first: they only cost.
+    A site may even take longer than before; without it, time and damage both get less.
 
     Args:
         pass_: The pass, for ``weaken``.
         sites: All its sites; doing them all breaks the budget.
         damage: Measures acting at some sites, from 0 on; at most 1 fits.
+        saved: Which of a site's savings counts.
+        harm: Measures what acting at some sites does to the outputs, for the order; by
+            default ``damage``. It differs where time is part of the damage.
 
     Returns:
         A plan that fits, or ``None`` if no site at all fits.
     """
     everything = tuple(sites)
-    plan = Plan(everything, (1.0,) * len(everything), tuple(range(len(everything))))
-    if any(pass_.weaken(site, 0.5) is not None for site in everything):
-        strength = _common_strength(pass_, plan, damage)
-        if strength > 0:
-            even = _with(plan, [strength] * len(everything))
-            return _strengthen(pass_, even, damage)
-    return _leave_out(pass_, _ranked(plan, damage), damage)
+    order = tuple(range(len(everything)))
+    idle = [i for i in order if saved != "bytes" and _saves(everything[i], saved) <= 0]
+    idle = idle if len(idle) < len(everything) else []
+    plan = Plan(everything, (1.0,) * len(everything), order)
+    if _is_gentle(pass_, everything):
+        found = _weakened(pass_, plan, idle, damage)
+        if found is not None:
+            return _strengthen(pass_, found, damage, saved)
+    order, _ = rank(everything, harm or damage)
+    first = set(idle)
+    order = tuple(sorted(order, key=lambda index: index not in first))
+    return _leave_out(pass_, replace(plan, order=order), len(idle), damage)
+
+
+def _is_gentle(pass_: SitePass, sites: Sequence[Site]) -> bool:
+    """Whether some site has a weaker form."""
+    return any(pass_.weaken(site, 0.5) is not None for site in sites)
 
 
 def tighten(pass_: SitePass, plan: Plan) -> Plan | None:
     """Return a more careful plan, or ``None`` if there is nothing left to give up.
 
-    Weakened sites lose a tenth of their strength; where there is none to weaken, the
-    most damaging eighth of the sites that are left is left out.
+    Weakened sites lose a tenth of their strength; where there is none to weaken, an
+    eighth of the sites that are left is left out, the first in the plan's order.
     """
-    gentle = any(pass_.weaken(site, 0.5) is not None for site in plan.sites)
-    if gentle:
-        weaker = tuple(s * 0.9 if s > 0.05 else 0.0 for s in plan.strengths)
-        return Plan(plan.sites, weaker, plan.order) if any(weaker) else None
+    if _is_gentle(pass_, plan.sites):
+        weaker = [s * 0.9 if s > 0.05 else 0.0 for s in plan.strengths]
+        return plan.at(weaker) if any(weaker) else None
     alive = [index for index in plan.order if plan.strengths[index] > 0]
     drop = set(alive[: max(1, len(alive) // 8)])
-    strengths = tuple(
-        0.0 if index in drop else s for index, s in enumerate(plan.strengths)
-    )
-    return Plan(plan.sites, strengths, plan.order) if any(strengths) else None
+    strengths = [0.0 if index in drop else s for index, s in enumerate(plan.strengths)]
+    return plan.at(strengths) if any(strengths) else None
 
 
 def nothing(sites: Sequence[Site]) -> Plan:
@@ -134,28 +165,17 @@ def blend(pass_: SitePass, plan: Plan, share: float) -> Plan:
         pass_: The pass, for ``weaken``.
         plan: A plan; what it weakens or leaves out is given back in part.
         share: From 0, the plan as it is, to 1, every site as listed. Where sites cannot
-            be weakened, this share of those left out takes part again, the least
-            damaging first.
+            be weakened, this share of those left out takes part again, the last in the
+            plan's order first.
     """
-    if any(pass_.weaken(site, 0.5) is not None for site in plan.sites):
-        return _with(plan, [s + share * (1 - s) for s in plan.strengths])
+    if _is_gentle(pass_, plan.sites):
+        return plan.at([s + share * (1 - s) for s in plan.strengths])
     out = [index for index in plan.order if plan.strengths[index] == 0]
     still = set(out[: round((1 - share) * len(out))])
-    strengths = [
+    return plan.at(
         0.0 if index in still else 1.0 if index in out else strength
         for index, strength in enumerate(plan.strengths)
-    ]
-    return _with(plan, strengths)
-
-
-def _with(plan: Plan, strengths: Sequence[float]) -> Plan:
-    return Plan(plan.sites, tuple(strengths), plan.order)
-
-
-def _ranked(plan: Plan, damage: Damage) -> Plan:
-    """Measure each site alone; order the plan, the most damaging first."""
-    order, _ = rank(plan.sites, damage)
-    return Plan(plan.sites, plan.strengths, order)
+    )
 
 
 def rank(
@@ -181,71 +201,124 @@ def rank(
     return tuple(order), tuple(harm)
 
 
-def _common_strength(pass_: SitePass, plan: Plan, damage: Damage) -> float:
+# --- sites that can be weakened ---------------------------------------------------
+
+
+def _weakened(
+    pass_: SitePass, plan: Plan, idle: Sequence[int], damage: Damage
+) -> Plan | None:
+    """Find one strength for all sites, or for all but the idle, that fits.
+
+    Idle sites are left out at first. If the others fit as listed, it is the strength of
+    the idle ones that is looked for.
+    """
+    active = set(plan.order) - set(idle)
+    if idle:
+        plan = _with(plan, set(idle), 0.0)
+        if damage(plan.chosen(pass_)) <= 1:
+            return _strongest(pass_, plan, set(idle), damage)
+    found = _strongest(pass_, plan, active, damage)
+    return found if any(found.strengths) else None
+
+
+def _with(plan: Plan, which: Collection[int], strength: float) -> Plan:
+    """Return the plan with one strength at some sites."""
+    return plan.at(strength if i in which else s for i, s in enumerate(plan.strengths))
+
+
+def _strongest(
+    pass_: SitePass, plan: Plan, which: Collection[int], damage: Damage
+) -> Plan:
+    """Return the plan with the highest strength of some sites that fits with others."""
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        trial = _with(plan, [middle] * len(plan.sites))
-        if damage(trial.chosen(pass_)) <= 1:
+        if damage(_with(plan, which, middle).chosen(pass_)) <= 1:
             low = middle
         else:
             high = middle
-    return low
+    return _with(plan, which, low)
 
 
-def _strengthen(pass_: SitePass, even: Plan, damage: Damage) -> Plan:
+def _strengthen(pass_: SitePass, even: Plan, damage: Damage, saved: Saved) -> Plan:
     """Let sites that bear more take budget from the others, if that saves more.
 
     The strength all can bear leaves no budget to hand out, so it is lowered first.
     """
-    base = even.strengths[0] * _LOWERED
-    strengths = [base] * len(even.sites)
-    for group in _groups(even):
+    base = max(s for s in even.strengths if s < 1) * _LOWERED
+    strengths = [base if 0 < s < 1 else s for s in even.strengths]
+    for group in _groups(even, saved):
         for bolder in (1.0, (1 + base) / 2, (1 + 3 * base) / 4):
             trial = list(strengths)
             for index in group:
                 trial[index] = bolder
-            if damage(_with(even, trial).chosen(pass_)) <= 1:
+            if damage(even.at(trial).chosen(pass_)) <= 1:
                 strengths = trial
                 break
-    uneven = _with(even, strengths)
-    return max(even, uneven, key=lambda plan: _saved(pass_, plan))
+    uneven = even.at(strengths)
+    return max(even, uneven, key=lambda plan: _all_saved(pass_, plan, saved))
 
 
-def _saved(pass_: SitePass, plan: Plan) -> int:
-    return sum(site.savings.bytes for site in plan.chosen(pass_))
+def _saves(site: Site, saved: Saved) -> float:
+    return site.savings.of(saved)
 
 
-def _groups(plan: Plan) -> list[list[int]]:
-    """Cut the sites into at most eight groups that save about as much each."""
+def _all_saved(pass_: SitePass, plan: Plan, saved: Saved) -> tuple[float, int]:
+    """Return what a plan saves: of what counts, then bytes."""
+    chosen = plan.chosen(pass_)
+    return (
+        sum(_saves(site, saved) for site in chosen),
+        sum(site.savings.bytes for site in chosen),
+    )
+
+
+def _groups(plan: Plan, saved: Saved) -> list[list[int]]:
+    """Cut sites that may be stronger into at most eight groups that save as much each.
+
+    Those that save most come first; those that take more than before are left as weak.
+    """
     sites = plan.sites
-    order = sorted(range(len(sites)), key=lambda i: -sites[i].savings.bytes)
+    savings = [_saves(site, saved) for site in sites]
+    order = sorted(
+        range(len(sites)), key=lambda i: (-savings[i], -sites[i].savings.bytes)
+    )
+    order = [i for i in order if plan.strengths[i] < 1 and savings[i] >= 0]
     if len(order) <= _GROUPS:
         return [[index] for index in order]
-    share = sum(site.savings.bytes for site in sites) / _GROUPS
+    share = sum(max(0, savings[i]) for i in order) / _GROUPS
     groups: list[list[int]] = [[]]
-    saved = 0
+    total = 0.0
     for index in order:
-        if groups[-1] and saved >= share * len(groups) and len(groups) < _GROUPS:
+        if groups[-1] and total >= share * len(groups) and len(groups) < _GROUPS:
             groups.append([])
         groups[-1].append(index)
-        saved += sites[index].savings.bytes
+        total += max(0, savings[index])
     return groups
 
 
-def _leave_out(pass_: SitePass, plan: Plan, damage: Damage) -> Plan | None:
-    """Leave out the fewest of the most damaging sites so that the rest fits."""
+# --- sites that cannot ------------------------------------------------------------
 
-    def without(count: int) -> Plan:
-        out = set(plan.order[:count])
-        return _with(plan, [0.0 if i in out else 1.0 for i in range(len(plan.sites))])
 
+def _leave_out(pass_: SitePass, plan: Plan, idle: int, damage: Damage) -> Plan | None:
+    """Leave out the fewest sites, in the plan's order, so that the rest fits.
+
+    Args:
+        pass_: The pass.
+        plan: The plan, with its order.
+        idle: How many sites come first since they save nothing that counts. Up to
+            there leaving out makes all better; beyond, a time that was saved is lost.
+        damage: Measures some sites.
+    """
     low, high = 0, len(plan.sites)
+    if idle and damage(plan.without(idle).chosen(pass_)) <= 1:
+        high = idle
+    else:
+        low = idle
     while high - low > 1:
         middle = (low + high) // 2
-        if damage(without(middle).chosen(pass_)) <= 1:
+        if damage(plan.without(middle).chosen(pass_)) <= 1:
             high = middle
         else:
             low = middle
-    found = without(high)
+    found = plan.without(high)
     return found if any(found.strengths) else None

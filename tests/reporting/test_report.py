@@ -21,13 +21,12 @@ from onnxshrink.base import Promise, Savings, Site
 from onnxshrink.errors import OutputError, UsageError
 from onnxshrink.measuring.measure import Stats
 from onnxshrink.registry import get
-from onnxshrink.reporting.plan import Planned
+from onnxshrink.reporting.plan import Planned, render_plan
 from onnxshrink.reporting.report import (
     Report,
     Step,
     dump,
     plain,
-    render_plan,
     step_line,
 )
 from onnxshrink.terminal import (

@@ -145,3 +145,113 @@ def test_a_change_names_the_field_that_became_gentler() -> None:
     plan = Plan(tuple(sites(1)), (0.5,), (0,))
 
     assert plan.changes(Gentle()) == [("w0", "level 1 -> 0.5")]
+
+
+# --- where time counts ------------------------------------------------------------
+
+
+def timed(**seconds: float) -> list[Site]:
+    """Sites by the time they save; all save as many bytes."""
+    return [
+        Level(name, "Gemm", Savings(1000, seconds=saved), level=1.0)
+        for name, saved in seconds.items()
+    ]
+
+
+def test_sites_that_save_no_time_are_given_up_first_where_time_counts() -> None:
+    harm = {"w0": 0.7, "w1": 0.5, "w2": 0.2}
+    found = timed(w0=1e-3, w1=0.0, w2=1e-3)
+
+    def damage(some: Sequence[Site]) -> float:
+        return sum(harm[site.where] for site in some)
+
+    by_bytes = back_off(AllOrNothing(), found, damage)
+    by_time = back_off(AllOrNothing(), found, damage, saved="seconds")
+
+    assert by_bytes is not None
+    assert by_time is not None
+    assert left_out(by_bytes) == {"w0"}
+    assert left_out(by_time) == {"w1"}
+
+
+def test_where_that_is_not_enough_the_most_harmful_follow() -> None:
+    harm = {"w0": 1.2, "w1": 0.1, "w2": 0.4, "w3": 0.3}
+    found = timed(w0=1e-3, w1=-1e-3, w2=1e-3, w3=1e-3)
+    plan = back_off(
+        AllOrNothing(),
+        found,
+        lambda some: sum(harm[site.where] for site in some),
+        saved="seconds",
+    )
+    assert plan is not None
+    assert left_out(plan) == {"w0", "w1"}
+    assert plan.changes(AllOrNothing())[0][0] == "w1"
+
+
+def test_a_time_is_met_by_leaving_out_the_sites_that_lose_time() -> None:
+    # Four sites save a tenth of the time, two lose three twentieths; 0.7 is allowed.
+    seconds = {"w0": 0.1, "w1": -0.15, "w2": 0.1, "w3": 0.1, "w4": -0.15, "w5": 0.1}
+
+    def damage(some: Sequence[Site]) -> float:
+        return (1 - sum(seconds[site.where] for site in some)) / 0.7
+
+    plan = back_off(AllOrNothing(), timed(**seconds), damage, saved="seconds")
+
+    assert plan is not None
+    assert left_out(plan) == {"w1", "w4"}
+
+
+def test_only_as_many_as_it_takes_of_those_that_lose_time_are_left_out() -> None:
+    seconds = {"w0": 0.4, "w1": -0.05, "w2": -0.05, "w3": -0.05}
+
+    def damage(some: Sequence[Site]) -> float:
+        return (1 - sum(seconds[site.where] for site in some)) / 0.71
+
+    plan = back_off(
+        AllOrNothing(),
+        timed(**seconds),
+        damage,
+        saved="seconds",
+        harm=lambda some: {"w1": 0.2, "w2": 0.3, "w3": 0.1}.get(some[0].where, 0.9),
+    )
+
+    assert plan is not None
+    assert left_out(plan) == {"w2"}  # of those, the most harmful
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slower(Gentle):
+    """Weaker sites save less time, in proportion."""
+
+    name: ClassVar[str] = "slower"
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        savings = site.savings * strength
+        return Level(site.where, site.kind, savings, level=strength)
+
+
+def test_weakened_sites_keep_the_time_they_save() -> None:
+    def damage(some: Sequence[Site]) -> float:
+        found = level(some)
+        return 0.8 * found.get("w0", 0.0) + 0.8 * found.get("w1", 0.0)
+
+    found = timed(w0=1e-3, w1=0.0)
+    by_bytes = back_off(Slower(), found, damage)
+    by_time = back_off(Slower(), found, damage, saved="seconds")
+
+    assert by_bytes is not None
+    assert by_time is not None
+    assert by_bytes.strengths[1] > 0.5
+    assert by_time.strengths == (1.0, 0.25)  # what is left of the budget
+
+
+def test_where_they_alone_break_it_the_others_have_nothing() -> None:
+    def damage(some: Sequence[Site]) -> float:
+        found = level(some)
+        return 4 * found.get("w0", 0.0) + found.get("w1", 0.0)
+
+    plan = back_off(Slower(), timed(w0=1e-3, w1=0.0), damage, saved="seconds")
+
+    assert plan is not None
+    # All of the budget is for the site that saves time: a quarter of its strength.
+    assert plan.strengths == (0.25, 0.0)
