@@ -12,8 +12,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxshrink import base
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.measuring.costs import LayerCosts
 from onnxshrink.model import Model
 from onnxshrink.passes.fold import Fold
 from onnxshrink.quantization import (
@@ -37,6 +39,12 @@ from onnxshrink.structure.layers import LinearWeight
 __all__ = ["Quantize"]
 
 Form = Literal["static", "dynamic", "none"]
+_KERNELS: Mapping[Form, base.Form] = {
+    "static": "static",
+    "dynamic": "dynamic",
+    "none": "codes",
+}
+"""How the forms compute, in the words of ``ctx.costs``."""
 _T = onnx.TensorProto
 
 _QUANTIZED = frozenset(
@@ -242,13 +250,17 @@ class Quantize(SitePass):
         static_ok = {one.layer.name for one in planner.linear}
         static_ok -= {name for name, _ in planner.left}
         reasons = dict(planner.left)
+        costs = LayerCosts(prepared, ctx)
         sites = []
         for layer in layers.find(
             prepared, only=self.only, skip=self.skip, roles=("weight", "table")
         ):
             site = self._site(prepared, layer, layer.name in static_ok, data, ctx)
             if site is not None:
-                sites.append(site)
+                saved = dataclasses.replace(
+                    site.savings, seconds=_saved(layer, site, costs)
+                )
+                sites.append(dataclasses.replace(site, savings=saved))
                 if self.activations == "static" and site.form != "static":
                     why = reasons.get(
                         layer.name, "it is no operator of the static form"
@@ -476,6 +488,15 @@ def _prepare(model: Model, ctx: Context) -> str:
     Fold().apply(model, quiet)
     after = sum(1 for _ in model.nodes())
     return f"folded first: {before} nodes -> {after}" if after < before else ""
+
+
+def _saved(layer: LinearWeight, site: QuantizeSite, costs: LayerCosts) -> float | None:
+    """Return the seconds saved; codes of weights alone are decoded but for MatMul."""
+    if site.form == "none" and layer.kind != "MatMul":
+        return 0.0
+    before = costs.of(layer)
+    after = costs.of(layer, _KERNELS[site.form], site.bits / 8)
+    return None if before is None or after is None else (before - after).seconds
 
 
 def _bits(weights: str) -> int:

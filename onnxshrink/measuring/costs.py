@@ -17,6 +17,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxshrink import runtime
-from onnxshrink.base import Cost, Costs, Form
+from onnxshrink.base import Context, Cost, Costs, Form
 from onnxshrink.errors import ModelError
 from onnxshrink.measuring.figures import KeptFigures, cache_folder, machine
+from onnxshrink.model import Model
 from onnxshrink.quantization.processors import PROCESSORS, detect
 from onnxshrink.structure.layers import LinearWeight
+from onnxshrink.structure.shapes import value_shapes
 
-__all__ = ["FixedCosts", "MeasuredCosts", "layer_cost"]
+__all__ = ["FixedCosts", "LayerCosts", "MeasuredCosts", "layer_cost"]
 
 Array = np.ndarray[Any, Any]
 
@@ -428,6 +431,36 @@ def _packed(
 
 
 # --- layers that are there --------------------------------------------------------
+
+
+class LayerCosts:
+    """What the layers of one model cost, as they are and in other forms."""
+
+    def __init__(self, model: Model, ctx: Context) -> None:
+        """Look at a model.
+
+        Args:
+            model: The model; it is not changed.
+            ctx: Its costs, and a sample, for the shapes of values.
+        """
+        self._model = model
+        self._ctx = ctx
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, Sequence[int]]:
+        splits = self._ctx.samples
+        samples = splits.calibration or splits.training
+        if samples is None or not samples.used:
+            return {}
+        feed = samples.read(np.arange(samples.batch or 1))
+        return value_shapes(self._model, {name: a.shape for name, a in feed.items()})
+
+    def of(
+        self, layer: LinearWeight, form: Form = "float", itemsize: float | None = None
+    ) -> Cost | None:
+        """Return what a layer costs for one sample, see ``layer_cost``."""
+        costs = self._ctx.costs
+        return layer_cost(costs, layer, self._shapes, form=form, itemsize=itemsize)
 
 
 def layer_cost(

@@ -602,3 +602,27 @@ def test_rows_of_a_table_with_one_scale_are_gathered_as_codes() -> None:
     index = np.array([5, 5999], np.int64)
     rows = run(made, i=index)
     np.testing.assert_allclose(rows, table[index], atol=0.05)
+
+
+# --- what it saves ----------------------------------------------------------------
+
+
+def test_the_plan_says_which_layers_gain_time() -> None:
+    made = model(
+        "a = Conv<pads = [1, 1, 1, 1]>(x, w) r = Relu(a) "
+        "y = Conv<pads = [1, 1, 1, 1]>(r, v)",
+        "float[N,1,16,16] x",
+        w=draw(64, 1, 3, 3),
+        v=draw(64, 64, 3, 3),
+    )
+    samples = Samples.from_arrays({"x": draw(4, 1, 16, 16)}).bind(made.inputs)
+    ctx = make_context(samples=Splits(calibration=samples), reference=made)
+
+    saved = {s.where: s.savings.seconds for s in Quantize().sites(made, ctx)}
+    # Integer kernels gain from many channels and lose where there is one.
+    assert saved["w"] is not None
+    assert saved["v"] is not None
+    assert saved["w"] < 0 < saved["v"]
+    # A convolution with weights alone in codes computes in floats as before.
+    alone = Quantize(activations="none", weights="int4").sites(made, ctx)
+    assert {site.where: site.savings.seconds for site in alone} == {"v": 0.0}
