@@ -523,6 +523,7 @@ def fit(
     importance: Array | None = None,
     zero: bool = False,
     initial: Initial = "optimal",
+    bins: int | None = None,
 ) -> Float64:
     """Return the centroids that stand for values with the least squared error.
 
@@ -535,6 +536,8 @@ def fit(
         initial: ``optimal``, or Lloyd's iteration from centroids spread evenly over the
             range (``linear``) or over the values (``quantile``), as in Han, Mao and
             Dally 2016, section 3.2.
+        bins: Bins that the dynamic program sees; by default 1,024 to 8,192, by the
+            number of centroids.
 
     Returns:
         float64 [at most ``count``], ascending; fewer where there are fewer distinct
@@ -549,7 +552,7 @@ def fit(
     if initial != "optimal":
         started = _started(points, count, initial, zero)
         return _lloyd(points, started, zero)
-    few = merged(points, limit)
+    few = merged(points, limit if bins is None else max(bins, count))
     found = _with_zero(few, count) if zero else _without_zero(few, count)
     if few is points:
         return np.unique(found)
