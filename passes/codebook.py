@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -13,13 +12,14 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, attribute
-from onnxshrink.quantization import inputs
 from onnxshrink.quantization.weightonly import SMALL_TABLE, home, within_reach
 from onnxshrink.solvers import codebook, kmeans
 from onnxshrink.structure import layers
+from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import Layout, LinearWeight, Role, Use
 from onnxshrink.tensors import LazyTensor, bits_of
 
@@ -33,7 +33,7 @@ COUNTS = (2, 3, 4, 6, 8, 12, 16, 32, 48, 64, 96, 128, 256)
 _PRUNED = 1 / 64
 """Share of zeros from which a weight counts as pruned: they stay zero."""
 _HELD = 256 << 20
-"""Bytes of Gram matrices, and of results, that are kept for the next attempt."""
+"""Bytes of Gram matrices that are worked on together."""
 _REFITS = 2
 """How often codes and table take turns where the inputs are known."""
 _SCALINGS = 4
@@ -168,10 +168,9 @@ class Codebook(SitePass):
                 "rounding=gptq needs calibration data; give --data, or rounding=nearest"
             )
         found = list(self._layers(model, ctx))
-        grams = _Grams(self, model, found, ctx)
         counts = {layer.name: self.count for layer in found}
         if self.bytes is not None and found:
-            counts = self._divided(found, grams, ctx)
+            counts = self._divided(found, ctx)
         sites = []
         for layer in found:
             count = counts[layer.name]
@@ -258,21 +257,19 @@ class Codebook(SitePass):
             found += groups * outputs * item
         return found
 
-    def _divided(
-        self, found: Sequence[LinearWeight], grams: _Grams, ctx: Context
-    ) -> dict[str, int]:
+    def _divided(self, found: Sequence[LinearWeight], ctx: Context) -> dict[str, int]:
         """Divide values among layers so that the sum of relative errors is least."""
-        options: dict[str, list[tuple[int, float, int]]] = {}
-        tasks = []
-        for layer, gram in grams.each():
-            tasks.append(_Study.of(self, layer, gram))
-        for layer, curve in zip(
-            found, ctx.map(_error_curve, tasks, "studying weights"), strict=True
-        ):
-            options[layer.name] = [
+        curves: dict[str, list[float]] = {}
+        for batch in self._studies(found, ctx):
+            done = ctx.map(_error_curve, batch, "studying weights")
+            curves.update(zip((one.name for one in batch), done, strict=True))
+        options = {
+            layer.name: [
                 (self._stored(layer, count), error, count)
-                for count, error in zip(COUNTS, curve, strict=True)
+                for count, error in zip(COUNTS, curves[layer.name], strict=True)
             ]
+            for layer in found
+        }
         total = sum(layer.weight.nbytes for layer in found)
         assert self.bytes is not None
         chosen = _cheapest(options, int(self.bytes * total))
@@ -315,31 +312,47 @@ class Codebook(SitePass):
         """Code several weights."""
         roles: Sequence[Role] = ("weight", "table", "bias")
         by_name = {layer.name: layer for layer in layers.find(model, roles=roles)}
-        memo: _Memo = ctx.cache.setdefault(("codebook", "results", str(self)), _Memo())
         wanted = {site.where: site for site in sites if isinstance(site, CodebookSite)}
         found = [by_name[name] for name in wanted]
-        missing = [
-            layer
-            for layer in found
-            if (id(layer.weight.tensor), wanted[layer.name].values) not in memo
-        ]
-        fresh: dict[str, _Result] = {}
-        grams = _Grams(self, model, missing, ctx)
-        for batch in grams.batches():
-            tasks = [
-                replace(_Study.of(self, layer, gram), count=wanted[layer.name].values)
-                for layer, gram in batch
-            ]
-            results = ctx.map(_share, tasks, self.name)
-            for (layer, _), result in zip(batch, results, strict=True):
-                key = (id(layer.weight.tensor), wanted[layer.name].values)
-                # The tensor is kept beside it, so that its identity is not used again.
-                memo.keep(key, replace(result, tensor=layer.weight.tensor))
-                fresh[layer.name] = result
+        mark = fingerprint(model) if found else ""
+        # Back-off asks for the same weight with as many values again and again.
+        keys = {
+            name: ("codebook", str(self), mark, name, site.values)
+            for name, site in wanted.items()
+        }
+        results = {name: ctx.memory.get(key) for name, key in keys.items()}
+        missing = [layer for layer in found if results[layer.name] is None]
+        for batch in self._studies(missing, ctx):
+            tasks = [replace(one, count=wanted[one.name].values) for one in batch]
+            for task, result in zip(
+                tasks, ctx.map(_share, tasks, self.name), strict=True
+            ):
+                ctx.memory.put(keys[task.name], result)
+                results[task.name] = result
         for layer in found:
-            key = (id(layer.weight.tensor), wanted[layer.name].values)
-            result = fresh.get(layer.name) or memo[key]
-            self._write(model, layer, result, ctx)
+            self._write(model, layer, results[layer.name], ctx)
+
+    def _studies(
+        self, found: Sequence[LinearWeight], ctx: Context
+    ) -> Iterator[list[_Study]]:
+        """Yield what is known of layers, a bounded number at a time."""
+        wants = self.rounding != "nearest" and _has_data(ctx) and bool(found)
+        seen = ctx.inputs(found) if wants else {}
+        batch: list[_Study] = []
+        held = 0
+        for layer in found:
+            known = seen.get(layer.name)
+            if known is not None and not known.is_finite:
+                known = None  # the model itself overflows on this data
+            one = _Study.of(self, layer, known)
+            size = 0 if known is None else known.nbytes
+            if batch and held + size > _HELD:
+                yield batch
+                batch, held = [], 0
+            batch.append(one)
+            held += size
+        if batch:
+            yield batch
 
     def _write(
         self, model: Model, layer: LinearWeight, result: _Result, ctx: Context
@@ -356,77 +369,6 @@ class Codebook(SitePass):
         ctx.did(layer.name, words)
 
 
-class _Memo(OrderedDict[tuple[int, int], "_Result"]):
-    """The latest results, as many as fit into a bounded amount of memory."""
-
-    nbytes = 0
-
-    def keep(self, key: tuple[int, int], result: _Result) -> None:
-        """Remember a result as the latest; forget the oldest ones for it."""
-        self[key] = result
-        self.nbytes += result.values.nbytes
-        while self.nbytes > _HELD and len(self) > 1:
-            self.nbytes -= self.popitem(last=False)[1].values.nbytes
-
-
-class _Grams:
-    """Gram matrices of layers' inputs, where there is data; kept if they are small."""
-
-    def __init__(
-        self, pass_: Codebook, model: Model, found: Sequence[LinearWeight], ctx: Context
-    ) -> None:
-        self.model, self.found, self.ctx = model, found, ctx
-        self.wants = pass_.rounding != "nearest" and _has_data(ctx)
-        self.held: dict[int, tuple[LazyTensor, Float64 | None]] = ctx.cache.setdefault(
-            ("codebook", "grams"), {}
-        )
-
-    def batches(self) -> Iterator[list[tuple[LinearWeight, Float64 | None]]]:
-        """Yield layers, some at a time, with their Gram matrices if known."""
-        if not self.wants:
-            yield [(layer, None) for layer in self.found]
-            return
-        known = [
-            (layer, self.held[id(layer.weight.tensor)][1])
-            for layer in self.found
-            if id(layer.weight.tensor) in self.held
-        ]
-        if known:
-            yield known
-        left = {
-            layer.name: layer
-            for layer in self.found
-            if id(layer.weight.tensor) not in self.held
-        }
-        for group in inputs.groups(list(left.values())):
-            seen_by, _ = inputs.input_grams(self.model, group, self.ctx)
-            batch: list[tuple[LinearWeight, Float64 | None]] = []
-            for name, seen in seen_by.items():
-                layer = left.pop(name)
-                gram = layers.gram(layer, seen)[0]
-                batch.append((layer, gram))
-                self._hold(layer, gram)
-            yield batch
-        for layer in left.values():
-            self._hold(layer, None)
-        if left:
-            yield [(layer, None) for layer in left.values()]
-
-    def each(self) -> Iterator[tuple[LinearWeight, Float64 | None]]:
-        """Yield layers in their order."""
-        found = {
-            layer.name: (layer, gram)
-            for batch in self.batches()
-            for layer, gram in batch
-        }
-        yield from (found[layer.name] for layer in self.found)
-
-    def _hold(self, layer: LinearWeight, gram: Float64 | None) -> None:
-        held = sum(one.nbytes for _, one in self.held.values() if one is not None)
-        if gram is None or held + gram.nbytes <= _HELD:
-            self.held[id(layer.weight.tensor)] = (layer.weight.tensor, gram)
-
-
 # --- one weight -----------------------------------------------------------------------
 
 
@@ -435,9 +377,11 @@ class _Study:
     """One weight to code, with all that this takes.
 
     Attributes:
+        name: Its name.
         tensor: Its values.
         layout: How they are rows.
         gram: Of the layer's inputs, [groups, inputs, inputs], if known.
+        squares: Sum of squares of each input, [groups, inputs], if known.
         options: The pass.
         bias: Whether it is a bias.
         tables: How many tables it gets.
@@ -445,9 +389,11 @@ class _Study:
         shares_rows: Whether codes are wanted beside values.
     """
 
+    name: str
     tensor: LazyTensor
     layout: Layout
     gram: Float64 | None
+    squares: Float64 | None
     options: Codebook
     bias: bool
     tables: int
@@ -455,11 +401,15 @@ class _Study:
     shares_rows: bool = False
 
     @classmethod
-    def of(cls, options: Codebook, layer: LinearWeight, gram: Float64 | None) -> _Study:
+    def of(
+        cls, options: Codebook, layer: LinearWeight, seen: InputStatistics | None
+    ) -> _Study:
         return cls(
+            layer.name,
             layer.weight.tensor,
             layer.layout,
-            gram,
+            None if seen is None else seen.gram,
+            None if seen is None else seen.squares,
             options,
             _is_bias(layer),
             options._tables(layer),
@@ -468,9 +418,9 @@ class _Study:
 
     def importance(self) -> Float64 | None:
         """Return the weight of each entry's error, in the order of the array."""
-        if self.gram is None:
+        if self.squares is None:
             return None
-        diagonal = np.maximum(np.einsum("gii->gi", self.gram), 0.0)
+        diagonal = np.maximum(self.squares, 0.0)
         mean = float(diagonal.mean()) or 1.0
         # What multiplies nothing still counts a little, where nothing else decides.
         shares = diagonal / mean + 1e-6
@@ -489,7 +439,6 @@ class _Result:
         scale: Factor of each channel, in a shape that broadcasts, if there is one.
         table: Values of the codes, where these are wanted.
         codes: uint8 of the weight's shape, where rows are looked up.
-        tensor: The weight as it was.
     """
 
     values: Array
@@ -497,7 +446,6 @@ class _Result:
     scale: Array | None = None
     table: Array | None = None
     codes: Array | None = None
-    tensor: LazyTensor | None = None
 
 
 def _narrowed(spread: Array, shape: Sequence[int]) -> Float64:
@@ -715,8 +663,9 @@ def _shared_channels(task: _Study, array: Array) -> _Result:
     shape = matrices.shape
     rows = np.ascontiguousarray(matrices, np.float64).reshape(-1, shape[2])
     importance = np.ones(rows.shape)
-    if task.gram is not None:
-        spread = np.broadcast_to(np.asarray(task.importance()), array.shape)
+    known = task.importance()
+    if known is not None:
+        spread = np.broadcast_to(known, array.shape)
         importance = np.ascontiguousarray(layout.matrices(spread)).reshape(rows.shape)
     zero = _keeps_zero(array, task.count)
     owner = np.zeros(len(rows), np.intp)
