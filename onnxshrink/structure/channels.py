@@ -1,18 +1,19 @@
 """Channels: which slices of which weights have to go together.
 
 A channel is one position along one axis of a tensor. Operators tie positions of their
-inputs to positions of their outputs: output channel 3 of a Conv is row 3 of its weight,
-entry 3 of its bias, channel 3 of every BatchNormalization, Relu and pool behind it,
-column 3 of the next weight; where Add joins two branches it is channel 3 of both, where
-Concat does it is shifted, where Flatten merges axes it is a run of columns, and what
-Reshape makes an attention head is a run of channels of three projections. Connected
-positions can be removed together and leave a valid graph (DepGraph, Fang et al. 2023,
-does this for whole axes; here it is done for single positions, so that Concat, Split,
-Flatten, heads and groups need nothing special).
+inputs to positions of their outputs. Output channel 3 of a Conv is row 3 of its weight,
+entry 3 of its bias, channel 3 of every BatchNormalization, Relu and pool behind it, and
+column 3 of the next weight. Where branches meet in Add, it is channel 3 of both; Concat
+shifts it; Flatten makes it a run of columns. An attention head, which Reshape makes, is
+a run of channels of three projections.
 
-``find`` builds the graph of all positions once, takes its connected components, and
-collects those that run through the same axes into a ``Group``. What an operator without
-a rule reads or writes is fixed, as are the graph's inputs and outputs.
+Positions that are tied can be removed together, and the graph stays valid. DepGraph
+(Fang et al. 2023) ties whole axes; here single positions are tied, so that Concat,
+Split, Flatten, heads and groups need nothing special.
+
+``find`` builds the graph of all positions once and takes its connected components.
+Components that run through the same axes make a ``Group``. Inputs and outputs of the
+model are fixed, and so is what an operator without a rule reads or makes.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ __all__ = ["Group", "Role", "Slices", "find", "remove", "remove_all"]
 
 Indices = NDArray[np.int64]
 Role = Literal["producer", "consumer", "filter", "scale", "shift", "variance"]
-"""What a weight does with a channel: ``producer`` makes it, ``consumer`` multiplies and
-sums it away, ``filter`` makes it from itself (depthwise); the rest belongs to biases
-and normalisations."""
+"""What a weight does with a channel.
+
+``producer`` makes it, ``consumer`` multiplies it and sums it up with others, ``filter``
+makes it from the channel of the same number (depthwise). ``scale``, ``shift`` and
+``variance`` are those of biases and normalisations.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """What a group's channels are in one weight.
+    """Where the channels of a group are in one weight.
 
     Attributes:
         weight: The weight.
@@ -69,8 +73,9 @@ class Group:
         size: How many channels, each of which may be several positions of an axis.
         where: Their slices of every weight, in node order.
         why: Why none of them can be removed; empty if they can.
-        inexact: Why removing a channel that no consumer weighs changes outputs all the
-            same, such as the mean that LayerNormalization takes; empty if it does not.
+        inexact: Why outputs change even where all consumers weigh a removed channel
+            with zero: LayerNormalization takes a mean over it, for one. Empty if they
+            do not change.
         nodes: The nodes that read the weights.
     """
 
@@ -80,7 +85,7 @@ class Group:
     why: str
     inexact: str
     nodes: tuple[Node, ...]
-    _plan: _Plan
+    _ties: _Ties
     _positions: Mapping[int, Indices]
 
     @property
@@ -90,14 +95,14 @@ class Group:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that ``only`` and ``skip`` may call it: weights, nodes, op types."""
+        """Names that ``only`` and ``skip`` may use: weights, nodes, op types."""
         weights = [part.weight.name for part in self.where]
         nodes = [name for node in self.nodes for name in (node.name, node.op)]
         return tuple(dict.fromkeys([self.name, *weights, *nodes]))
 
     @property
     def width(self) -> int:
-        """Positions that one channel takes at least in a weight."""
+        """The fewest positions that a channel has in one of the weights."""
         return min(int(part.offsets.shape[1]) for part in self.where)
 
     def __repr__(self) -> str:
@@ -114,12 +119,12 @@ def find(model: Model) -> list[Group]:
     functions. Time and memory grow linearly with the sizes of all axes. The groups hold
     for the model as it is now: find them again after a change.
     """
-    plan = _Plan(model)
-    return plan.groups()
+    ties = _Ties(model)
+    return ties.groups()
 
 
 def remove(model: Model, group: Group, keep: Sequence[int]) -> None:
-    """Remove all channels of a group but some, in place.
+    """Remove the channels of a group that ``keep`` does not list, in place.
 
     Args:
         model: The model the group was found in, unchanged since.
@@ -135,18 +140,18 @@ def remove(model: Model, group: Group, keep: Sequence[int]) -> None:
 def remove_all(model: Model, kept: Iterable[tuple[Group, Sequence[int]]]) -> None:
     """Remove channels of several groups of one ``find`` at once, as ``remove`` does."""
     gone: dict[int, list[Indices]] = {}
-    plan: _Plan | None = None
+    ties: _Ties | None = None
     for group, keep in kept:
-        plan = group._plan
+        ties = group._ties
         for axis, positions in group._positions.items():
             gone.setdefault(axis, []).append(positions[_gone(model, group, keep)])
-    if plan is None:
+    if ties is None:
         return
-    plan.cut({axis: np.concatenate(parts).ravel() for axis, parts in gone.items()})
+    ties.cut({axis: np.concatenate(parts).ravel() for axis, parts in gone.items()})
 
 
 def _gone(model: Model, group: Group, keep: Sequence[int]) -> NDArray[np.bool_]:
-    if group._plan.model is not model:
+    if group._ties.model is not model:
         raise UsageError(f"{group.name} is a group of another model")
     if group.why:
         raise UsageError(f"channels of {group.name} cannot be removed: {group.why}")
@@ -168,17 +173,20 @@ class _UnknownError(Exception):
 
 
 Edit = Callable[[Callable[[int], int]], None]
-"""Adapts a node to the new sizes of axes, which the argument tells."""
+"""Adapts a node to new sizes of axes.
+
+Its argument returns the new size of an axis, given the axis's number.
+"""
 
 
 @dataclass(frozen=True)
-class _Run:
-    """An axis whose positions are those of several axes, the outermost first.
+class _MergedAxis:
+    """An axis that a reshape merges from others, or splits into others.
 
     Attributes:
-        whole: The axis; its size is the product of theirs.
-        parts: The axes.
-        why: Why only one of them can be followed.
+        whole: Number of the merged axis; its size is the product of their sizes.
+        parts: Numbers of the others, the outermost first.
+        why: Why only one of the others can be followed.
     """
 
     whole: int
@@ -215,8 +223,8 @@ class _Axes:
         return self.of[key]
 
 
-class _Plan:
-    """All positions of a model's tensors and what ties them."""
+class _Ties:
+    """The positions of all axes of a model, and which of them go together."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -228,7 +236,7 @@ class _Plan:
         self.mixed: dict[int, str] = {}
         self.uses: dict[int, list[tuple[Weight, int, Role, Node]]] = {}
         self.edits: list[Edit] = []
-        self.runs: list[_Run] = []
+        self.merged: list[_MergedAxis] = []
         self._weights: dict[int, Weight | None] = {}
         self._known: dict[int, Weight] = {}
         self._aliases: dict[int, list[gs.Tensor]] = {}
@@ -239,7 +247,7 @@ class _Plan:
             self.fix(tensor, f"{tensor.name!r} is an output of the model")
         for node in model.graph.nodes:
             self._read(node)
-        self._tie_runs()
+        self._tie_merged()
 
     def _read(self, node: Node) -> None:
         rule = _RULES.get(node.op) if is_onnx(node.domain) else None
@@ -319,13 +327,13 @@ class _Plan:
                 self.fixed.setdefault(number, why)
 
     def mix(self, tensor: gs.Tensor, axis: int, why: str) -> None:
-        """Say that what stays along an axis depends on what goes."""
+        """Say that values at one position of an axis change if another is removed."""
         number = self.axis(tensor, axis)
         if number is not None:
             self.mixed.setdefault(number, why)
 
     def use(self, node: Node, tensor: gs.Tensor, axis: int, role: Role) -> None:
-        """Say what a weight does along an axis; nothing if it is no weight."""
+        """Record what a weight does along an axis; ignore what is no weight."""
         weight = self.weight(tensor)
         if weight is None or not is_float(weight):
             return
@@ -363,31 +371,32 @@ class _Plan:
         _, labels = connected_components(matrix, directed=False)
         return labels.astype(np.int64)
 
-    def _tie_runs(self) -> None:
+    def _tie_merged(self) -> None:
         """Tie each merged axis to one of the axes it is merged from.
 
-        Any one is sound, if the others are fixed. What is known of all nodes by now
-        tells which can still change: not the three of query, key and value, nor the
-        rows and columns of an image, but the heads, or the channels behind them.
+        The others are fixed, and then any choice is sound. The one to take is one that
+        can still change, which is known only once all nodes were read: the heads of an
+        attention, or the channels inside them, but not the axis of three that holds
+        query, key and value, nor rows and columns of an image.
         """
-        if not self.runs:
+        if not self.merged:
             return
         labels = self.components()
         is_fixed = np.zeros(int(labels.max(initial=-1)) + 1, dtype=bool)
         for axis in self.fixed:
             is_fixed[labels[self.positions(axis)]] = True
-        for run in self.runs:
+        for merged in self.merged:
             free = [
-                a for a in run.parts if not is_fixed[labels[self.positions(a)]].any()
+                a for a in merged.parts if not is_fixed[labels[self.positions(a)]].any()
             ]
-            chosen = free[0] if free else run.parts[0]
-            for axis in run.parts:
+            chosen = free[0] if free else merged.parts[0]
+            for axis in merged.parts:
                 if axis != chosen:
-                    self.fixed.setdefault(axis, run.why)
-            sizes = [self.axes.sizes[axis] for axis in run.parts]
-            place = run.parts.index(chosen)
+                    self.fixed.setdefault(axis, merged.why)
+            sizes = [self.axes.sizes[axis] for axis in merged.parts]
+            place = merged.parts.index(chosen)
             stride = math.prod(sizes[place + 1 :])
-            whole = self.positions(run.whole)
+            whole = self.positions(merged.whole)
             part = np.arange(len(whole)) // stride % sizes[place]
             self.join(whole, self.positions(chosen)[part])
 
@@ -401,7 +410,7 @@ class _Plan:
         labels = self.components()
         count = int(labels.max()) + 1
         axis_of = np.repeat(np.arange(len(axes.sizes)), axes.sizes)
-        # Channels are alike if they have as many positions of the same axes.
+        # Channels belong to one group if they have as many positions on each axis.
         marks = np.random.default_rng(0).integers(
             0, 2**63, len(axes.sizes), dtype=np.uint64
         )
@@ -500,7 +509,7 @@ class _Plan:
 def _distinct(
     uses: Iterable[tuple[tuple[Weight, int, Role, Node], Indices]],
 ) -> Iterable[Slices]:
-    """Yield the slices once each, also of a weight that several nodes read."""
+    """Yield each slice once, also where several nodes read the weight."""
     seen = set()
     for (weight, axis, role, _), offsets in uses:
         key = (id(weight.constant), axis, role)
@@ -515,7 +524,7 @@ def _first_output(node: Node) -> str:
 
 # --- rules: what an operator ties -----------------------------------------------------
 
-Rule = Callable[[_Plan, Node], None]
+Rule = Callable[[_Ties, Node], None]
 
 
 def _input(node: Node, index: int) -> gs.Tensor | None:
@@ -530,146 +539,146 @@ def _outputs(node: Node) -> list[gs.Tensor]:
     return [tensor for tensor in node.outputs if tensor.name]
 
 
-def _pointwise(plan: _Plan, node: Node) -> None:
+def _pointwise(ties: _Ties, node: Node) -> None:
     """Every input is broadcast to every output."""
     for out in _outputs(node):
         for tensor in node.inputs:
             if tensor.name:
-                _align(plan, tensor, out)
+                _align(ties, tensor, out)
     role = _POINTWISE_ROLES.get(node.op)
     if role is None:
         return
     for tensor in node.inputs:
-        for axis in range(len(plan.shape(tensor))):
-            plan.use(node, tensor, axis, role)
+        for axis in range(len(ties.shape(tensor))):
+            ties.use(node, tensor, axis, role)
 
 
-def _align(plan: _Plan, tensor: gs.Tensor, out: gs.Tensor) -> None:
+def _align(ties: _Ties, tensor: gs.Tensor, out: gs.Tensor) -> None:
     """Tie the axes of an operand to those of the result, counted from the right."""
-    rank, whole = len(plan.shape(tensor)), len(plan.shape(out))
+    rank, whole = len(ties.shape(tensor)), len(ties.shape(out))
     if rank > whole:
         raise _UnknownError(f"broadcasts {tensor.name!r} in a way that is not known")
     for axis in range(rank):
-        plan.tie(tensor, axis, out, whole - rank + axis)
+        ties.tie(tensor, axis, out, whole - rank + axis)
 
 
-def _same(plan: _Plan, node: Node) -> None:
+def _same(ties: _Ties, node: Node) -> None:
     """The first input keeps its shape; further inputs are settings."""
     x = node.inputs[0]
     for out in _outputs(node):
-        _same_axes(plan, x, out, range(len(plan.shape(x))))
+        _same_axes(ties, x, out, range(len(ties.shape(x))))
     for tensor in node.inputs[1:]:
-        plan.fix(tensor, f"{node.op} takes it as a setting")
+        ties.fix(tensor, f"{node.op} takes it as a setting")
 
 
-def _same_axes(plan: _Plan, x: gs.Tensor, y: gs.Tensor, axes: Iterable[int]) -> None:
-    if len(plan.shape(x)) != len(plan.shape(y)):
+def _same_axes(ties: _Ties, x: gs.Tensor, y: gs.Tensor, axes: Iterable[int]) -> None:
+    if len(ties.shape(x)) != len(ties.shape(y)):
         raise _UnknownError("changes the rank in a way that is not known")
     for axis in axes:
-        plan.tie(x, axis, y, axis)
+        ties.tie(x, axis, y, axis)
 
 
-def _spatial(plan: _Plan, node: Node, *tensors: gs.Tensor) -> None:
+def _spatial(ties: _Ties, node: Node, *tensors: gs.Tensor) -> None:
     for tensor in tensors:
-        axes = range(2, len(plan.shape(tensor)))
+        axes = range(2, len(ties.shape(tensor)))
         if axes:
-            plan.fix(tensor, f"{node.op} moves along it", *axes)
+            ties.fix(tensor, f"{node.op} moves along it", *axes)
 
 
-def _conv(plan: _Plan, node: Node) -> None:
+def _conv(ties: _Ties, node: Node) -> None:
     x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
     is_transposed = node.op == "ConvTranspose"
     group = int(attribute(node, "group", 1))
     into, out = (0, 1) if is_transposed else (1, 0)
-    sizes = plan.sizes(x)[1], plan.sizes(y)[1]
-    if len(plan.shape(x)) < 3 or None in sizes or None in plan.sizes(w):
+    sizes = ties.sizes(x)[1], ties.sizes(y)[1]
+    if len(ties.shape(x)) < 3 or None in sizes or None in ties.sizes(w):
         raise _UnknownError("has channels whose number is unknown")
-    plan.tie(x, 0, y, 0)
-    _spatial(plan, node, x, y, w)
+    ties.tie(x, 0, y, 0)
+    _spatial(ties, node, x, y, w)
     bias = _input(node, 2)
     if bias is not None:
-        plan.tie(bias, 0, y, 1)
-        plan.use(node, bias, 0, "shift")
+        ties.tie(bias, 0, y, 1)
+        ties.use(node, bias, 0, "shift")
     if group == 1:
-        plan.tie(x, 1, w, into)
-        plan.tie(w, out, y, 1)
-        plan.use(node, w, into, "consumer")
-        plan.use(node, w, out, "producer")
+        ties.tie(x, 1, w, into)
+        ties.tie(w, out, y, 1)
+        ties.use(node, w, into, "consumer")
+        ties.use(node, w, out, "producer")
         return
     inputs, outputs = sizes
     if group < 1 or not inputs or not outputs or inputs % group or outputs % group:
         raise _UnknownError("has groups that do not divide its channels")
     # Whole groups go: their inputs, outputs and rows of the weight.
     if is_transposed:
-        plan.tie(x, 1, w, 0)
+        ties.tie(x, 1, w, 0)
     else:
-        plan.tie(w, 0, y, 1)
-    plan.fix(w, f"{node.op} has {group} groups of it", 1)
-    plan.use(node, w, 0, "filter")
-    before, after = plan.axis(x, 1), plan.axis(y, 1)
+        ties.tie(w, 0, y, 1)
+    ties.fix(w, f"{node.op} has {group} groups of it", 1)
+    ties.use(node, w, 0, "filter")
+    before, after = ties.axis(x, 1), ties.axis(y, 1)
     assert before is not None
     assert after is not None
-    heads = plan.positions(after)[:: outputs // group]
-    plan.join(plan.positions(before), np.repeat(heads, inputs // group))
-    plan.join(plan.positions(after), np.repeat(heads, outputs // group))
+    heads = ties.positions(after)[:: outputs // group]
+    ties.join(ties.positions(before), np.repeat(heads, inputs // group))
+    ties.join(ties.positions(after), np.repeat(heads, outputs // group))
     each = inputs // group
 
     def edit(size: Callable[[int], int]) -> None:
         if size(before) != inputs:
             node.attrs["group"] = size(before) // each
 
-    plan.edits.append(edit)
+    ties.edits.append(edit)
 
 
-def _batch_norm(plan: _Plan, node: Node) -> None:
+def _batch_norm(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
     if len(_outputs(node)) > 1 or attribute(node, "training_mode", 0):
         raise _UnknownError("is in training mode")
-    if len(plan.shape(x)) < 2:
+    if len(ties.shape(x)) < 2:
         raise _UnknownError("has no channels")
-    _same_axes(plan, x, y, range(len(plan.shape(x))))
+    _same_axes(ties, x, y, range(len(ties.shape(x))))
     roles: tuple[Role, ...] = ("scale", "shift", "shift", "variance")
     for tensor, role in zip(node.inputs[1:], roles, strict=False):
-        plan.tie(tensor, 0, y, 1)
-        plan.use(node, tensor, 0, role)
+        ties.tie(tensor, 0, y, 1)
+        ties.use(node, tensor, 0, role)
 
 
-def _instance_norm(plan: _Plan, node: Node) -> None:
-    _batch_norm(plan, node)
-    _spatial(plan, node, node.inputs[0])
+def _instance_norm(ties: _Ties, node: Node) -> None:
+    _batch_norm(ties, node)
+    _spatial(ties, node, node.inputs[0])
 
 
-def _layer_norm(plan: _Plan, node: Node) -> None:
+def _layer_norm(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
-    _same_axes(plan, x, y, range(rank))
+    rank = len(ties.shape(x))
+    _same_axes(ties, x, y, range(rank))
     for tensor in _outputs(node)[1:]:
-        plan.fix(tensor, f"{node.op} gives it out")
+        ties.fix(tensor, f"{node.op} gives it out")
     for axis in range(int(attribute(node, "axis", -1)) % rank, rank):
-        plan.mix(x, axis, f"{node.op} takes the variance along it")
+        ties.mix(x, axis, f"{node.op} takes the variance along it")
     roles: tuple[Role, ...] = ("scale", "shift")
     for tensor, role in zip(node.inputs[1:], roles, strict=False):
         if tensor.name:
-            _align(plan, tensor, y)
-            for axis in range(len(plan.shape(tensor))):
-                plan.use(node, tensor, axis, role)
+            _align(ties, tensor, y)
+            for axis in range(len(ties.shape(tensor))):
+                ties.use(node, tensor, axis, role)
 
 
-def _pool(plan: _Plan, node: Node) -> None:
+def _pool(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    _same_axes(plan, x, y, (0, 1))
-    _spatial(plan, node, x, y)
+    _same_axes(ties, x, y, (0, 1))
+    _spatial(ties, node, x, y)
     for tensor in _outputs(node)[1:]:
-        plan.fix(tensor, f"{node.op} counts positions in it")
+        ties.fix(tensor, f"{node.op} counts positions in it")
 
 
 def _product(
-    plan: _Plan, node: Node, a: gs.Tensor, b: gs.Tensor, axes: Sequence[int | None]
+    ties: _Ties, node: Node, a: gs.Tensor, b: gs.Tensor, axes: Sequence[int | None]
 ) -> None:
     """Tie a matrix product's axes.
 
     Args:
-        plan: The plan.
+        ties: The ties.
         node: The node, whose first output is the product.
         a: Left operand.
         b: Right operand.
@@ -680,50 +689,50 @@ def _product(
     assert left is not None
     assert right is not None
     y = node.outputs[0]
-    last = len(plan.shape(y)) - 1
-    plan.tie(a, left, b, right)
+    last = len(ties.shape(y)) - 1
+    ties.tie(a, left, b, right)
     if row is not None:
-        plan.tie(a, row, y, last if column is None else last - 1)
-        plan.use(node, a, row, "producer")
+        ties.tie(a, row, y, last if column is None else last - 1)
+        ties.use(node, a, row, "producer")
     if column is not None:
-        plan.tie(b, column, y, last)
-        plan.use(node, b, column, "producer")
-    plan.use(node, a, left, "consumer")
-    plan.use(node, b, right, "consumer")
-    if plan.weight(a) is None and plan.weight(b) is None:
-        plan.mix(a, left, f"{node.op} sums products of two values along it")
+        ties.tie(b, column, y, last)
+        ties.use(node, b, column, "producer")
+    ties.use(node, a, left, "consumer")
+    ties.use(node, b, right, "consumer")
+    if ties.weight(a) is None and ties.weight(b) is None:
+        ties.mix(a, left, f"{node.op} sums products of two values along it")
 
 
-def _gemm(plan: _Plan, node: Node) -> None:
+def _gemm(ties: _Ties, node: Node) -> None:
     a, b = node.inputs[0], node.inputs[1]
     left = 0 if attribute(node, "transA", 0) else 1
     right = 1 if attribute(node, "transB", 0) else 0
-    _product(plan, node, a, b, (1 - left, left, right, 1 - right))
+    _product(ties, node, a, b, (1 - left, left, right, 1 - right))
     bias = _input(node, 2)
     if bias is not None:
-        _align(plan, bias, node.outputs[0])
-        for axis in range(len(plan.shape(bias))):
-            plan.use(node, bias, axis, "shift")
+        _align(ties, bias, node.outputs[0])
+        for axis in range(len(ties.shape(bias))):
+            ties.use(node, bias, axis, "shift")
 
 
-def _matmul(plan: _Plan, node: Node) -> None:
+def _matmul(ties: _Ties, node: Node) -> None:
     a, b, y = node.inputs[0], node.inputs[1], node.outputs[0]
-    ranks = len(plan.shape(a)), len(plan.shape(b))
+    ranks = len(ties.shape(a)), len(ties.shape(b))
     if 0 in ranks:
         raise _UnknownError("multiplies a scalar")
     row = ranks[0] - 2 if ranks[0] > 1 else None
     column = ranks[1] - 1 if ranks[1] > 1 else None
     right = ranks[1] - 2 if ranks[1] > 1 else 0
-    _product(plan, node, a, b, (row, ranks[0] - 1, right, column))
+    _product(ties, node, a, b, (row, ranks[0] - 1, right, column))
     matrix = (row is not None) + (column is not None)
-    batch = len(plan.shape(y)) - matrix
+    batch = len(ties.shape(y)) - matrix
     for tensor, rank in zip((a, b), ranks, strict=True):
         for axis in range(rank - 2):
-            plan.tie(tensor, axis, y, batch - (rank - 2) + axis)
-            plan.use(node, tensor, axis, "producer")
+            ties.tie(tensor, axis, y, batch - (rank - 2) + axis)
+            ties.use(node, tensor, axis, "producer")
 
 
-def _einsum(plan: _Plan, node: Node) -> None:
+def _einsum(ties: _Ties, node: Node) -> None:
     equation = attribute(node, "equation", "")
     text = equation.decode() if isinstance(equation, bytes) else str(equation)
     left, arrow, right = text.replace(" ", "").partition("->")
@@ -735,100 +744,100 @@ def _einsum(plan: _Plan, node: Node) -> None:
     }
     for tensor, term in zip(node.inputs, terms, strict=True):
         for axis, letter in enumerate(term):
-            plan.tie(tensor, axis, *places.setdefault(letter, (tensor, axis)))
+            ties.tie(tensor, axis, *places.setdefault(letter, (tensor, axis)))
             role: Role = "producer" if letter in right else "consumer"
-            plan.use(node, tensor, axis, role)
+            ties.use(node, tensor, axis, role)
     weighed = {
         letter
         for tensor, term in zip(node.inputs, terms, strict=True)
-        if plan.weight(tensor) is not None
+        if ties.weight(tensor) is not None
         for letter in term
     }
     for letter in set(left) - set(right) - weighed - {","}:
-        plan.mix(*places[letter], "Einsum sums products of two values along it")
+        ties.mix(*places[letter], "Einsum sums products of two values along it")
 
 
-def _transpose(plan: _Plan, node: Node) -> None:
+def _transpose(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
+    rank = len(ties.shape(x))
     order = attribute(node, "perm", None) or list(range(rank))[::-1]
     for axis, source in enumerate(order):
-        plan.tie(x, source, y, axis)
+        ties.tie(x, source, y, axis)
 
 
-def _concat(plan: _Plan, node: Node) -> None:
+def _concat(ties: _Ties, node: Node) -> None:
     y = node.outputs[0]
-    axis = int(attribute(node, "axis", 1)) % len(plan.shape(y))
-    _consecutive(plan, node, [t for t in node.inputs if t.name], y, axis)
+    axis = int(attribute(node, "axis", 1)) % len(ties.shape(y))
+    _consecutive(ties, node, [t for t in node.inputs if t.name], y, axis)
 
 
-def _split(plan: _Plan, node: Node) -> None:
+def _split(ties: _Ties, node: Node) -> None:
     x, parts = node.inputs[0], list(node.outputs)
-    axis = int(attribute(node, "axis", 0)) % len(plan.shape(x))
+    axis = int(attribute(node, "axis", 0)) % len(ties.shape(x))
     if any(not part.name for part in parts):
         raise _UnknownError("leaves out an output")
-    _consecutive(plan, node, parts, x, axis)
+    _consecutive(ties, node, parts, x, axis)
     sizes = _input(node, 1)
     if sizes is not None:
-        plan.fix(sizes, "Split takes it as sizes")
-    numbers = [plan.axis(part, axis) for part in parts]
+        ties.fix(sizes, "Split takes it as sizes")
+    numbers = [ties.axis(part, axis) for part in parts]
     known = [number for number in numbers if number is not None]
-    old = [plan.axes.sizes[number] for number in known]
+    old = [ties.axes.sizes[number] for number in known]
 
     def edit(size: Callable[[int], int]) -> None:
         new = [size(number) for number in known]
         if new == old:
             return
         node.attrs.pop("num_outputs", None)
-        if plan.model.opset < 13:
+        if ties.model.opset < 13:
             node.attrs["split"] = new
             return
-        given = plan.model.add_weight(f"{parts[0].name}_sizes", np.array(new, np.int64))
+        given = ties.model.add_weight(f"{parts[0].name}_sizes", np.array(new, np.int64))
         list_inputs = [node.inputs[0], given]
         node.inputs.clear()
         node.inputs.extend(list_inputs)
 
-    plan.edits.append(edit)
+    ties.edits.append(edit)
 
 
 def _consecutive(
-    plan: _Plan, node: Node, parts: Sequence[gs.Tensor], whole: gs.Tensor, axis: int
+    ties: _Ties, node: Node, parts: Sequence[gs.Tensor], whole: gs.Tensor, axis: int
 ) -> None:
     """Tie parts of an axis to the whole, and all other axes one to one."""
-    rank = len(plan.shape(whole))
+    rank = len(ties.shape(whole))
     for part in parts:
-        _same_axes(plan, part, whole, (a for a in range(rank) if a != axis))
-    target = plan.axis(whole, axis)
-    sources = [plan.axis(part, axis) for part in parts]
+        _same_axes(ties, part, whole, (a for a in range(rank) if a != axis))
+    target = ties.axis(whole, axis)
+    sources = [ties.axis(part, axis) for part in parts]
     if target is None or None in sources:
         for tensor in (whole, *parts):
-            plan.fix(tensor, f"{node.op} has parts of unknown size", axis)
+            ties.fix(tensor, f"{node.op} has parts of unknown size", axis)
         return
     start = 0
-    positions = plan.positions(target)
+    positions = ties.positions(target)
     for source in sources:
         assert source is not None
-        size = plan.axes.sizes[source]
-        plan.join(plan.positions(source), positions[start : start + size])
+        size = ties.axes.sizes[source]
+        ties.join(ties.positions(source), positions[start : start + size])
         start += size
 
 
-def _gather(plan: _Plan, node: Node) -> None:
+def _gather(ties: _Ties, node: Node) -> None:
     data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
-    rank, more = len(plan.shape(data)), len(plan.shape(indices))
+    rank, more = len(ties.shape(data)), len(ties.shape(indices))
     axis = int(attribute(node, "axis", 0)) % max(rank, 1)
-    plan.fix(data, "Gather picks from it by number", axis)
-    plan.fix(indices, "Gather takes it as numbers")
+    ties.fix(data, "Gather picks from it by number", axis)
+    ties.fix(indices, "Gather takes it as numbers")
     for place in range(more):
-        plan.fix(y, "Gather makes it", axis + place)
+        ties.fix(y, "Gather makes it", axis + place)
     for place in range(rank):
         if place != axis:
-            plan.tie(data, place, y, place if place < axis else place + more - 1)
-            plan.use(node, data, place, "producer")
+            ties.tie(data, place, y, place if place < axis else place + more - 1)
+            ties.use(node, data, place, "producer")
 
 
 def _constant_axes(
-    plan: _Plan, node: Node, index: int, name: str = "axes"
+    ties: _Ties, node: Node, index: int, name: str = "axes"
 ) -> list[int] | None:
     """Return axes from an attribute or a constant input; ``None`` if absent."""
     given = attribute(node, name, None)
@@ -837,109 +846,109 @@ def _constant_axes(
     tensor = _input(node, index)
     if tensor is None:
         return None
-    plan.fix(tensor, f"{node.op} takes it as a setting")
-    weight = plan.weight(tensor)
+    ties.fix(tensor, f"{node.op} takes it as a setting")
+    weight = ties.weight(tensor)
     if weight is None or weight.is_input:
         raise _UnknownError("computes its settings")
     return [int(axis) for axis in weight.read().reshape(-1)]
 
 
-def _reduce(plan: _Plan, node: Node) -> None:
+def _reduce(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
-    given = _constant_axes(plan, node, 1)
+    rank = len(ties.shape(x))
+    given = _constant_axes(ties, node, 1)
     if not given and attribute(node, "noop_with_empty_axes", 0):
-        _same_axes(plan, x, y, range(rank))
+        _same_axes(ties, x, y, range(rank))
         return
     axes = {axis % rank for axis in given} if given else set(range(rank))
     keeps = bool(attribute(node, "keepdims", 1))
     place = 0
     for axis in range(rank):
         if axis in axes:
-            plan.mix(x, axis, f"{node.op} runs along it")
+            ties.mix(x, axis, f"{node.op} runs along it")
         else:
-            plan.tie(x, axis, y, axis if keeps else place)
+            ties.tie(x, axis, y, axis if keeps else place)
             place += 1
 
 
-def _softmax(plan: _Plan, node: Node) -> None:
+def _softmax(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
-    axis = int(attribute(node, "axis", -1 if plan.model.opset >= 13 else 1)) % rank
-    _same_axes(plan, x, y, range(rank))
-    last = rank if plan.model.opset < 13 else axis + 1
-    plan.fix(x, f"{node.op} divides by the sum along it", *range(axis, last))
+    rank = len(ties.shape(x))
+    axis = int(attribute(node, "axis", -1 if ties.model.opset >= 13 else 1)) % rank
+    _same_axes(ties, x, y, range(rank))
+    last = rank if ties.model.opset < 13 else axis + 1
+    ties.fix(x, f"{node.op} divides by the sum along it", *range(axis, last))
 
 
-def _pad(plan: _Plan, node: Node) -> None:
+def _pad(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
-    pads = _constant_axes(plan, node, 1, "pads")
+    rank = len(ties.shape(x))
+    pads = _constant_axes(ties, node, 1, "pads")
     if _input(node, 3) is not None or pads is None or len(pads) != 2 * rank:
         raise _UnknownError("has pads that are not followed")
     for axis in range(rank):
         if pads[axis] or pads[rank + axis]:
-            plan.fix(x, "Pad extends it", axis)
-            plan.fix(y, "Pad extends it", axis)
+            ties.fix(x, "Pad extends it", axis)
+            ties.fix(y, "Pad extends it", axis)
         else:
-            plan.tie(x, axis, y, axis)
+            ties.tie(x, axis, y, axis)
 
 
-def _slice(plan: _Plan, node: Node) -> None:
+def _slice(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
+    rank = len(ties.shape(x))
     for tensor in node.inputs[1:]:
-        plan.fix(tensor, "Slice takes it as a setting")
-    starts = _constant_axes(plan, node, 1, "starts")
-    axes = _constant_axes(plan, node, 3)
+        ties.fix(tensor, "Slice takes it as a setting")
+    starts = _constant_axes(ties, node, 1, "starts")
+    axes = _constant_axes(ties, node, 3)
     cut = {a % rank for a in (range(len(starts or ())) if axes is None else axes)}
     for axis in range(rank):
         if axis in cut:
-            plan.fix(x, "Slice takes a part of it", axis)
-            plan.fix(y, "Slice takes a part of it", axis)
+            ties.fix(x, "Slice takes a part of it", axis)
+            ties.fix(y, "Slice takes a part of it", axis)
         else:
-            plan.tie(x, axis, y, axis)
+            ties.tie(x, axis, y, axis)
 
 
-def _resize(plan: _Plan, node: Node) -> None:
+def _resize(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
+    rank = len(ties.shape(x))
     axes = attribute(node, "axes", None) or range(rank)
     if _input(node, 3) is not None and min(axis % rank for axis in axes) < 2:
         raise _UnknownError("states sizes")
-    before, after = plan.sizes(x), plan.sizes(y)
+    before, after = ties.sizes(x), ties.sizes(y)
     if len(before) != len(after) or before[1] != after[1] or before[1] is None:
         raise _UnknownError("may change the number of channels")
-    plan.tie(x, 0, y, 0)
-    plan.tie(x, 1, y, 1)
-    _spatial(plan, node, x, y)
+    ties.tie(x, 0, y, 0)
+    ties.tie(x, 1, y, 1)
+    _spatial(ties, node, x, y)
     for tensor in node.inputs[1:]:
-        plan.fix(tensor, "Resize takes it as a setting")
+        ties.fix(tensor, "Resize takes it as a setting")
 
 
-def _shape(plan: _Plan, node: Node) -> None:
-    """A size that is read off must stay; Gather and Slice tell which are."""
+def _shape(ties: _Ties, node: Node) -> None:
+    """Fix the axes whose sizes the graph reads; Gather and Slice tell which."""
     x, y = node.inputs[0], node.outputs[0]
-    every = range(len(plan.shape(x)))
+    every = range(len(ties.shape(x)))
     given = every[slice(attribute(node, "start", None), attribute(node, "end", None))]
-    plan.fix(y, "it holds sizes")
+    ties.fix(y, "it holds sizes")
     read: set[int] = set()
-    if any(y is tensor for tensor in plan.model.graph.outputs):
+    if any(y is tensor for tensor in ties.model.graph.outputs):
         read.update(given)
     for reader in y.outputs:
-        picked = _picked(plan, reader, y)
+        picked = _picked(ties, reader, y)
         read.update(given if picked is None else np.take(given, picked, mode="wrap"))
     if read:
-        plan.fix(x, "the graph reads off its size", *sorted(map(int, read)))
+        ties.fix(x, "the graph reads off its size", *sorted(map(int, read)))
 
 
-def _picked(plan: _Plan, node: Node, shape: gs.Tensor) -> list[int] | None:
-    """Return which entries of a shape a node picks; ``None``: maybe all."""
+def _picked(ties: _Ties, node: Node, shape: gs.Tensor) -> list[int] | None:
+    """Return which entries of a shape a node picks; ``None`` if that is not known."""
     if not is_onnx(node.domain) or node.inputs[0] is not shape:
         return None
     settings = []
     for tensor in node.inputs[1:]:
-        weight = plan.weight(tensor)
+        weight = ties.weight(tensor)
         if weight is None or weight.is_input:
             return None
         settings.append([int(value) for value in weight.read().reshape(-1)])
@@ -947,80 +956,80 @@ def _picked(plan: _Plan, node: Node, shape: gs.Tensor) -> list[int] | None:
         return settings[0]
     if node.op == "Slice" and len(settings) in (2, 3, 4):
         step = settings[3][0] if len(settings) == 4 else 1
-        count = len(plan.shape(shape)) and plan.sizes(shape)[0]
+        count = len(ties.shape(shape)) and ties.sizes(shape)[0]
         return list(range(count or 0)[settings[0][0] : settings[1][0] : step])
     return None
 
 
-def _expand(plan: _Plan, node: Node) -> None:
-    """Axes for which it asks size 1 keep theirs."""
+def _expand(ties: _Ties, node: Node) -> None:
+    """An axis keeps its size where Expand asks for size 1."""
     x, y = node.inputs[0], node.outputs[0]
-    plan.fix(node.inputs[1], "Expand takes it as sizes")
-    wanted = plan.facts.value(node.inputs[1])
-    rank, whole = len(plan.shape(x)), len(plan.shape(y))
+    ties.fix(node.inputs[1], "Expand takes it as sizes")
+    wanted = ties.facts.value(node.inputs[1])
+    rank, whole = len(ties.shape(x)), len(ties.shape(y))
     if wanted is None or len(wanted) > whole:
         raise _UnknownError("computes sizes that are not followed")
     for axis in range(whole):
         before, entry = axis - whole + rank, axis - whole + len(wanted)
         if before >= 0 and (entry < 0 or wanted[entry] == 1):
-            plan.tie(x, before, y, axis)
+            ties.tie(x, before, y, axis)
             continue
-        plan.fix(y, "Expand states its size", axis)
+        ties.fix(y, "Expand states its size", axis)
         if before >= 0:
-            plan.fix(x, "Expand states its size", before)
+            ties.fix(x, "Expand states its size", before)
 
 
-def _quantize(plan: _Plan, node: Node) -> None:
+def _quantize(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    rank = len(plan.shape(x))
-    _same_axes(plan, x, y, range(rank))
+    rank = len(ties.shape(x))
+    _same_axes(ties, x, y, range(rank))
     axis = int(attribute(node, "axis", 1))
     for tensor in node.inputs[1:]:
-        if not tensor.name or not plan.shape(tensor):
+        if not tensor.name or not ties.shape(tensor):
             continue
-        if len(plan.shape(tensor)) > 1 or attribute(node, "block_size", 0):
+        if len(ties.shape(tensor)) > 1 or attribute(node, "block_size", 0):
             raise _UnknownError("has a scale for each block")
-        plan.tie(tensor, 0, y, axis % rank)
+        ties.tie(tensor, 0, y, axis % rank)
 
 
 # --- Reshape and its kin --------------------------------------------------------------
 
 
-def _reshape_kin(plan: _Plan, node: Node) -> None:
+def _reshape_kin(ties: _Ties, node: Node) -> None:
     """Flatten, Squeeze, Unsqueeze: the new shape follows from the old."""
     for tensor in node.inputs[1:]:
-        plan.fix(tensor, f"{node.op} takes it as a setting")
-    _regroup(plan, node, node.inputs[0], node.outputs[0])
+        ties.fix(tensor, f"{node.op} takes it as a setting")
+    _regroup(ties, node, node.inputs[0], node.outputs[0])
 
 
-def _reshape(plan: _Plan, node: Node) -> None:
+def _reshape(ties: _Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    plan.fix(node.inputs[1], "Reshape takes it as sizes")
-    pairs = _regroup(plan, node, x, y)
-    wanted = _Wanted.of(plan, node)
+    ties.fix(node.inputs[1], "Reshape takes it as sizes")
+    pairs = _regroup(ties, node, x, y)
+    wanted = _Wanted.of(ties, node)
     stated: list[tuple[int, int]] = []
-    for axis, size in enumerate(plan.sizes(y)):
+    for axis, size in enumerate(ties.sizes(y)):
         if size is None or size == 1:
             continue
         entry = wanted.entries[axis] if wanted is not None else None
         if entry == -1 or (entry == 0 and (axis, axis) in pairs):
-            continue  # follows by itself
-        number = plan.axis(y, axis)
+            continue  # Reshape works the size out from the others
+        number = ties.axis(y, axis)
         if entry == size and number is not None:
             stated.append((axis, number))
         else:
-            plan.fix(y, f"Reshape ({node.name or y.name}) computes its size", axis)
+            ties.fix(y, f"Reshape ({node.name or y.name}) computes its size", axis)
 
     def edit(size: Callable[[int], int]) -> None:
         changes = {
             axis: size(number)
             for axis, number in stated
-            if size(number) != plan.axes.sizes[number]
+            if size(number) != ties.axes.sizes[number]
         }
         if changes and wanted is not None:
-            wanted.change(plan, node, changes)
+            wanted.change(ties, node, changes)
 
-    plan.edits.append(edit)
+    ties.edits.append(edit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -1037,9 +1046,9 @@ class _Wanted:
     parts: tuple[gs.Tensor, ...] = ()
 
     @staticmethod
-    def of(plan: _Plan, node: Node) -> _Wanted | None:
+    def of(ties: _Ties, node: Node) -> _Wanted | None:
         tensor = node.inputs[1]
-        weight = plan.weight(tensor)
+        weight = ties.weight(tensor)
         if weight is not None:
             if weight.is_input or len(weight.shape) != 1:
                 return None
@@ -1051,21 +1060,21 @@ class _Wanted:
             return None
         entries: list[int | None] = []
         for part in maker.inputs:
-            if static(plan.facts.shape(part)) != (1,) and plan.weight(part) is None:
+            if static(ties.facts.shape(part)) != (1,) and ties.weight(part) is None:
                 return None
-            known = plan.weight(part)
+            known = ties.weight(part)
             if known is not None and known.shape != (1,):
                 return None
             entries.append(
                 None if known is None or known.is_input else int(known.read()[0])
             )
-        if len(entries) != len(plan.shape(node.outputs[0])):
+        if len(entries) != len(ties.shape(node.outputs[0])):
             return None
         return _Wanted(tuple(entries), tuple(maker.inputs))
 
-    def change(self, plan: _Plan, node: Node, sizes: Mapping[int, int]) -> None:
-        """Let the Reshape ask for other sizes; its old shape may serve others."""
-        model, label = plan.model, node.inputs[1].name
+    def change(self, ties: _Ties, node: Node, sizes: Mapping[int, int]) -> None:
+        """Give the Reshape a shape of its own; other nodes may read the old one."""
+        model, label = ties.model, node.inputs[1].name
         if not self.parts:
             values = [sizes.get(axis, v) for axis, v in enumerate(self.entries)]
             node.inputs[1] = model.add_weight(label, np.array(values, np.int64))
@@ -1080,35 +1089,39 @@ class _Wanted:
 
 
 def _regroup(
-    plan: _Plan, node: Node, x: gs.Tensor, y: gs.Tensor
+    ties: _Ties, node: Node, x: gs.Tensor, y: gs.Tensor
 ) -> set[tuple[int, int]]:
     """Tie the axes that a row-major regrouping keeps, splits or merges.
 
-    Of axes that are merged or split one is followed, see ``_Plan._tie_runs``.
+    Where axes are merged or split, one is followed: see ``_Ties._tie_merged``.
 
     Returns:
         The pairs of axes that are tied one to one.
     """
-    before, after = plan.shape(x), plan.shape(y)
+    before, after = ties.shape(x), ties.shape(y)
     pairs: set[tuple[int, int]] = set()
     i, j = len(before), len(after)
     while (block := _block(before[:i], after[:j])) is not None:
-        _tie_block(plan, node, (x, range(block[0], i)), (y, range(block[1], j)), pairs)
+        _tie_block(ties, node, (x, range(block[0], i)), (y, range(block[1], j)), pairs)
         i, j = block
     start = 0
     while start < min(i, j) and before[start] == after[start]:
-        plan.tie(x, start, y, start)
+        ties.tie(x, start, y, start)
         pairs.add((start, start))
         start += 1
     for tensor, end in ((x, i), (y, j)):
         rest = range(start, end)
         if rest:
-            plan.fix(tensor, f"{node.op} regroups sizes that are unknown", *rest)
+            ties.fix(tensor, f"{node.op} regroups sizes that are unknown", *rest)
     return pairs
 
 
 def _block(before: Dims, after: Dims) -> tuple[int, int] | None:
-    """Return where the last axes begin that have the same number of positions."""
+    """Return where the shortest last axes with equally many positions begin.
+
+    Returns:
+        The first of those axes in each of the two shapes, or ``None``.
+    """
     i, j = len(before) - 1, len(after) - 1
     if i < 0 or j < 0:
         return None
@@ -1127,32 +1140,32 @@ def _block(before: Dims, after: Dims) -> tuple[int, int] | None:
 
 
 def _tie_block(
-    plan: _Plan,
+    ties: _Ties,
     node: Node,
     one: tuple[gs.Tensor, range],
     two: tuple[gs.Tensor, range],
     pairs: set[tuple[int, int]],
 ) -> None:
     (x, before), (y, after) = one, two
-    ours = [a for a in before if plan.sizes(x)[a] != 1]
-    theirs = [a for a in after if plan.sizes(y)[a] != 1]
+    ours = [a for a in before if ties.sizes(x)[a] != 1]
+    theirs = [a for a in after if ties.sizes(y)[a] != 1]
     if not ours or not theirs:
         return
     if len(ours) == len(theirs) == 1:
-        plan.tie(x, ours[0], y, theirs[0])
+        ties.tie(x, ours[0], y, theirs[0])
         pairs.add((ours[0], theirs[0]))
         return
     why = f"{node.op} merges or splits it with another axis"
     if 1 not in (len(ours), len(theirs)):
-        plan.fix(x, why, *ours)
-        plan.fix(y, why, *theirs)
+        ties.fix(x, why, *ours)
+        ties.fix(y, why, *theirs)
         return
-    left = [plan.axis(x, axis) for axis in ours]
-    right = [plan.axis(y, axis) for axis in theirs]
+    left = [ties.axis(x, axis) for axis in ours]
+    right = [ties.axis(y, axis) for axis in theirs]
     whole, parts = (left, right) if len(left) == 1 else (right, left)
     assert whole[0] is not None
     known = tuple(axis for axis in parts if axis is not None)
-    plan.runs.append(_Run(whole[0], known, why))
+    ties.merged.append(_MergedAxis(whole[0], known, why))
 
 
 _SAME = """
