@@ -65,23 +65,23 @@ RANDOM = frozenset(
 )
 """Operators whose output differs from run to run."""
 _NEVER = RANDOM | {
-    # DequantizeLinear of constants is a compressed weight, not work left undone.
+    # DequantizeLinear of constants is how a compressed weight is stored.
     *("Constant", "DequantizeLinear", "If", "Loop", "Scan", "SequenceMap", "Dropout"),
     *("Optional", "OptionalGetElement", "OptionalHasElement"),
     *("SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"),
     *("SequenceAt", "SequenceLength", "SplitToSequence", "ConcatFromSequence"),
 }
 _FRAME = 3
-"""Bytes around an initializer, about."""
+"""About how many bytes a file has around an initializer."""
 _UNFOLDED = 100
-"""Bytes that a ConstantOfShape node and its shape take, about, without names."""
+"""About how many bytes a ConstantOfShape node and its shape take, without names."""
 _UNIFORM_LIMIT = 1 << 30
 """Bytes up to which a tensor of one repeated value becomes a constant."""
 _WORK_LIMIT = 256 << 20
-"""Bytes up to which onnxruntime is asked to compute a value on the way."""
+"""Largest value in between, in bytes, that onnxruntime is asked to compute."""
 _INLINE = 1024
 _NODE = 48
-"""Bytes that a node takes in a file, at least about."""
+"""About the fewest bytes that a node takes in a file."""
 _NATIVE = frozenset(
     onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name))
     for name in (
@@ -99,7 +99,7 @@ _BOUNDED = frozenset({"NonZero", "Compress", "Unique", "Where", "Gather", "Slice
 def adopt_constant_nodes(rewriter: Rewriter) -> int:
     """Turn Constant nodes of the main graph and its subgraphs into initializers.
 
-    One whose value is an output of its graph stays, and so do those of functions.
+    A node stays if its value is an output of its graph, or if it is in a function.
     """
     count = 0
     for graph, node in rewriter.ordered():
@@ -155,12 +155,12 @@ def fold_known_values(rewriter: Rewriter) -> int:
 
 
 @dataclass
-class _Plan:
+class _Computable:
     """What can be computed now.
 
     Attributes:
-        nodes: Producers first.
-        wanted: Outputs of these that something else reads.
+        nodes: Nodes whose inputs are known, producers first.
+        wanted: Their outputs that other nodes or the graph's outputs read.
     """
 
     nodes: list[Node]
@@ -175,12 +175,12 @@ def fold_constants(rewriter: Rewriter) -> int:
     """
     done = _fold_uniform(rewriter)
     budget = rewriter.budget
-    plan = _plan(rewriter)
-    if not plan.wanted:
+    found = _computable(rewriter)
+    if not found.wanted:
         return done
-    results = _evaluate(rewriter, plan.nodes, plan.wanted)
-    freed = _freed(rewriter, plan)
-    for tensor in plan.wanted:
+    results = _evaluate(rewriter, found.nodes, found.wanted)
+    freed = _freed(rewriter, found)
+    for tensor in found.wanted:
         array = results.get(tensor)
         if array is None or not tensor.inputs:
             continue
@@ -280,7 +280,7 @@ def _uniform(rewriter: Rewriter, node: Node) -> LazyTensor | None:
     return ArrayTensor(np.broadcast_to(one, shape), kind)
 
 
-def _plan(rewriter: Rewriter) -> _Plan:
+def _computable(rewriter: Rewriter) -> _Computable:
     budget = rewriter.budget
     known: dict[gs.Tensor, int] = {}
     nodes: list[Node] = []
@@ -320,7 +320,7 @@ def _plan(rewriter: Rewriter) -> _Plan:
             or any(reader not in planned for reader in tensor.outputs)
         )
     ]
-    return _Plan(nodes, wanted)
+    return _Computable(nodes, wanted)
 
 
 def _foldable(rewriter: Rewriter, graph: gs.Graph, node: Node) -> bool:
@@ -364,13 +364,13 @@ def _output_bytes(rewriter: Rewriter, node: Node, read: int) -> list[int] | None
     return bounds
 
 
-def _freed(rewriter: Rewriter, plan: _Plan) -> dict[gs.Tensor, int]:
+def _freed(rewriter: Rewriter, found: _Computable) -> dict[gs.Tensor, int]:
     """Return the bytes that go when each wanted value is computed.
 
-    These are the nodes and constants that serve no other value: a weight that four
-    Slices read to put its parts into another order goes with them.
+    These are the nodes and constants that serve no other value. Where four Slices put
+    the parts of a weight into another order, the Slices go and the weight goes too.
     """
-    wanted = set(plan.wanted)
+    wanted = set(found.wanted)
     serves: dict[Node, gs.Tensor | None] = {}
 
     def only(readers: Sequence[Node]) -> gs.Tensor | None:
@@ -378,16 +378,16 @@ def _freed(rewriter: Rewriter, plan: _Plan) -> dict[gs.Tensor, int]:
         found = {serves.get(reader) for reader in readers}
         return found.pop() if len(found) == 1 else None
 
-    freed = dict.fromkeys(plan.wanted, 0)
+    freed = dict.fromkeys(found.wanted, 0)
     counted: set[gs.Tensor] = set()
-    for node in reversed(plan.nodes):
+    for node in reversed(found.nodes):
         ends = {
             tensor if tensor in wanted else only(tensor.outputs)
             for tensor in node.outputs
             if tensor in wanted or tensor.outputs
         }
         serves[node] = ends.pop() if len(ends) == 1 else None
-    for node in plan.nodes:
+    for node in found.nodes:
         end = serves[node]
         if end is None:
             continue
@@ -407,7 +407,7 @@ def _evaluate(
     nodes: Sequence[Node],
     wanted: Sequence[gs.Tensor],
 ) -> dict[gs.Tensor, Array]:
-    """Run nodes in one session; where that fails, in two halves, down to one output."""
+    """Compute values in one session; if that fails, each half of them, down to one."""
     from onnxshrink.runtime import run_proto
 
     if not wanted:
@@ -594,9 +594,9 @@ def _unfold(rewriter: Rewriter, tensor: gs.Constant, values: LazyTensor) -> None
 
 
 def merge_constants(rewriter: Rewriter) -> int:
-    """Let equal constants be one, by type, shape and bits.
+    """Merge constants of the same type, shape and bits.
 
-    Only what is equal in size and in its first bytes is read whole.
+    Only those that agree in shape and in their first bytes are read whole.
     """
     model = rewriter.model
     owner: dict[gs.Tensor, gs.Graph] = {}
@@ -657,7 +657,7 @@ def _digest(values: LazyTensor) -> bytes:
     if values.data_type == onnx.TensorProto.STRING:
         digest.update(repr(values.read().tolist()).encode())
     elif is_uniform(values):
-        # As many bytes as a copy of all elements would feed, without the copy.
+        # The digest is that of a copy of all elements, and there is no copy.
         one = values.read().reshape(-1)[:1].tobytes()
         whole, rest = divmod(values.size, 1 << 16)
         piece = one * (1 << 16)
@@ -700,7 +700,7 @@ def _input_key(rewriter: Rewriter, tensor: gs.Tensor) -> Any:
 
 
 def merge_nodes(rewriter: Rewriter) -> int:
-    """Let nodes that compute the same from the same be one, in every graph."""
+    """Merge nodes of a graph that have the same operator, attributes and inputs."""
     count = 0
     seen: dict[Any, Node] = {}
     for graph, node in rewriter.ordered():
@@ -737,7 +737,7 @@ def merge_nodes(rewriter: Rewriter) -> int:
 
 
 def merge_values(rewriter: Rewriter) -> int:
-    """Let integer tensors that hold the same dimensions be one, however computed."""
+    """Merge integer tensors that hold the same dimensions, however computed."""
     count = 0
     facts = rewriter.facts
     seen: dict[Any, gs.Tensor] = {}
@@ -752,7 +752,7 @@ def merge_values(rewriter: Rewriter) -> int:
         key = (graph, kind, len(dims), value)
         other = seen.setdefault(key, output)
         if other is output or not other.inputs:
-            seen[key] = output  # the other one went with something merged before
+            seen[key] = output  # the other node went with an earlier merge
             continue
         if rewriter.replace(output, other):
             rewriter.note("equal shapes merged")

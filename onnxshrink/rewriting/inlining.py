@@ -1,4 +1,4 @@
-"""Putting the bodies of functions and of branches always taken where they are used.
+"""Inlining: functions where they are called, branches that are always taken.
 
 Tested in tests/passes/test_fold.py.
 """

@@ -115,9 +115,9 @@ class Budget:
     """How many bytes constants may still add to the file.
 
     Attributes:
-        left: Bytes that are left.
+        left: Bytes that may still be added.
         refused: Nodes that are not to be computed.
-        is_final: Whether what is refused now is refused for good, and to be said.
+        is_final: Whether a refusal is for good, so that it is said.
     """
 
     def __init__(self, left: int = 1 << 62, *, is_final: bool = True) -> None:
@@ -135,7 +135,7 @@ class Budget:
 
 
 class Rewriter:
-    """A model under edit, with what an edit needs to know at hand.
+    """A model that is being rewritten, and an index of what rules ask about it.
 
     Attributes:
         model: The model, edited in place.
@@ -327,9 +327,9 @@ class Rewriter:
         return tensor in self._results
 
     def only_reader(self, tensor: gs.Tensor) -> Node | None:
-        """Return the node that reads a tensor if nothing else does, even as output.
+        """Return the node that alone reads a tensor, in the graph of its producer.
 
-        The reader must stand in the same graph as the producer.
+        ``None`` if there is no such node; an output of a graph has other readers.
         """
         if tensor in self._results or len(tensor.outputs) != 1:
             return None
@@ -391,7 +391,7 @@ class Rewriter:
             self.touch(*tensor.outputs)
 
     def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
-        """Let a node read another tensor; what only fed the old one goes."""
+        """Let a node read another tensor; erase what only computed the old one."""
         old = node.inputs[index]
         if old is tensor:
             return
@@ -430,7 +430,7 @@ class Rewriter:
             self.set_input(node, index, self.add_constant(old.name, array))
 
     def set_inputs(self, node: gs.Node, tensors: Sequence[gs.Tensor]) -> None:
-        """Give a node other inputs; what only fed the old ones goes."""
+        """Give a node other inputs; erase what only computed the old ones."""
         old = list(node.inputs)
         self.is_sorted = False
         node.inputs.clear()
@@ -446,7 +446,7 @@ class Rewriter:
             current = stack.pop()
             if current.outputs or current in self._results:
                 if len(current.outputs) == 1:
-                    # The reader that is left may now do what it could not before.
+                    # A rule may now apply to the one reader that is left.
                     self.touch(*current.outputs, *current.inputs)
                 continue
             for node in list(current.inputs):
@@ -469,7 +469,7 @@ class Rewriter:
         return read
 
     def erase(self, node: gs.Node) -> None:
-        """Erase a node that nothing needs, and what only fed it."""
+        """Erase a node that nothing needs, and what only computed its inputs."""
         for tensor in self._erase(node):
             self.sweep(tensor)
 
@@ -516,9 +516,9 @@ class Rewriter:
         return True
 
     def supplant(self, old: gs.Tensor, new: gs.Tensor) -> bool:
-        """Replace ``old`` by ``new``, which was something else and now is what it was.
+        """Replace ``old`` by ``new``, which was there before and now equals ``old``.
 
-        As the output of a Conv is once a BatchNormalization behind it is folded in.
+        The output of a Conv does, once the BatchNormalization behind it is folded in.
         """
         if not self.can_replace(old, new):
             return False
@@ -563,7 +563,7 @@ class Rewriter:
         inputs: Sequence[gs.Tensor],
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Let a node compute its outputs in another way."""
+        """Change operator, inputs and attributes of a node; its outputs stay."""
         node.op = op
         node.domain = None
         node.attrs.clear()
@@ -581,7 +581,7 @@ class Rewriter:
                 table.setdefault(op, []).append(rule)
         self.touch(*(self.nodes() if start is None else start))
         done = 0
-        # A pair of rules that undo each other would be a bug, but never a hang.
+        # Two rules that undo each other are a bug, which must not run for ever.
         patience = 200 * (len(self._queue) + 100)
         while self._queue and patience > 0:
             patience -= 1
@@ -593,7 +593,7 @@ class Rewriter:
                 in_function(self, node)
                 and self._root[self.home[node]] is not self.home[node]
             ):
-                continue  # a new constant would have no place to stand
+                continue  # there is no place to put a new constant
             for rule in table.get(node.op, ()):
                 if rule.apply(self, node):
                     done += 1

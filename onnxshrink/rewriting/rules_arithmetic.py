@@ -1,4 +1,4 @@
-"""Rules for arithmetic that changes nothing, and for what one operator can say.
+"""Rules that drop arithmetic without effect, or put one operator for several.
 
 Tested in tests/passes/test_fold.py.
 """
@@ -23,9 +23,9 @@ Array = np.ndarray[Any, Any]
 
 
 def _neutral(rewriter: Rewriter, node: Node, index: int) -> gs.Tensor | None:
-    """Return the other operand if this one only matters by its values.
+    """Return the other operand if this one is constant and keeps its type and shape.
 
-    The result must have the type and shape of the other operand.
+    Then the values of this one decide whether the node has an effect.
     """
     x = node.inputs[1 - index]
     constant = rewriter.constant(node.inputs[index])
@@ -248,7 +248,7 @@ def softmax(rewriter: Rewriter, node: Node) -> bool:
     if _reduced(rewriter, peak) != [rank - 1] or shape is None:
         return False
     lower = (*shape[:-1], 1)
-    # Whatever stands between reduction and arithmetic only gives the last axis back.
+    # Nodes between the reduction and the arithmetic only restore the last axis.
     if rewriter.shape(difference.inputs[1]) != lower or rewriter.shape(s) != lower:
         return False
     if rewriter.shape(node.outputs[0]) != shape:
@@ -353,7 +353,7 @@ def _last(rewriter: Rewriter, node: Node, x: gs.Tensor, rank: int) -> bool:
 
 
 def _closed(rewriter: Rewriter, nodes: list[Node], last: Node) -> bool:
-    """Whether nothing outside reads what these nodes compute, the last one's aside."""
+    """Whether no other node reads what these compute but the last one."""
     inside = set(nodes)
     return all(
         not rewriter.is_result(tensor)

@@ -205,7 +205,7 @@ def _resolved(rewriter: Rewriter, node: Node, wanted: Dims | None) -> Dims | Non
         return dims
     if wanted is None or len(wanted) != len(dims):
         return None
-    # What the value does not say (0, -1) the inferred shape must say as a symbol.
+    # Where the value is 0 or -1, the inferred shape has a number or a symbol.
     source = rewriter.shape(node.inputs[0])
     result: list[Any] = []
     for axis, (dim, found) in enumerate(zip(wanted, dims, strict=True)):
@@ -219,7 +219,7 @@ def _resolved(rewriter: Rewriter, node: Node, wanted: Dims | None) -> Dims | Non
     "Reshape removed", *_RESHAPES, "Expand", "Slice", "Pad", "Transpose", "Tile"
 )
 def no_change(rewriter: Rewriter, node: Node) -> bool:
-    """Drop what gives its input back, shape and values."""
+    """Drop a node whose output has the shape and the values of its input."""
     x, y = node.inputs[0], node.outputs[0]
     if not _same_shape(rewriter, x, y):
         return False
@@ -378,8 +378,8 @@ def expanded_operand(rewriter: Rewriter, node: Node) -> bool:
 def _covers(shapes: list[Dims], wanted: Dims) -> bool:
     """Whether shapes certainly broadcast to ``wanted``.
 
-    Each dimension must be given by an operand that has exactly it: that a symbol is
-    not 1 cannot be told from a number beside it.
+    For each dimension, one operand must have exactly that size: a symbol could be 1 and
+    leave the size to another operand.
     """
     if broadcast(*shapes) != wanted:
         return False

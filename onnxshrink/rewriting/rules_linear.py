@@ -1,8 +1,9 @@
 """Rules that move multiplications and additions by constants into weights.
 
 A linear operator followed by ``scale * y + shift`` per output channel is a linear
-operator with other weights and bias, and so is one behind it where nothing is padded in
-between. New weights are computed in float64 and rounded once.
+operator with other weights and another bias. The same is true of ``scale * x + shift``
+in front of one, unless padding comes between. New weights are computed in float64 and
+rounded once.
 
 Tested in tests/passes/test_fold.py.
 """
@@ -35,7 +36,7 @@ LINEAR = RuleSet()
 Array = np.ndarray[Any, Any]
 _AFFINE = ("BatchNormalization", "Mul", "Div", "Add", "Sub")
 _OVERHEAD = 64
-"""Bytes of proto that a node takes, about."""
+"""About how many bytes a node takes in a file."""
 _LARGEST_REWRITE = 32 << 20
 """Bytes of a weight that is read and written again to save one multiplication."""
 _LARGEST_SHIFT = 1e3
@@ -362,7 +363,7 @@ def _growth(rewriter: Rewriter, old: gs.Tensor | None, new: Array | None) -> int
 def _affordable(rewriter: Rewriter, where: str, added: int) -> bool:
     """Spend bytes of the budget, or say that they are not there.
 
-    Folding mostly saves bytes; not where a weight was one repeated value before.
+    Folding mostly saves bytes. It adds some where a weight was one repeated value.
     """
     if rewriter.budget.take(added):
         return True
@@ -425,7 +426,7 @@ def _explain(rewriter: Rewriter, node: Node, x: gs.Tensor | None) -> None:
 
 
 def _shift_only(rewriter: Rewriter, node: Node, linear: Linear, affine: Affine) -> bool:
-    """Let a BatchNormalization behind a MatMul be the Add of its shift."""
+    """Replace a BatchNormalization behind a MatMul by an Add of its shift."""
     shift = np.broadcast_to(affine.shift, (linear.channels,))
     values = rewriter.constant(linear.weight)
     assert values is not None
@@ -515,7 +516,7 @@ def fold_in_front(rewriter: Rewriter, node: Node) -> bool:
         dims = rewriter.shape(x)
         if dims is None or len(dims) != rank:
             continue
-        # A single channel that arithmetic repeats is not what the weight reads.
+        # Arithmetic may broadcast a single channel; the weight reads the result.
         if before.op != "BatchNormalization" and dims[axis] != channels:
             continue
         affine = affine_of(rewriter, before, x, rank, axis, channels)
@@ -681,7 +682,7 @@ def _above(rewriter: Rewriter, tensor: gs.Tensor) -> bool:
 def _linear_above(
     rewriter: Rewriter, tensor: gs.Tensor, depth: int, between: list[gs.Tensor]
 ) -> Linear | None:
-    """Find a linear operator that ``tensor`` is proportional to, for it alone.
+    """Find a linear operator that serves ``tensor`` alone, which is proportional to it.
 
     Args:
         rewriter: The graph.
@@ -842,7 +843,7 @@ def gemm_add(rewriter: Rewriter, node: Node) -> bool:
 
 
 def _quantized(rewriter: Rewriter, node: Node) -> bool:
-    """Whether onnxruntime would run it on integers, which it does for MatMul best."""
+    """Whether onnxruntime may run it on integers, which MatMul does better."""
     return any(rewriter.producer(t, "DequantizeLinear") for t in node.inputs[:2])
 
 

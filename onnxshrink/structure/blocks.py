@@ -1,16 +1,16 @@
-"""Blocks: parts of a graph that a value can be led around.
+"""Blocks: parts of a graph that can be left out.
 
-A block takes a value and gives one of the same shape, so that its output can be
+A block reads a value and computes one of the same shape, so that its output can be
 replaced by its input. Two kinds are found in the main graph:
 
 - residual blocks ``x -> x + f(x)``: an Add of which one operand is ``x`` and through
-  which every path from ``x`` to an output runs (its immediate post-dominator). A
-  normalisation or activation right behind the Add belongs to the block where one of its
-  kind stands right before it (post-norm transformers, ResNet's Relu);
+  which every path from ``x`` to an output runs (its immediate post-dominator). The
+  normalisation or activation behind the Add belongs to the block if ``x`` comes from
+  one of the same type (post-norm transformers, ResNet's Relu);
 - layers ``x -> f(x)`` in a row, alike in operators, attributes and shapes of weights.
 
-Blocks that follow each other and repeat, alone or in a pattern such as attention and
-feed-forward in turn, make a ``Run`` of units.
+Blocks that follow each other and are alike make a ``Run``. A unit of a run is one
+block, or a few that repeat in turn, such as attention and feed-forward.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BEHIND = frozenset(
 )
 """Operators that may end a block."""
 _ALONG = _BEHIND | {"Add", "Cast", "Dropout", "Identity", "Mul", "Softplus"}
-"""Operators that may stand in a layer of a row, with one operand that is computed."""
+"""Operators that may follow the linear one in a layer; other operands are constants."""
 _LONGEST_PATTERN = 4
 
 
@@ -82,7 +82,7 @@ class Block:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that ``only`` and ``skip`` may call it: values, nodes, weights."""
+        """Names that ``only`` and ``skip`` may use: values, nodes, weights."""
         names = [self.end.name, *(node.name for node in self.nodes)]
         weights = [t.name for n in self.nodes for t in n.inputs if not t.inputs]
         return tuple(dict.fromkeys([*names, *weights]))
@@ -102,8 +102,8 @@ class Run:
 def find(model: Model) -> list[Run]:
     """Return the runs of blocks in the main graph, first to last.
 
-    A residual block that stands alone is a run of one unit. Takes time in proportion to
-    the graph, but for a logarithm.
+    A residual block that stands alone is a run of one unit. A graph of n nodes takes
+    time O(n log n).
     """
     graph = _Graph(model)
     residual = [block for block in map(graph.residual, graph.nodes) if block]
@@ -130,15 +130,15 @@ def remove(model: Model, blocks: Sequence[Block]) -> None:
     """Replace the output of each block by its input, in place.
 
     Nodes and weights that nothing reads any more stay until ``model.drop_unused()``.
-    The input then stands where the output stood, and its lineage says so: what reads it
-    was made for that. An input of the model stays what it is.
+    The input stands where the output stood, and lineage takes it for that output, which
+    its readers were made for. An input of the model keeps its lineage.
 
     Args:
         model: The model the blocks were found in.
         blocks: Blocks of one ``find``, in graph order.
     """
-    # From the last on: where two neighbours go, the first one's output is what the
-    # second one's readers are led to before it is replaced itself.
+    # The last block goes first. Where two neighbours go, readers of the second are led
+    # to the output of the first, and then to what that is replaced by.
     for block in reversed(blocks):
         if block.start.inputs:
             model.lineage.replace(block.end.name, block.start.name)
@@ -166,7 +166,7 @@ class _Graph:
             self._up[at] = self._ancestors(parent)
 
     def _captured(self) -> set[int]:
-        """Return the values that a branch or body reads; paths from them end there."""
+        """Return the values that a branch or body reads; no block spans them."""
         found: set[int] = set()
 
         def visit(graph: gs.Graph) -> None:
@@ -192,7 +192,10 @@ class _Graph:
     def _meeting(
         self, tensors: Sequence[gs.Tensor], but: Container[str] = frozenset()
     ) -> int:
-        """Return the first node that all paths run through, but for some readers."""
+        """Return the first node that all paths from these values run through.
+
+        Readers of the operator types ``but`` do not count.
+        """
         places: set[int] = set()
         for tensor in tensors:
             if id(tensor) in self._returned or id(tensor) in self._inside:
@@ -238,7 +241,7 @@ class _Graph:
     def _residual(self, start: gs.Tensor, maker: Node | None) -> Block | None:
         if len(start.outputs) < 2:
             return None
-        # That later blocks read off its size leaves the value itself inside.
+        # A later Shape may read the value: only its size leaves the block then.
         join = self._meeting([start], {"Shape"})
         if join == self._exit:
             return None
@@ -251,7 +254,11 @@ class _Graph:
         return self._block(start, end, "residual")
 
     def _extended(self, join: Node, maker: Node | None) -> gs.Tensor:
-        """Return the end of a block: behind a norm or activation that begins it too."""
+        """Return the end of a block whose Add is ``join``.
+
+        The norm or activation behind the Add is part of the block if the value that
+        enters the block comes from one of the same type.
+        """
         end: gs.Tensor = join.outputs[0]
         readers = list(end.outputs)
         if maker is None or len(readers) != 1 or id(end) in self._returned:
@@ -301,9 +308,10 @@ class _Graph:
         return Block(start, end, nodes, kind, signature)
 
     def _is_telling(self, node: Node) -> bool:
-        """Whether a node computes no shape: exporters place those now here, now there.
+        """Whether a node counts where blocks are compared.
 
-        What is known already, and integers and scalars, are of that kind.
+        Nodes that compute shapes do not: exporters put them into one block or another.
+        Integers, scalars and what is constant are taken for such.
         """
         output = node.outputs[0]
         shape = self.facts.shape(output)
@@ -321,14 +329,14 @@ class _Graph:
             return False
         if self.facts.type(start) != self.facts.type(end):
             return False
-        # A size that is not known is a batch or a length: f(x) has that of x.
+        # A size that is not known is a batch or a length, and f(x) has the same.
         return all(
             one == two or not (isinstance(one, int) or isinstance(two, int))
             for one, two in zip(before, after, strict=True)
         )
 
     def _freed(self, start: gs.Tensor, end: gs.Tensor) -> tuple[Node, ...]:
-        """Return the nodes that are of use to ``end`` only, but not to ``start``."""
+        """Return the nodes that ``end`` needs, but nothing else."""
         left: dict[int, int] = {id(end): 0}
         found: list[Node] = []
         stack = [node for node in end.inputs if id(node) in self.place]
@@ -344,7 +352,7 @@ class _Graph:
         return tuple(sorted(found, key=lambda node: self.place[id(node)]))
 
     def _is_unread(self, node: Node, left: Mapping[int, int]) -> bool:
-        """Whether nothing reads a node any more; true once, of its last output."""
+        """Whether nothing reads any output of a node any more."""
         return id(node) in self.place and all(
             not left.get(id(tensor), len(tensor.outputs))
             and id(tensor) not in self._returned
@@ -393,7 +401,7 @@ def _chains(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 def _repeats(chain: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
-    """Cut a chain into runs: of units that repeat, and of blocks that do not."""
+    """Cut a chain into runs: units that repeat, and blocks that stand alone."""
     start = 0
     while start < len(chain):
         best = (1, 1)

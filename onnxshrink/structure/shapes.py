@@ -24,7 +24,7 @@ Shapes = dict[str, Shape]
 
 
 def value_shapes(model: Model, inputs: Mapping[str, Sequence[int]]) -> Shapes:
-    """Return the shape of every value that is known once the inputs' shapes are.
+    """Return the shape of every value that follows from the shapes of the inputs.
 
     Args:
         model: The model.

@@ -156,7 +156,7 @@ def broadcast(*shapes: Dims) -> Dims | None:
         elif len(dims) == 1:
             result.append(dims.pop())
         elif len(numbers) == 1:
-            # A symbol beside a number above 1 is that number or 1.
+            # A size that broadcasts with a number above 1 is that number or 1.
             result.append(numbers[0])
         else:
             return None
@@ -215,7 +215,7 @@ class Facts:
         return found
 
     def copy(self, source: gs.Tensor, target: gs.Tensor) -> None:
-        """Let ``target`` be known to have the type, shape and value of ``source``."""
+        """Record that ``target`` has the type, shape and value of ``source``."""
         self.types[target] = self.type(source)
         shape, value = self.shape(source), self.value(source)
         if shape is not None:
@@ -271,9 +271,9 @@ def facts_of(model: Model, unknown: Iterable[gs.Tensor] = ()) -> Facts:
 def _inferred(model: Model, hidden: frozenset[gs.Tensor]) -> dict[str, ValueInfo]:
     """Return what onnx infers, from the model's inputs and operators alone.
 
-    Shapes that a file states of its outputs and inner values are often wrong or out of
-    date, and onnxruntime does not hold a model to them; only those of operators that
-    onnx does not know are taken.
+    What a file states about outputs and inner values is often wrong or out of date, and
+    onnxruntime does not check it. It is used only for operators that onnx does not
+    know.
     """
     proto = model.skeleton()
     found: dict[str, ValueInfo] = {}
@@ -301,7 +301,7 @@ def _inferred(model: Model, hidden: frozenset[gs.Tensor]) -> dict[str, ValueInfo
 
 
 def _forget(graph: onnx.GraphProto, is_main: bool) -> None:
-    """Drop stated shapes of what operators of ONNX's own compute."""
+    """Drop what a file states about the results of ONNX's own operators."""
     foreign = {
         name for node in graph.node if not is_onnx(node.domain) for name in node.output
     }
@@ -696,7 +696,7 @@ def _conv(facts: Facts, node: Node) -> Dims | None:
     "ConvTranspose",
 )
 def _batch_only(facts: Facts, node: Node) -> Dims | None:
-    """Keep onnx's answer, with our name for a batch that pooling cannot change."""
+    """Keep onnx's answer with our symbol for the batch, which no pool changes."""
     dims, theirs = facts.shape(node.inputs[0]), facts.dims.get(node.outputs[0])
     if dims is None or theirs is None or not dims or not theirs:
         return None
@@ -884,7 +884,7 @@ def _combine(op: str, a: Dim, b: Dim) -> Dim | None:
             return a // b if op == "Div" else a % b
         return None
     sizes = all((isinstance(x, int) and x > 0) or _is_size(x) for x in (a, b))
-    # Integer division truncates towards zero: as sizes only.
+    # ONNX truncates towards zero, which is rounding down for sizes alone.
     return quotient(a, b) if op == "Div" and sizes else None
 
 
