@@ -20,6 +20,7 @@ from onnxshrink.statistics import (
     ConvNorm,
     ConvSample,
     ConvWindow,
+    Counts,
     Gram,
     Histogram,
     Mean,
@@ -121,7 +122,7 @@ def test_channel_norm_is_the_euclidean_norm_over_all_other_axes(axis: int):
 
 
 def test_channel_norm_reads_many_chunks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("onnxshrink.statistics.statistics._CHUNK", 7)
+    monkeypatch.setattr("onnxshrink.statistics.base.CHUNK", 7)
     x = RNG.normal(size=(3, 2, 5))
     n = fed(ChannelNorm(axis=1), x)
     np.testing.assert_allclose(n.squares, (x * x).sum((0, 2)))
@@ -227,7 +228,7 @@ def test_conv_statistics_do_not_depend_on_the_chunk(
     x = RNG.normal(size=(3, 4, 5, 6))
     gram = fed(ConvGram(window, exact=True), x).matrix
     norm = fed(ConvNorm(window), x).squares
-    monkeypatch.setattr("onnxshrink.statistics.statistics._CHUNK", chunk)
+    monkeypatch.setattr("onnxshrink.statistics.base.CHUNK", chunk)
     np.testing.assert_allclose(fed(ConvGram(window, exact=True), x).matrix, gram)
     np.testing.assert_allclose(fed(ConvNorm(window), x).squares, norm)
 
@@ -438,3 +439,11 @@ def test_a_sample_of_patches_gives_a_convolution_its_outputs() -> None:
         patch = padded[n, :, i : i + 2, j : j + 2]
         wanted = [(patch[:2] * weight[0]).sum(), (patch[2:] * weight[1]).sum()]
         np.testing.assert_array_equal(products[index], wanted)
+
+
+def test_counts_are_of_rows_that_are_looked_up_from_either_end() -> None:
+    one, two = Counts(4), Counts(4)
+    one.update(np.array([[0, 3, -1], [2, 2, -4]]))
+    two.update(np.array([1, 4, -5]))  # the last two are no rows
+    one.merge(two)
+    assert one.counts.tolist() == [2, 1, 2, 2]
