@@ -482,7 +482,8 @@ class _PipelineRun:
             together = self._repaired(first, last)
             if together[-1].verdict.ok:
                 return together
-            failed = min(together, key=lambda one: one.verdict.damage)
+            broke = [one for one in together if not one.verdict.ok]
+            failed = min(broke, key=lambda one: one.verdict.damage)
         if on_breach == "abort":
             after = "" if failed is first else f", and still after {failed.label}"
             raise PromiseError(
@@ -571,24 +572,30 @@ class _PipelineRun:
 
         Passes on the way that damage further wait for the repair too; one that repairs
         is kept if it makes the damage smaller. The last verdict tells whether it held.
+        One that promises the same outputs is judged by that alone, so that its verdict
+        says nothing about the budget: the damage is what it was before.
         """
         first.kept = True
         tries, latest = [first], first.attempt
+        damage = first.verdict.damage
         for index in range(first.index + 1, last + 1):
             one = self._tried(index, latest.model, latest.path, tag=tag)
-            verdict = one.verdict
-            helps = verdict.damage < latest.verdict.damage
-            waits = one.may_be_repaired and not one.pass_.repairs
-            if verdict.keepable and (helps or waits):
-                one.kept = True
-            elif not one.kept:
-                one.reason = f"rolled back: {verdict.reason}"
             tries.append(one)
-            if one.kept:
-                latest = one.attempt
-            if verdict.ok:
+            verdict = one.verdict
+            counts = one.pass_.promise is not Promise.SAME
+            helps = verdict.damage < damage
+            waits = one.may_be_repaired and not one.pass_.repairs
+            if counts and verdict.keepable and (helps or waits):
+                one.kept = True
+            if not one.kept:
+                one.reason = f"rolled back: {verdict.reason}"
+                continue
+            latest = one.attempt
+            if counts:
+                damage = verdict.damage
+            if counts and verdict.ok:
                 self._explain(tries)
-                return tries
+                break
         return tries
 
     def _explain(self, tries: Sequence[_TriedPass]) -> None:

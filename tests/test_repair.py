@@ -81,6 +81,18 @@ class Liar(Scale):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tidy(Pass):
+    """Give the only node a name, which changes no output."""
+
+    name: ClassVar[str] = "test-tidy"
+    promise: ClassVar[Promise] = Promise.SAME
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        model.graph.nodes[0].name = "tidied"
+        ctx.did("graph", "tidied")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Swap(SitePass):
     """Rotate the columns of ``w1``, all or nothing."""
 
@@ -110,6 +122,18 @@ class Mend(Pass):
         if 0.05 < turned <= self.most:
             model.set_weight("w1", np.eye(4, dtype=np.float32))
             ctx.did("w1", f"mended {turned:.2f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Mend):
+    """Take back half of the rotation of ``w1``."""
+
+    name: ClassVar[str] = "test-half"
+
+    def apply(self, model: Model, ctx: Context) -> None:
+        values = model.weight("w1").read()
+        model.set_weight("w1", (values + np.eye(4, dtype=np.float32)) / 2)
+        ctx.did("w1", f"half of {float(1 - np.diag(values).mean()):.2f}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +211,18 @@ def test_damage_beyond_repair_is_weakened_until_it_can_be_repaired() -> None:
     assert turn.left_out[0][0] == "w1"
 
 
+def test_a_weaker_form_that_is_repaired_is_tried_stronger_once_more() -> None:
+    model = classifier()
+
+    alone = manager(Turn()).run(model).report.steps[0]
+    turn, mend = manager(Turn(), Mend(most=0.9)).run(model).report.steps
+
+    # Halfway from what holds alone to 1 is repaired, and then three quarters of it.
+    least, most = (float(step.did[0][1].split()[1]) for step in (alone, turn))
+    assert most == pytest.approx(least + 0.75 * (1 - least), abs=0.006)
+    assert mend.did == (("w1", f"mended {most:.2f}"),)
+
+
 def test_damage_that_nothing_repairs_is_weakened_as_if_alone() -> None:
     model = classifier()
 
@@ -233,6 +269,40 @@ def test_a_liar_between_damage_and_repair_is_not_kept() -> None:
     report = manager(Turn(), Liar(), Mend()).run(model).report
 
     assert [step.accepted for step in report.steps] == [True, False, True]
+
+
+def test_a_repair_is_waited_for_beyond_a_pass_that_changes_no_output() -> None:
+    model = classifier()
+
+    report = manager(Turn(), Tidy(), Mend()).run(model).report
+
+    assert [step.accepted for step in report.steps] == [True, True, True]
+    assert report.steps[0].reason.startswith("repaired by test-mend")
+    assert report.steps[0].left_out == ()
+
+
+def test_what_no_repair_mends_gives_way_beyond_a_pass_that_changes_no_output() -> None:
+    model = classifier()
+
+    report = manager(Turn(), Tidy(), Mend(most=0.8)).run(model).report
+
+    turn, tidy, mend = report.steps
+    assert tidy.accepted
+    strength = float(turn.did[0][1].split()[1])
+    assert 0.5 < strength <= 0.8
+    assert mend.did == (("w1", f"mended {strength:.2f}"),)
+
+
+def test_two_repairs_with_a_pass_between_that_changes_no_output_are_one_chain() -> None:
+    model = classifier()
+
+    report = manager(Turn(), Half(), Tidy(), Mend(most=0.6)).run(model).report
+
+    turn, half, tidy, mend = report.steps
+    assert turn.did == (("w1", "turned 1.00"),)
+    assert half.did == (("w1", "half of 1.00"),)
+    assert tidy.accepted
+    assert mend.did == (("w1", "mended 0.50"),)
 
 
 def test_without_repair_the_pair_is_rolled_back() -> None:

@@ -141,6 +141,18 @@ def test_tightening_ends_in_nothing_left_to_give(pass_: SitePass) -> None:
     assert plan is None
 
 
+def test_tightening_leaves_out_an_eighth_the_most_damaging_first() -> None:
+    order = (4, 1, *(i for i in range(20) if i not in (1, 4)))
+    plan: Plan | None = Plan(tuple(sites(20)), (1.0,) * 20, order)
+
+    plan = tighten(AllOrNothing(), plan)
+    assert plan is not None
+    assert left_out(plan) == {"w4", "w1"}
+    plan = tighten(AllOrNothing(), plan)
+    assert plan is not None
+    assert left_out(plan) == {"w4", "w1", "w0", "w2"}
+
+
 def test_a_change_names_the_field_that_became_gentler() -> None:
     plan = Plan(tuple(sites(1)), (0.5,), (0,))
 
