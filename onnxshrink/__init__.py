@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxshrink.model import Model, Weight
     from onnxshrink.pipeline import Pipeline
     from onnxshrink.reporting.report import Report
+    from onnxshrink.runtime import open_session
     from onnxshrink.samples import Samples, Splits
     from onnxshrink.validation import Budget, Verdict
 
@@ -51,6 +52,7 @@ _HOME = {
     "UsageError": "errors",
     "Verdict": "validation",
     "Weight": "model",
+    "open_session": "runtime",
     "shrink": "manager",
 }
 
@@ -77,6 +79,7 @@ __all__ = [
     "Verdict",
     "Weight",
     "__version__",
+    "open_session",
     "shrink",
 ]
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ import onnx
 
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, ValueInfo
+from onnxshrink.package import Package, is_package
+from onnxshrink.tensors import LazyTensor, refer_to
 
 __all__ = [
     "LoadCost",
@@ -26,6 +29,7 @@ __all__ = [
     "describe",
     "file_bytes",
     "load_cost",
+    "open_session",
     "providers",
     "run_proto",
     "session",
@@ -264,6 +268,7 @@ def session(
     """
     if isinstance(source, str):
         source = Path(source)
+    packed = isinstance(source, Path) and is_package(source)
     if isinstance(source, Path) and (expose or source.suffix == ".onnxtxt"):
         source = Model.load(source, check=False)
     if isinstance(source, bytes) and expose:
@@ -271,6 +276,8 @@ def session(
     if isinstance(source, Path):
         if not source.is_file():
             raise ModelError(f"{source} does not exist or is not a file")
+        if packed:
+            return _from_package(source, threads, optimize, training, providers)
         large = _bytes_of(source) >= _NO_PREPACKING
         options = _options(threads, optimize, large, training)
         return _open(str(source), options, providers, str(source))
@@ -302,6 +309,33 @@ def session(
         label = str(source.source) if source.source else "the model"
         # onnxruntime keeps the mapping of the scratch file, so the name may go.
         return _open(_serialized(proto), options, providers, label)
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    providers: Sequence[str] = _CPU,
+) -> Any:
+    """Open a model file or a package (``.onnxz``) in onnxruntime.
+
+    A package of less than 64 MiB of weights goes through memory; the weights of a
+    larger one are decoded, a block at a time, into a file without a name that
+    onnxruntime maps.
+
+    Args:
+        path: The file.
+        threads: Intra-op threads; 0 lets onnxruntime choose.
+        providers: Execution providers, in order of preference.
+
+    Returns:
+        The ``onnxruntime.InferenceSession``.
+
+    Raises:
+        ModelError: It is damaged, or onnxruntime cannot load it.
+        UsageError: A provider is not available.
+    """
+    return session(Path(path), threads=threads, providers=providers)._raw
 
 
 def run_proto(
@@ -391,6 +425,64 @@ def _open(
     return Session(raw)
 
 
+def _from_package(
+    path: Path, threads: int, optimize: Optimize, training: bool, wanted: Sequence[str]
+) -> Session:
+    """Open a package: large weights are decoded into a file that is then mapped."""
+    package = Package(path)
+    size = sum(file.size for file in package.files)
+    options = _options(threads, optimize, size >= _NO_PREPACKING, training)
+    if size < _SPILL and len(package.files) == 1:
+        data = b"".join(package.stream(package.files[0]))
+        return _open(data, options, wanted, str(path))
+    with tempfile.TemporaryDirectory(
+        prefix="onnxshrink-", ignore_cleanup_errors=True
+    ) as scratch:
+        proto = _spilled(package, Path(scratch) / "weights")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", scratch
+        )
+        return _open(_serialized(proto), options, wanted, str(path))
+
+
+def _spilled(package: Package, place: Path) -> onnx.ModelProto:
+    """Return the model of a package, large weights decoded into a file."""
+    proto, ranges = package.skeleton()
+    tensors: list[tuple[onnx.TensorProto, LazyTensor]] = []
+    for index, header in enumerate(proto.graph.initializer):
+        if index in ranges:
+            tensors.append((header, package.tensor(header, *ranges[index])))
+    for header in _tensors(proto.graph):
+        if header.data_location == onnx.TensorProto.EXTERNAL:
+            values = package.external(header)
+            header.ClearField("data_location")
+            del header.external_data[:]
+            if values.nbytes < _EXTERNAL_MINIMUM:
+                header.raw_data = b"".join(values.raw_chunks())
+            else:
+                tensors.append((header, values))
+    at = 0
+    starts = []
+    for header, values in tensors:
+        at = -(-at // _ALIGNMENT) * _ALIGNMENT
+        starts.append(at)
+        refer_to(header, place.name, at, values.nbytes)
+        at += values.nbytes
+    place.touch()
+
+    def decode(job: tuple[LazyTensor, int]) -> None:
+        with place.open("r+b") as file:
+            file.seek(job[1])
+            for chunk in job[0].raw_chunks():
+                file.write(chunk)
+
+    jobs = zip((values for _, values in tensors), starts, strict=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(decode, jobs):
+            pass
+    return proto
+
+
 def _expose(graph: onnx.GraphProto, expose: Sequence[str], only_exposed: bool) -> None:
     if only_exposed:
         del graph.output[:]
@@ -445,13 +537,7 @@ def _handed_over(
                     file.write(chunk)
             header = onnx.TensorProto()
             header.CopyFrom(piece.header)
-            header.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (
-                ("location", place[0]),
-                ("offset", str(place[1])),
-                ("length", str(tensor.nbytes)),
-            ):
-                header.external_data.add(key=key, value=value)
+            refer_to(header, *place, tensor.nbytes)
             parts.pieces[index] = Piece(header)
     return parts.proto(), home if at_home else scratch, size
 
@@ -534,7 +620,7 @@ def file_bytes(path: Path) -> int:
     """
     try:
         total = path.stat().st_size
-        if path.suffix == ".onnxtxt":
+        if path.suffix == ".onnxtxt" or is_package(path):
             return total
         from onnxshrink.tensors.wire import read_skeleton
 
@@ -600,6 +686,8 @@ options.log_severity_level = 4
 options.intra_op_num_threads = int(sys.argv[2])
 if sys.argv[3] == "large":
     options.add_session_config_entry("session.disable_prepacking", "1")
+if sys.argv[3] == "package":
+    from onnxshrink.runtime import open_session
 before = memory("VmRSS")
 try:
     with open("/proc/self/clear_refs", "w") as file:
@@ -607,9 +695,14 @@ try:
 except OSError:
     pass
 start = time.perf_counter()
-session = onnxruntime.InferenceSession(
-    sys.argv[1], options, providers=sys.argv[4:], enable_fallback=0
-)
+if sys.argv[3] == "package":
+    session = open_session(
+        sys.argv[1], threads=int(sys.argv[2]), providers=sys.argv[4:]
+    )
+else:
+    session = onnxruntime.InferenceSession(
+        sys.argv[1], options, providers=sys.argv[4:], enable_fallback=0
+    )
 seconds = time.perf_counter() - start
 print("probe", seconds, memory("VmHWM") - before)
 """
@@ -633,6 +726,7 @@ def load_cost(
     if not os.path.exists("/proc/self/status"):
         return None
     size = "large" if _bytes_of(path) >= _NO_PREPACKING else "small"
+    size = "package" if is_package(path) else size
     command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE]
     command += [str(path), str(threads), size, *providers]
     try:

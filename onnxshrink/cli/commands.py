@@ -16,7 +16,7 @@ import click
 
 from onnxshrink.cli.ending import EXIT_CODES, guarded
 
-_MODEL_SUFFIXES = (".onnx", ".onnxtxt")
+_MODEL_SUFFIXES = (".onnx", ".onnxtxt", ".onnxz")
 BARE = "shrink"
 HELP = ("-h", "--help")
 

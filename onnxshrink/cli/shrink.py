@@ -127,16 +127,18 @@ onnxshrink model.onnx --recipe mine.toml --plan
     type=PATH,
     metavar="OUT",
     section="Output",
-    help="Where to write: a file, or a folder for a file of the same name. "
+    help="Where to write: a file, a package (.onnxz), or a folder for a file of the "
+    "same name. "
     "[default: MODEL-shrunk.onnx beside MODEL]",
 )
 @option(
     "--storage",
-    type=click.Choice(["auto", "plain"]),
+    type=click.Choice(["auto", "plain", "tiny"]),
     default="auto",
     show_default=True,
     section="Output",
-    help="How weights are written: in the smallest exact encoding, or plain.",
+    help="How weights are written: in the smallest exact encoding, or plain; tiny is "
+    "for a package, with coders that decode slowly.",
 )
 @option(
     "--external",

@@ -25,6 +25,7 @@ from onnxshrink.model.topology import (
     subgraphs_of,
     tensor_of,
 )
+from onnxshrink.package import PackedTensor
 from onnxshrink.tensors import (
     ArrayTensor,
     FileTensor,
@@ -173,6 +174,14 @@ class Export:
 
     def stream(self) -> Iterator[bytes | memoryview]:
         """Yield the bytes of ``proto()``, one chunk of one tensor at a time."""
+        for part in self.parts():
+            if isinstance(part, bytes):
+                yield part
+            else:
+                yield from part.raw_chunks()
+
+    def parts(self) -> Iterator[bytes | LazyTensor]:
+        """Yield what the bytes of ``proto()`` are made of, tensors as they are."""
         head = self.head.SerializeToString(deterministic=True)
         tail = self.tail.SerializeToString(deterministic=True)
         frames: list[tuple[bytes, bytes]] = []
@@ -198,7 +207,7 @@ class Export:
             if piece.tensor is None:
                 yield piece.header.SerializeToString(deterministic=True)
                 continue
-            yield from piece.tensor.raw_chunks()
+            yield piece.tensor
             yield late
         yield tail
         behind = partial(self.template, _BEFORE_GRAPH)
@@ -398,7 +407,7 @@ def _piece(constant: gs.Constant) -> Piece:
         before = constant.origin_tensor
         if tensor is before or (before is not None and same_bits(tensor, before)):
             stored = origin.data_location == onnx.TensorProto.EXTERNAL
-            if not isinstance(before, FileTensor):
+            if not isinstance(before, (FileTensor, PackedTensor)):
                 if constant.name == origin.name:
                     return Piece(origin, None, constant)
                 renamed = onnx.TensorProto()

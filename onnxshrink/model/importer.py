@@ -25,6 +25,7 @@ from onnxshrink.model.topology import (
     is_onnx,
     own,
 )
+from onnxshrink.package import Package
 from onnxshrink.tensors import (
     FileTensor,
     LazyTensor,
@@ -101,6 +102,7 @@ class Importer:
         proto: onnx.ModelProto,
         path: Path | None,
         ranges: Mapping[int, tuple[int, int]],
+        package: Package | None = None,
     ) -> None:
         """Prepare to read ``proto``.
 
@@ -108,11 +110,14 @@ class Importer:
             proto: The model, without the raw data that ``ranges`` names.
             path: The file it came from, for external data; ``None`` for memory.
             ranges: (offset, length) in that file, by index of the initializer.
+            package: What the file is read through if it is a package.
         """
         self.proto = proto
         self.path = path
         self.ranges = ranges
         self.functions = FunctionList()
+        self.package = package
+        self.external = False
         self.external_files: set[Path] = set()
         self.opset = 1
 
@@ -137,7 +142,7 @@ class Importer:
     def _tensor(
         self, proto: onnx.TensorProto, span: tuple[int, int] | None = None
     ) -> LazyTensor:
-        if span is not None and self.path is not None:
+        if span is not None and (self.package or self.path) is not None:
             offset, length = span
             shape = tuple(proto.dims)
             if proto.data_location == onnx.TensorProto.EXTERNAL or any(
@@ -145,10 +150,16 @@ class Importer:
                 for field, _ in proto.ListFields()
             ):
                 raise ModelError(f"tensor {proto.name!r} keeps its data in two places")
+            if self.package is not None:
+                return self.package.tensor(proto, offset, length)
+            assert self.path is not None
             return FileTensor(
                 self.path, offset, length, shape, proto.data_type, proto.name
             )
         if proto.data_location == onnx.TensorProto.EXTERNAL:
+            self.external = True
+            if self.package is not None:
+                return self.package.external(proto)
             folder = None if self.path is None else self.path.parent
             tensor = external_tensor(proto, folder)
             self.external_files.add(tensor.path)

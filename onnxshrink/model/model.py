@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -48,7 +48,15 @@ from onnxshrink.model.topology import (
     subgraphs_of,
     tensor_of,
 )
-from onnxshrink.tensors import ArrayTensor, LazyTensor
+from onnxshrink.package import (
+    MAGIC,
+    SUFFIX,
+    Package,
+    Part,
+    is_package,
+    pack_model,
+)
+from onnxshrink.tensors import ArrayTensor, LazyTensor, refer_to
 from onnxshrink.tensors.wire import read_skeleton
 
 __all__ = [
@@ -81,7 +89,7 @@ _NEWEST_TYPES = frozenset(
 )
 """Element types that an IR version above MAX_IR_VERSION brought."""
 
-Storage = Literal["auto", "plain"]
+Storage = Literal["auto", "plain", "tiny"]
 External = Literal["auto", "never", "always"]
 
 
@@ -266,9 +274,10 @@ class Model:
         """Load a model.
 
         Args:
-            source: A path (``.onnx``, or ONNX text in ``.onnxtxt``), the bytes of a
-                file, a ModelProto, or an object with ``model_proto`` (an attribute or
-                a method), such as the result of a framework's exporter.
+            source: A path (``.onnx``, a package ``.onnxz``, or ONNX text in
+                ``.onnxtxt``), the bytes of a file, a ModelProto, or an object with
+                ``model_proto`` (an attribute or a method), such as the result of a
+                framework's exporter.
                 A proto is not copied; do not change it while the model is in use.
             check: Run onnx.checker. Switch it off only for what was just checked.
 
@@ -277,11 +286,18 @@ class Model:
         """
         path: Path | None = None
         ranges: Mapping[int, tuple[int, int]] = {}
+        package: Package | None = None
         if isinstance(source, (str, os.PathLike)):
             path = Path(source)
-            proto, ranges = _read_path(path)
+            package = _package(path)
+            proto, ranges = package.skeleton() if package else _read_path(path)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            proto = _parse(bytes(source), "the given bytes")
+            data = bytes(source)
+            if data[: len(MAGIC) - 1] == MAGIC[:-1]:
+                package = Package(data)
+                proto, ranges = package.skeleton()
+            else:
+                proto = _parse(data, "the given bytes")
         else:
             proto = _proto_of(source)
         label = str(path) if path is not None else "the model"
@@ -293,14 +309,14 @@ class Model:
             if check:
                 check_order(proto.graph)
                 check_functions(proto)
-            importer = Importer(proto, place, ranges)
+            importer = Importer(proto, place, ranges, package)
             model = cls(importer.model(), proto)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
         except (RecursionError, UnicodeDecodeError, ValueError, OSError) as error:
             raise ModelError(f"{label} cannot be read: {error}") from error
         model.source = path
-        model.external = bool(importer.external_files)
+        model.external = importer.external
         model._files = frozenset(importer.external_files)
         if place is not None:
             model._files |= {place}
@@ -998,6 +1014,8 @@ class Model:
     ) -> Export:
         if storage == "plain":
             return export(self)
+        if storage == "tiny":
+            raise UsageError("storage 'tiny' is for packages; write a .onnxz file")
         if storage != "auto":
             raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
         from onnxshrink.storage import MAX_DECODE_RATIO, Encoder
@@ -1062,10 +1080,13 @@ class Model:
         A symbolic link is followed: the file it leads to is replaced.
 
         Args:
-            path: Where to; ``.onnxtxt`` writes ONNX text, which has no place for notes
-                and is refused where it would not read back as the same model.
+            path: Where to; ``.onnxz`` writes a package, ``.onnxtxt`` ONNX text, which
+                has no place for notes and is refused where it would not read back as
+                the same model.
             storage: ``auto`` writes every initializer in its smallest exact encoding,
-                ``plain`` as it is.
+                ``plain`` as it is. A package has coders of its own: ``auto`` and
+                ``plain`` are the same, ``tiny`` tries those that take microseconds a
+                weight to decode as well.
             external: Put weights into a second file: ``auto`` if the source did or if
                 they exceed protobuf's 2 GiB, ``never`` or ``always``.
             max_decode_ratio: A weight whose decoding would take more than this multiple
@@ -1081,6 +1102,8 @@ class Model:
         """
         self.check_target(path)
         target = followed(path)
+        if target.suffix == SUFFIX:
+            return self._save_package(target, storage, external)
         parts = self._encoded(storage, max_decode_ratio)
         total = sum(piece.data_bytes for piece in parts.pieces)
         is_text = target.suffix == ".onnxtxt"
@@ -1107,8 +1130,53 @@ class Model:
         self._remove_stale(old - {data})
         return (target, data) if data is not None else (target,)
 
-    def _write_external(self, target: Path, parts: Export) -> Path | None:
-        """Write large pieces to a file of their own and point the headers at it."""
+    def _save_package(
+        self, target: Path, storage: Storage, external: External
+    ) -> tuple[Path, ...]:
+        """Write a package: one file, whatever ``external`` says about what is in it."""
+        if storage not in ("auto", "plain", "tiny"):
+            raise UsageError(f"storage is 'auto', 'plain' or 'tiny', not {storage!r}")
+        parts = export(self)
+        total = sum(piece.data_bytes for piece in parts.pieces)
+        if external == "never" and total >= INLINE_LIMIT:
+            raise ModelError(
+                f"{total / 2**30:.1f} GiB of weights do not fit into one protobuf, "
+                "not even inside a package; use external='auto'"
+            )
+        files: list[tuple[str, Sequence[Part]]] = []
+        if external == "always" or total >= INLINE_LIMIT:
+            spans = self._external_spans(parts)
+            data = list(_with_gaps(spans))
+            checksum = 0
+            for part in data:
+                for chunk in [part] if isinstance(part, bytes) else part.raw_chunks():
+                    checksum = zlib.crc32(chunk, checksum)
+            name = f"{target.stem}.onnx.{checksum:08x}.data"
+            _point_at(spans, name)
+            files.append((name, data))
+        content = pack_model(list(parts.parts()), files, tiny=storage == "tiny")
+        old = _external_files(target)
+        write_file(target, content, self.source)
+        self._remove_stale(old)
+        return (target,)
+
+    def write_beside(
+        self, path: str | os.PathLike[str], content: Iterable[bytes | memoryview]
+    ) -> Path:
+        """Write a file made of this model, never over the model itself.
+
+        Args:
+            path: Where to.
+            content: Its bytes.
+
+        Raises:
+            OutputError: It cannot be written, or it would overwrite the input.
+        """
+        self.check_target(path)
+        return write_file(followed(path), content, self.source)
+
+    def _external_spans(self, parts: Export) -> list[tuple[Piece, int]]:
+        """Return the large pieces, and where each is to lie in a file of their own."""
         spans: list[tuple[Piece, int]] = []
         offset = 0
         for index, piece in enumerate(parts.pieces):
@@ -1127,22 +1195,21 @@ class Model:
             offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
             spans.append((piece, offset))
             offset += source.nbytes
+        return spans
+
+    def _write_external(self, target: Path, parts: Export) -> Path | None:
+        """Write large pieces to a file of their own and point the headers at it."""
+        spans = self._external_spans(parts)
         if not spans:
             return None
         checksum = 0
 
         def content() -> Iterator[bytes | memoryview]:
             nonlocal checksum
-            at = 0
-            for piece, start in spans:
-                if start > at:
-                    checksum = zlib.crc32(bytes(start - at), checksum)
-                    yield bytes(start - at)
-                assert piece.tensor is not None
-                for chunk in piece.tensor.raw_chunks():
+            for part in _with_gaps(spans):
+                for chunk in [part] if isinstance(part, bytes) else part.raw_chunks():
                     checksum = zlib.crc32(chunk, checksum)
                     yield chunk
-                at = start + piece.tensor.nbytes
 
         # The name follows from the content: replacing a model never changes the data
         # under the old graph, so a crash between the two renames breaks neither.
@@ -1152,17 +1219,7 @@ class Model:
             self.source,
             lambda: target.with_name(f"{target.name}.{checksum:08x}.data"),
         )
-        for piece, start in spans:
-            assert piece.tensor is not None
-            header = piece.header
-            header.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (
-                ("location", data.name),
-                ("offset", str(start)),
-                ("length", str(piece.tensor.nbytes)),
-            ):
-                header.external_data.add(key=key, value=value)
-            piece.tensor = None
+        _point_at(spans, data.name)
         return data
 
     def check_target(self, target: str | os.PathLike[str]) -> None:
@@ -1433,6 +1490,35 @@ def _keep_notes(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
 
 
 # --- files ------------------------------------------------------------------------
+
+
+def _package(path: Path) -> Package | None:
+    """Return the package that a path leads to, if it is one."""
+    try:
+        if path.is_file() and is_package(path):
+            return Package(path.absolute())
+    except (OSError, ValueError):
+        pass  # said by what reads it next
+    return None
+
+
+def _with_gaps(spans: Sequence[tuple[Piece, int]]) -> Iterator[Part]:
+    """Yield what a data file is made of: values, and zeros that align them."""
+    at = 0
+    for piece, start in spans:
+        if start > at:
+            yield bytes(start - at)
+        assert piece.tensor is not None
+        yield piece.tensor
+        at = start + piece.tensor.nbytes
+
+
+def _point_at(spans: Sequence[tuple[Piece, int]], name: str) -> None:
+    """Make pieces refer to a data file."""
+    for piece, start in spans:
+        assert piece.tensor is not None
+        refer_to(piece.header, name, start, piece.tensor.nbytes)
+        piece.tensor = None
 
 
 def _read_path(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from onnxshrink.package.container import (
     MAGIC,
+    SUFFIX,
     Package,
     PackedTensor,
     Part,
     is_package,
     pack_parts,
+    skeleton_of,
 )
-from onnxshrink.package.sources import pack_bytes, pack_file
+from onnxshrink.package.sources import pack_bytes, pack_file, pack_model
 from onnxshrink.package.unpacking import unpack
 
 __all__ = [
@@ -26,9 +28,8 @@ __all__ = [
     "is_package",
     "pack_bytes",
     "pack_file",
+    "pack_model",
     "pack_parts",
+    "skeleton_of",
     "unpack",
 ]
-
-SUFFIX = ".onnxz"
-"""What the name of a package ends with."""

@@ -30,13 +30,18 @@ from onnxshrink.package.words import WORDS
 from onnxshrink.tensors import (
     ArrayTensor,
     LazyTensor,
+    ProtoTensor,
     bits_of,
+    external_range,
+    plain_bytes,
     values_of,
 )
+from onnxshrink.tensors.wire import parse_skeleton, read_skeleton
 
 __all__ = [
     "LONGEST_LITERAL",
     "MAGIC",
+    "SUFFIX",
     "Contents",
     "Package",
     "PackedTensor",
@@ -44,12 +49,15 @@ __all__ = [
     "Window",
     "is_package",
     "pack_parts",
+    "skeleton_of",
 ]
 
 Array = np.ndarray[Any, Any]
 Part = bytes | LazyTensor
 """A piece of a file: plain bytes, or values to be coded."""
 
+SUFFIX = ".onnxz"
+"""What the name of a package ends with."""
 MAGIC = b"ONNXZ\x01"
 """Name and version."""
 _FOOTER = struct.Struct("<II")
@@ -276,12 +284,25 @@ class Contents:
 
 
 def is_package(path: Path) -> bool:
-    """Whether a file starts like a package, of any version."""
+    """Whether a file is to be read as a package: by its name or its first bytes."""
+    if path.suffix == SUFFIX:
+        return True
     try:
         with path.open("rb") as file:
             return file.read(5) == MAGIC[:5]
     except OSError:
         return False
+
+
+def skeleton_of(path: Path) -> onnx.ModelProto:
+    """Return the model in a file or a package, without its large tensors.
+
+    Raises:
+        ModelError: It is no model.
+    """
+    if is_package(path):
+        return Package(path).skeleton()[0]
+    return read_skeleton(path)[0]
 
 
 class Package:
@@ -293,15 +314,17 @@ class Package:
         tensors: What is coded.
     """
 
+    _state: tuple[int, ...] = ()
+
     def __init__(self, source: Path | bytes) -> None:
         """Read the index.
 
         Raises:
             ModelError: It cannot be read, is damaged, or is of another version.
         """
-        self.path = source if isinstance(source, Path) else None
+        self.path = source.absolute() if isinstance(source, Path) else None
         self._memory = source if isinstance(source, bytes) else None
-        self.label = "the package" if self.path is None else str(self.path)
+        self.label = str(source) if isinstance(source, Path) else "the package"
         try:
             if isinstance(source, Path):
                 status = source.stat()
@@ -389,6 +412,14 @@ class Package:
             raise ModelError(f"{self.path} was cut short while it was being read")
         return data
 
+    def same_file(self, other: Package) -> bool:
+        """Whether both read the same file in the same state."""
+        return self is other or (
+            self.path is not None
+            and other.path is not None
+            and self._state == other._state
+        )
+
     # --- tensors ------------------------------------------------------------------
 
     def block(self, number: int, index: int) -> Array:
@@ -441,14 +472,36 @@ class Package:
             else:
                 yield piece
 
-    def window(self) -> Window:
-        """Return random access to the bytes of the model's file."""
-        return Window(self, self.files[0])
+    def skeleton(self) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:
+        """Return the model without its large tensors, as ``read_skeleton`` does.
+
+        Raises:
+            ModelError: It is damaged, or the package holds no model.
+        """
+        file = self.files[0]
+        if not file.size:
+            raise ModelError(f"{self.label} holds no ONNX model")
+        return parse_skeleton(Window(self, file), file.size, self.label)
+
+    def external(self, proto: onnx.TensorProto) -> LazyTensor:
+        """Return the values of an external tensor from the file that was packed too.
+
+        Raises:
+            ModelError: The package has no such file, or the range does not fit.
+        """
+        entries = {entry.key: entry.value for entry in proto.external_data}
+        location = entries.get("location", "")
+        if not location or all(file.name != location for file in self.files):
+            raise ModelError(
+                f"tensor {proto.name!r}: external data location {location!r} is not "
+                "in the package"
+            )
+        return self.tensor(proto, *external_range(proto), location)
 
     def tensor(
         self, proto: onnx.TensorProto, offset: int, length: int, name: str = ""
-    ) -> LazyTensor | None:
-        """Return the values in a range of a file, if they are a tensor there.
+    ) -> LazyTensor:
+        """Return the values in a range of a file.
 
         Args:
             proto: Type, shape and name.
@@ -457,18 +510,36 @@ class Package:
             name: The file; empty for the model.
 
         Raises:
-            ModelError: The range is not of the size that the shape asks for.
+            ModelError: The range is outside the file, or not of the size that the
+                shape asks for.
         """
-        file = next((file for file in self.files if file.name == name), None)
-        if file is None:
-            return None
+        file = next(file for file in self.files if file.name == name)
+        if offset + length > file.size:
+            raise ModelError(
+                f"tensor {proto.name!r} lies at bytes {offset} to {offset + length} of "
+                f"{name}, which has {file.size}"
+            )
+        shape = tuple(proto.dims)
         place = bisect.bisect_left(file.starts, offset)
-        if place >= len(file.pieces) or file.starts[place] != offset:
-            return None
-        piece = file.pieces[place]
-        if not isinstance(piece, int) or self.tensors[piece].nbytes != length:
-            return None
-        return PackedTensor(self, piece, tuple(proto.dims), proto.data_type, proto.name)
+        piece = file.pieces[place] if place < len(file.pieces) else None
+        if (
+            isinstance(piece, int)
+            and file.starts[place] == offset
+            and self.tensors[piece].nbytes == length
+        ):
+            return PackedTensor(self, piece, shape, proto.data_type, proto.name)
+        # A few bytes, which stay with the graph, or a part of a tensor.
+        if plain_bytes(shape, proto.data_type) != length:
+            raise ModelError(
+                f"tensor {proto.name!r} has {length} bytes of data, its shape "
+                f"{list(shape)} asks for {plain_bytes(shape, proto.data_type)}"
+            )
+        raw = Window(self, file).span(offset, offset + length)
+        return ProtoTensor(
+            onnx.TensorProto(
+                dims=shape, data_type=proto.data_type, name=proto.name, raw_data=raw
+            )
+        )
 
 
 class Window:
@@ -541,6 +612,12 @@ class PackedTensor(LazyTensor):
         self._package = package
         self._number = number
         self._kept: weakref.ref[Array] | None = None
+
+    def lies_with(self, other: LazyTensor) -> bool:
+        """Whether both are the same tensor of the same package."""
+        return isinstance(other, PackedTensor) and (
+            self._number == other._number and self._package.same_file(other._package)
+        )
 
     def read(self) -> Array:
         """Return all values; the array is shared by all who hold it at a time.

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import onnx
 
-__all__ = ["Bytes", "Cut", "External", "cuts"]
+from onnxshrink.tensors.wire import Bytes
+
+__all__ = ["Cut", "External", "cuts"]
 
 _SMALLEST = 128
 """Bytes of values from which a tensor is taken out; fewer stay with the graph."""
@@ -36,16 +37,6 @@ _TYPES = onnx.TensorProto
 _DATA = {4: _TYPES.FLOAT, 9: None, 10: _TYPES.DOUBLE}
 """Fields of a tensor that are its little-endian values; of float_data and double_data
 the type of the elements."""
-
-
-class Bytes(Protocol):
-    """Random access to the bytes of a file."""
-
-    def byte(self, at: int) -> int:
-        """Return one byte."""
-
-    def span(self, start: int, stop: int) -> bytes:
-        """Return the bytes from ``start`` up to ``stop``."""
 
 
 @dataclass(frozen=True)

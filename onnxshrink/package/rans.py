@@ -217,40 +217,46 @@ def _many(
 ) -> Array:
     """Decode the body, all lanes at once; return the states less their bound."""
     lanes = states.size
-    state = states.astype(np.uint32)
+    now = state = states.astype(np.uint32)
     steps = -(-body // lanes)
     at = 0
     low, shift, half = np.uint32(TOTAL - 1), np.uint32(PRECISION), np.uint32(16)
-    mask = np.uint32(0xFFFF)
+    mask, bound = np.uint32(0xFFFF), np.uint32(_LOW)
+    both, take, less = np.bitwise_and, table.take, np.less
     slot, entry = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
+    below = np.empty(lanes, np.bool_)
     # Symbols are looked up for many steps together; so many fit the second cache.
     group = max(1, (1 << 16) // lanes)
     slots = np.empty((group, lanes), np.uint32)
     for first in range(0, steps, group):
         last = min(first + group, steps)
-        for step in range(first, last):
-            width = min(lanes, body - step * lanes)
-            if width < lanes:
-                slot, entry = slot[:width], entry[:width]
-            now = state[:width]
-            np.bitwise_and(now, low, out=slot)
+        begin, end = first * lanes, min(last * lanes, body)
+        if contexts is not None:
+            offsets = contexts[begin:end].astype(np.uint32)
+            offsets <<= shift
+        for row in range(last - first):
+            width = end - begin - row * lanes
+            if width < lanes:  # the last step of all
+                now, slot, entry = state[:width], slot[:width], entry[:width]
+                below = below[:width]
+            both(now, low, slot)
             if contexts is not None:
-                place = step * lanes
-                slot |= contexts[place : place + width].astype(np.uint32) << shift
-            slots[step - first, :width] = slot
-            table.take(slot, out=entry, mode="wrap")
+                slot |= offsets[row * lanes : row * lanes + lanes]
+            slots[row, :width] = slot
+            take(slot, None, entry, "wrap")
             now >>= shift
-            np.bitwise_and(entry, mask, out=slot)
+            both(entry, mask, slot)
             now *= slot
             entry >>= half
             now += entry
-            short = (now < _LOW).nonzero()[0]
-            stop = at + short.size
-            if stop > words.size:
-                raise Damaged("the words of a stream end early")
-            now[short] = now[short] << half | words[at:stop]
-            at = stop
-        begin, end = first * lanes, min(last * lanes, body)
+            less(now, bound, below)
+            short = below.nonzero()[0]
+            if short.size:
+                stop = at + short.size
+                if stop > words.size:
+                    raise Damaged("the words of a stream end early")
+                now[short] = now[short] << half | words[at:stop]
+                at = stop
         found = slots.reshape(-1)[: end - begin]
         out[begin:end] = names.take(found, mode="wrap")
     return _ended(state, at == words.size)

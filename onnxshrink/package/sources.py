@@ -5,8 +5,10 @@ Tested in tests/package/test_container.py.
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from onnxshrink.tensors import (
     external_tensor,
 )
 
-__all__ = ["pack_bytes", "pack_file"]
+__all__ = ["pack_bytes", "pack_file", "pack_model"]
 
 
 def pack_file(path: Path, *, tiny: bool = False) -> Iterator[bytes]:
@@ -57,29 +59,84 @@ def pack_bytes(data: bytes, *, tiny: bool = False) -> Iterator[bytes]:
     Raises:
         ModelError: It has external data.
     """
-    found, outside = cuts(_Memory(data), len(data))
-    if outside:
+    return pack_model([data], tiny=tiny)
+
+
+def pack_model(
+    parts: Sequence[Part],
+    files: Sequence[tuple[str, Sequence[Part]]] = (),
+    *,
+    tiny: bool = False,
+) -> Iterator[bytes]:
+    """Yield a package of a model that is not in a file.
+
+    Args:
+        parts: What its bytes are made of; tensors in its plain bytes are found.
+        files: Name and parts of each file of external data.
+        tiny: Try the coders that decode slowly as well.
+
+    Raises:
+        ModelError: It has external data that is not among ``files``.
+    """
+    pieces = _Pieces(parts)
+    found, outside = cuts(pieces, pieces.size)
+    names = {name for name, _ in files}
+    if any(tensor.entries.get("location") not in names for tensor in outside):
         raise ModelError("a model with external data is packed from its file")
-    parts: list[Part] = []
-    at = 0
-    view = np.frombuffer(data, np.uint8)
-    for cut in found:
-        parts += [data[at : cut.start], _array_tensor(view[cut.start : cut.stop], cut)]
-        at = cut.stop
-    return pack_parts([("", [*parts, data[at:]])], tiny=tiny)
+    return pack_parts([("", pieces.cut(found)), *files], tiny=tiny)
 
 
-class _Memory:
-    """Random access to bytes in memory."""
+class _Pieces:
+    """Random access to what is plain among the pieces of a file."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        sizes = [len(p) if isinstance(p, bytes) else p.nbytes for p in parts]
+        self._starts = [0, *accumulate(sizes)]
+        self.size = self._starts[-1]
+        self._place = 0
+
+    def _find(self, at: int) -> tuple[bytes, int]:
+        """Return the plain bytes that hold a byte, and where they start."""
+        if not self._starts[self._place] <= at < self._starts[self._place + 1]:
+            self._place = bisect.bisect_right(self._starts, at) - 1
+        part = self._parts[self._place]
+        if not isinstance(part, bytes):
+            raise ModelError("a tensor stands where a model has a record")
+        return part, self._starts[self._place]
 
     def byte(self, at: int) -> int:
-        return self._data[at]
+        part, start = self._find(at)
+        return part[at - start]
 
     def span(self, start: int, stop: int) -> bytes:
-        return self._data[start:stop]
+        out = b""
+        while start < stop:
+            part, begin = self._find(start)
+            out += part[start - begin : stop - begin]
+            start = begin + len(part)
+        return out
+
+    def cut(self, found: Sequence[Cut]) -> list[Part]:
+        """Return the parts, with tensors taken out of plain bytes."""
+        places = iter(sorted(found, key=lambda cut: cut.start))
+        cut = next(places, None)
+        out: list[Part] = []
+        for part, start in zip(self._parts, self._starts, strict=False):
+            if not isinstance(part, bytes):
+                out.append(part)
+                continue
+            at, stop = start, start + len(part)
+            view = np.frombuffer(part, np.uint8)
+            while cut is not None and cut.start < stop:
+                if at <= cut.start and cut.stop <= stop:
+                    values = view[cut.start - start : cut.stop - start]
+                    out += [part[at - start : cut.start - start]]
+                    out += [_array_tensor(values, cut)]
+                    at = cut.stop
+                cut = next(places, None)
+            out.append(part[at - start :])
+        return out
 
 
 def _array_tensor(data: np.ndarray[Any, Any], cut: Cut) -> LazyTensor:

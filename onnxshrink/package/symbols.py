@@ -32,6 +32,8 @@ LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 22}]
 _MOST_CONTEXTS = 32
 _BITS_A_LANE = 1600
 """A lane costs about 12 bits (0.75 %): more are faster, fewer are smaller."""
+_SYMBOLS_A_LANE = 8192
+"""Rare ones take few bits and many steps: some lanes for these, too."""
 _MOST_LANES = 8192
 _SAMPLE = 1 << 16
 _WORTH = 0.99
@@ -87,7 +89,8 @@ def encode_symbols(
     if repeats(symbols, min(len(one) for one in found) / count):
         coded = squeeze(symbols.tobytes())
         found.append(bytes([LZMA]) + varint(len(coded)) + coded)
-    if tiny and count <= _ADAPTIVE_MOST:
+    shortest = min(len(one) for one in found)
+    if tiny and count <= _ADAPTIVE_MOST and shortest < 0.97 * plain:
         coded = adaptive.encode(symbols, alphabet, width)
         found.append(bytes([ADAPTIVE]) + varint(width) + varint(len(coded)) + coded)
     return min(found, key=len)
@@ -262,7 +265,14 @@ class _Plan:
             side = 0.0
         tail = rans.tail_symbols(present)[1]
         most = min(_MOST_LANES, symbols.size // tail)
-        self._lanes = min(most, max(1, int((bits + 2 * around) / _BITS_A_LANE)))
+        self._lanes = min(
+            most,
+            max(
+                1,
+                int((bits + 2 * around) / _BITS_A_LANE)
+                + symbols.size // _SYMBOLS_A_LANE,
+            ),
+        )
         self.estimate = (bits + 12 * self._lanes) / 8 + side
         if self._lanes == 0:
             self.estimate = math.inf  # a few symbols; others are shorter

@@ -10,9 +10,11 @@ from onnxshrink.tensors.lazy import (
     ProtoTensor,
     SparseTensor,
     bits_of,
+    external_range,
     external_tensor,
     numpy_type,
     plain_bytes,
+    refer_to,
     same_bits,
     values_of,
 )
@@ -25,9 +27,11 @@ __all__ = [
     "ProtoTensor",
     "SparseTensor",
     "bits_of",
+    "external_range",
     "external_tensor",
     "numpy_type",
     "plain_bytes",
+    "refer_to",
     "same_bits",
     "values_of",
 ]

@@ -24,8 +24,10 @@ __all__ = [
     "ProtoTensor",
     "SparseTensor",
     "bits_of",
+    "external_range",
     "numpy_type",
     "plain_bytes",
+    "refer_to",
     "values_of",
 ]
 
@@ -131,6 +133,10 @@ class LazyTensor(LazyValues):  # type: ignore[misc]  # graphsurgeon is untyped
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def lies_with(self, other: LazyTensor) -> bool:
+        """Whether both are known, without a look at them, to be the same bytes."""
+        return self is other
 
     @abstractmethod
     def read(self) -> np.ndarray[Any, Any]:
@@ -350,9 +356,12 @@ class FileTensor(LazyTensor):
             )
         self._state = _state(status)
 
-    def lies_with(self, other: FileTensor) -> bool:
+    def lies_with(self, other: LazyTensor) -> bool:
         """Whether both are the same bytes of the same file."""
-        return (self.offset, self._state) == (other.offset, other._state)
+        return isinstance(other, FileTensor) and (self.offset, self._state) == (
+            other.offset,
+            other._state,
+        )
 
     def _bytes(self, start: int, count: int) -> np.ndarray[Any, Any]:
         try:
@@ -497,18 +506,41 @@ def external_tensor(proto: onnx.TensorProto, folder: Path | None) -> FileTensor:
             raise ModelError(f"{where} is not a regular file")
     except OSError as error:
         raise ModelError(f"{where} cannot be read: {error.strerror}") from error
-    offset, length = entries.get("offset") or "0", entries.get("length")
+    offset, length = external_range(proto)
     shape = tuple(proto.dims)
+    return FileTensor(path, offset, length, shape, proto.data_type, name)
+
+
+def external_range(proto: onnx.TensorProto) -> tuple[int, int]:
+    """Return first byte and number of bytes of an external tensor in its file.
+
+    Raises:
+        ModelError: One of them is no number.
+    """
+    entries = {entry.key: entry.value for entry in proto.external_data}
+    offset, length = entries.get("offset") or "0", entries.get("length")
     if not length:
-        length = str(plain_bytes(shape, proto.data_type))
+        length = str(plain_bytes(tuple(proto.dims), proto.data_type))
     for number in (offset, length):
         # int() takes underscores, spaces, signs and other scripts' digits as well.
         if not (number.isascii() and number.isdigit() and len(number) < 20):
             raise ModelError(
-                f"{where} has the offset or length {number[:40]!r}; expected a number "
-                "of bytes"
+                f"tensor {proto.name!r}: external data location "
+                f"{entries.get('location', '')!r} has the offset or length "
+                f"{number[:40]!r}; expected a number of bytes"
             )
-    return FileTensor(path, int(offset), int(length), shape, proto.data_type, name)
+    return int(offset), int(length)
+
+
+def refer_to(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Make a tensor without data refer to a range of a file."""
+    proto.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (
+        ("location", location),
+        ("offset", str(offset)),
+        ("length", str(length)),
+    ):
+        proto.external_data.add(key=key, value=value)
 
 
 def same_bits(a: LazyTensor, b: LazyTensor) -> bool:
@@ -517,7 +549,7 @@ def same_bits(a: LazyTensor, b: LazyTensor) -> bool:
         return True
     if (a.data_type, a.shape) != (b.data_type, b.shape):
         return False
-    if isinstance(a, FileTensor) and isinstance(b, FileTensor) and a.lies_with(b):
+    if a.lies_with(b):
         return True
     if a.data_type == onnx.TensorProto.STRING:
         return a.read().reshape(-1).tolist() == b.read().reshape(-1).tolist()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import onnx
 from google.protobuf.message import DecodeError
 
 from onnxshrink.errors import ModelError
 
-__all__ = ["encode_varint", "read_skeleton"]
+__all__ = ["Bytes", "encode_varint", "parse_skeleton", "read_skeleton"]
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _LENGTH_DELIMITED = 2
@@ -24,6 +25,16 @@ LARGE = 1 << 16
 
 _MOST = (1 << 31) - 1
 """Bytes that protobuf parses at most."""
+
+
+class Bytes(Protocol):
+    """Random access to the bytes of a file."""
+
+    def byte(self, at: int) -> int:
+        """Return one byte."""
+
+    def span(self, start: int, stop: int) -> bytes:
+        """Return the bytes from ``start`` up to ``stop``."""
 
 
 class _Window:
@@ -82,7 +93,7 @@ def encode_varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _varint(data: _Window, at: int, end: int) -> tuple[int, int]:
+def _varint(data: Bytes, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if at >= end or shift > 63:
@@ -95,7 +106,7 @@ def _varint(data: _Window, at: int, end: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: _Window, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: Bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield (field number, start of record, start of payload, end of record)."""
     while at < end:
         start = at
@@ -124,7 +135,7 @@ def _record(number: int, payload: bytes) -> bytes:
     return tag + encode_varint(len(payload)) + payload
 
 
-def _strip_tensor(data: _Window, at: int, end: int) -> tuple[bytes, int, int] | None:
+def _strip_tensor(data: Bytes, at: int, end: int) -> tuple[bytes, int, int] | None:
     """Return the tensor without raw data, and where that lies, if it is large."""
     found = [r for r in _fields(data, at, end) if r[0] == _RAW_DATA]
     if len(found) != 1:
@@ -136,7 +147,7 @@ def _strip_tensor(data: _Window, at: int, end: int) -> tuple[bytes, int, int] | 
 
 
 def _strip_graph(
-    data: _Window, at: int, end: int
+    data: Bytes, at: int, end: int
 ) -> tuple[bytes, dict[int, tuple[int, int]]]:
     pieces: list[bytes] = []
     ranges: dict[int, tuple[int, int]] = {}
@@ -166,24 +177,36 @@ def read_skeleton(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int
     Raises:
         ModelError: The file is empty, truncated or not an ONNX model.
     """
-    proto = onnx.ModelProto()
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         size = os.fstat(handle).st_size
         if size == 0:
             raise ModelError(f"{path} is empty; expected an ONNX model")
-        skeleton, ranges = _skeleton(_Window(handle), size)
+        return parse_skeleton(_Window(handle), size, str(path))
+    finally:
+        os.close(handle)
+
+
+def parse_skeleton(
+    data: Bytes, size: int, label: str
+) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:
+    """Parse a model of ``size`` bytes as ``read_skeleton`` does, wherever they are.
+
+    Raises:
+        ModelError: They are no ONNX model; ``label`` names it.
+    """
+    proto = onnx.ModelProto()
+    try:
+        skeleton, ranges = _skeleton(data, size)
         proto.ParseFromString(skeleton)
     except (DecodeError, _Broken) as error:
         raise ModelError(
-            f"{path} is not an ONNX model or is truncated ({error})"
+            f"{label} is not an ONNX model or is truncated ({error})"
         ) from error
-    finally:
-        os.close(handle)
     return proto, ranges
 
 
-def _skeleton(data: _Window, size: int) -> tuple[bytes, dict[int, tuple[int, int]]]:
+def _skeleton(data: Bytes, size: int) -> tuple[bytes, dict[int, tuple[int, int]]]:
     try:
         graphs = [record for record in _fields(data, 0, size) if record[0] == _GRAPH]
         if len(graphs) == 1:

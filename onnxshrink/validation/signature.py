@@ -13,6 +13,7 @@ import onnx
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, ValueInfo
+from onnxshrink.package import is_package, skeleton_of
 
 __all__ = ["Source", "check_form", "signature_of", "signature_problem"]
 
@@ -32,7 +33,11 @@ def check_form(candidate: Source) -> None:
             onnx.checker.check_model(candidate)
         elif not candidate.is_file():
             raise ModelError(f"{candidate} does not exist or is not a file")
-        elif candidate.suffix == ".onnxtxt" or candidate.stat().st_size > 1 << 29:
+        elif (
+            candidate.suffix == ".onnxtxt"
+            or is_package(candidate)
+            or candidate.stat().st_size > 1 << 29
+        ):
             Model.load(candidate)
         else:
             onnx.checker.check_model(str(candidate))
@@ -52,9 +57,7 @@ def signature_of(
     if isinstance(source, Model):
         return source.inputs, source.outputs
     if isinstance(source, Path) and source.suffix != ".onnxtxt":
-        from onnxshrink.tensors.wire import read_skeleton
-
-        graph = read_skeleton(source)[0].graph
+        graph = skeleton_of(source).graph
     elif isinstance(source, onnx.ModelProto):
         graph = source.graph
     else:
