@@ -1,4 +1,7 @@
-"""``onnxshrink pack``: one entropy-coded file of a model."""
+"""``onnxshrink pack``: one entropy-coded file of a model.
+
+Tested in tests/package/test_models.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``onnxshrink unpack``: the model that a package was made of."""
+"""``onnxshrink unpack``: the model that a package was made of.
+
+Tested in tests/package/test_models.py.
+"""
 
 from __future__ import annotations
 
