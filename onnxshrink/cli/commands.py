@@ -29,7 +29,7 @@ class Option(click.Option):
         self.section = section
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Leave out ranges, which nobody needs to know before breaking them."""
+        """Leave ranges out of the help; the error states them."""
         extra = super().get_help_extra(ctx)
         extra.pop("range", None)
         return extra
@@ -62,7 +62,7 @@ class Command(click.Command):
 
 
 class _BareContext(click.Context):
-    """Names the bare command as one types it: not at all."""
+    """The context of the bare command, whose name is not typed."""
 
     @property
     def command_path(self) -> str:

@@ -28,7 +28,7 @@ EXIT_CODES = """\
 def guarded(work: Callable[[], Any], *, verbose: bool) -> int:
     """Run the command line; return the exit code, having said what went wrong."""
     with suppress(ValueError):  # not in the main thread
-        # As for an interrupt, what was begun is tidied up.
+        # Leaving by an exception tidies up, as after an interrupt.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = work()
@@ -55,7 +55,7 @@ def guarded(work: Callable[[], Any], *, verbose: bool) -> int:
     except MemoryError:
         complain("there is not enough memory; nothing was written")
         return 1
-    except Exception as error:  # the last line of defence: a bug, said in one line
+    except Exception as error:  # a bug, said in one line
         if verbose:
             _trace(error)
         hint = "" if verbose else "; -v shows where"

@@ -109,8 +109,8 @@ def inspect_(
     """Show where the bytes and multiply-accumulates of a model are.
 
     For every weight: type, zeros, distinct values, and what its smallest exact
-    encoding would take. With --sensitivity also: which layers bear to be made coarse;
-    with --kernels: which gain by integers.
+    encoding would take. --sensitivity also ranks layers by what coarse weights in them
+    do to the outputs; --kernels shows which layers are faster in integers.
     """
     from onnxshrink.engine import make_context
     from onnxshrink.model import Model
@@ -157,7 +157,7 @@ def inspect_(
 
 
 def _kernels(model: Model, ctx: Context) -> Kernels:
-    """Time the layers of a model on one sample, for the types this machine likes."""
+    """Time the layers on one sample, in the integer types of this processor."""
     from onnxshrink.measuring.timings import Timings
     from onnxshrink.quantization.processors import resolve
 

@@ -77,7 +77,7 @@ class Shape(click.ParamType):  # type: ignore[type-arg]  # generic in new click 
         return match[1], tuple(int(dim) for dim in dims)
 
 
-PATH = click.Path(path_type=Path, readable=False)  # what reads it says why it cannot
+PATH = click.Path(path_type=Path, readable=False)  # whoever reads it says why not
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -200,7 +200,7 @@ def splits_of(
 
 
 def check_shapes(model: Model, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Refuse shapes of inputs that the model has not, or has otherwise."""
+    """Refuse a shape whose input the model does not have, or has in another shape."""
     known = {info.name: info for info in model.inputs}
     for name, shape in shapes:
         info = known.get(name)

@@ -324,7 +324,7 @@ def _pipeline(passes: Sequence[str], recipe: str | None) -> Pipeline:
 
 
 def _target(model: Path, output: Path | None) -> Path:
-    """Return the file to write, refusing early what would fail late."""
+    """Return the file to write; refuse now what would fail at the end."""
     if str(model) in words() and not model.is_file():
         raise UsageError(
             f"{model} does not exist; as a command it must come first: "

@@ -203,8 +203,8 @@ def compare(
     Args:
         a: The reference, loaded from a file.
         b: The other model, loaded from a file.
-        splits: Gives the samples; all that can measure do. It is asked only if the
-            signatures are the same.
+        splits: Returns the samples to compare on; called only if the signatures are the
+            same.
         budget: Limits that ``b`` must hold; without, only sane outputs are asked for.
         metric: Task metric, as for ``Validator``.
         providers: onnxruntime execution providers.

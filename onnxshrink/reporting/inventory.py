@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Inventory", "Layer", "WeightEntry", "inventory", "type_name"]
 
 _FIRST_BLOCK = 1 << 11
-"""Values in which most weights show more distinct ones than are counted."""
+"""Values read first; most weights have too many distinct ones already in these."""
 _BLOCK = 1 << 16
 _SAMPLED = 64 << 20
 """Bytes from which a part of a weight is encoded to see what that saves."""
@@ -412,7 +412,7 @@ def count_values(tensor: LazyTensor, sampled: int = _SAMPLED) -> Values:
     stride = -(-tensor.nbytes // _SAMPLE) if tensor.nbytes >= sampled else 0
     kept = []
     for number, chunk in enumerate(tensor.chunks()):
-        # numpy counts bits, and so -0.0, in types that are not its own.
+        # In types that are not its own, numpy counts bits, so that -0.0 is not zero.
         own = chunk.dtype.isbuiltin == 1
         nonzeros += int(np.count_nonzero(chunk if own else chunk.astype(np.float32)))
         patterns.update(chunk)
@@ -465,7 +465,7 @@ def _macs(
     try:
         chosen = random_shapes(inputs, shapes)
         if not shapes:
-            # One sample, where the inputs of a smoke test have two.
+            # Inputs of a smoke test have two samples; the figures are for one.
             for info in inputs:
                 if info.shape and not isinstance(info.shape[0], int):
                     chosen[info.name] = (1, *chosen[info.name][1:])
@@ -515,7 +515,7 @@ def _entry(weight: Weight, encoder: Encoder) -> WeightEntry:
 
 
 def _reads(weights: Sequence[Weight]) -> dict[int, list[Weight]]:
-    """Return the weights of each node, by its id; a shared one belongs to the first."""
+    """Return the weights of each node by its id, each at its first reader."""
     read: dict[int, list[Weight]] = defaultdict(list)
     for weight in weights:
         for node, _ in weight.uses[:1]:

@@ -200,15 +200,15 @@ class Report:
         """Return what the figures do not say: rejections, weakened places, notes.
 
         Args:
-            most: Places that are named for each pass, weakened or left alone by one
-                that did nothing; 0 names all of the former and, as ``details`` has
-                them, none of the latter.
+            most: How many places are named for each pass: those it weakened or, if it
+                did nothing, those it left alone. 0 names all weakened places and no
+                others, which ``details`` has.
         """
         lines = []
         for step in self.steps:
             if step.reason != "ok":
                 lines.append(f"{step.pass_name}: {step.reason}")
-            # Of a step that did nothing one wants to know why.
+            # If a step did nothing, the reader wants to know why.
             shown = [
                 _left(step, where, why)
                 for where, why in step.skipped
@@ -446,7 +446,7 @@ def _html(text: str, limit: int = 4000) -> str:
 _OUTPUT_FIGURES = ("agreement", "sqnr_db")
 """Figures in ``Stats.metric`` that are no task metric."""
 _ERRORS = {"top1": "error", "top5": "top-5 error"}
-"""Metrics in percent whose error is shown instead: its change is what one sees."""
+"""Metrics in percent that are shown as errors, 100 less the metric."""
 
 
 def _figures(stats: Stats) -> list[str]:
@@ -485,7 +485,7 @@ def _metric_value(name: str, value: float) -> str:
 
 
 def _share(value: float) -> str:
-    """Return a share in percent that says 100 % of nothing less."""
+    """Return a share in percent; nothing less than all reads 100 %."""
     percent = 100 * value
     return "100 %" if percent == 100 else f"{min(percent, 99.99):.2f} %"
 
@@ -506,7 +506,7 @@ def _samples(verdict: Verdict) -> str:
 
 
 def _left(step: Step, where: str, why: str) -> str:
-    """Say what a step left alone; where it is all, under the name of the pass."""
+    """Say what a step left alone; one place may be the pass itself, as a whole."""
     what = "" if where == step.pass_name else f"left {where} alone: "
     return f"{step.pass_name}: {what}{why}"
 

@@ -171,7 +171,7 @@ _FOLLOWED = frozenset(
 
 
 def index_limits(model: Model) -> dict[str, int]:
-    """Rows of the smallest table that each integer input indexes."""
+    """Return the rows of the smallest table that each integer input indexes."""
     shapes: Mapping[str, ValueInfo] | None = None
     limits: dict[str, int] = {}
     tensors = {tensor.name: tensor for tensor in model.graph.inputs}

@@ -364,7 +364,7 @@ class Samples:
                 raise ModelError(
                     f"{self.source}: sample {indices[bad]} of {name!r} holds NaN"
                 )
-            # One string of a whole feed would leave the array as a plain object.
+            # values[0] of strings would be a plain object, and no array.
             one = values[0:1].reshape(values.shape[1:]) if self._whole else values
             feed[name] = np.asarray(one, order="C")
         return feed
@@ -613,7 +613,7 @@ def _check_labels(labels: Column | None, count: int, source: str) -> None:
 
 
 def _dtype_change(given: np.dtype[Any], wanted: np.dtype[Any]) -> str | None:
-    """Return how a dtype becomes another: ``""`` is it, ``None`` is not allowed."""
+    """Say how a dtype becomes another; ``""``: they are equal, ``None``: it may not."""
     if given == wanted:
         return ""
     if wanted.kind == "O" and given.kind in "SU":
@@ -761,9 +761,9 @@ class Splits:
     ) -> Splits:
         """Divide data by a seeded permutation.
 
-        With ``evaluation``, that is what measures, and ``data`` gives the rest. With
-        ``data`` alone, a share of it is held out to measure. Without either, seeded
-        random inputs serve as a smoke test.
+        Samples given as ``evaluation`` measure, and ``data`` serves the rest. Of
+        ``data`` alone, a share is held out to measure. Without either, seeded random
+        inputs serve as a smoke test.
 
         Args:
             model: The model to feed.
@@ -873,10 +873,10 @@ class Splits:
 def _divide(
     pool: Samples | None, calibration_size: int
 ) -> tuple[Samples | None, Samples | None, Samples | None]:
-    """Cut what may be learnt from into calibration, training and validation.
+    """Divide the samples that passes learn from.
 
-    Calibration gets at most half, so that training is not left without samples; of
-    the rest a fifth, at most 5,000, validates. Sizes are multiples of a fixed batch.
+    Calibration gets at most half, so that training is not left without samples. A fifth
+    of the rest, at most 5,000, is for validation. Sizes are multiples of a fixed batch.
     """
     if pool is None or len(pool) < (pool.batch or 1):
         return None, None, None

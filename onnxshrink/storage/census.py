@@ -253,7 +253,7 @@ class Census:
         return ranks
 
     def vectors(self) -> list[tuple[int, Array, Array]]:
-        """Return lengths, tables and ranks of neighbours in few combinations."""
+        """Return length, table and ranks of each kind of vector that has few values."""
         first = next(self.patterns(), np.empty(0, self.unsigned))
         dims = [
             dim
@@ -349,7 +349,7 @@ def vector_table(patterns: Array, dim: int) -> tuple[Array, Array] | None:
     ranks = Codes(keys).ranks(hashes).astype(np.uint8)
     table = np.zeros((keys.size, dim), patterns.dtype)
     table[ranks] = vectors
-    # Two vectors of one hash would show here.
+    # Different vectors with one hash show here.
     for start in range(0, len(vectors), CHUNK):
         own = slice(start, start + CHUNK)
         if not np.array_equal(table[ranks[own]], vectors[own]):
@@ -459,7 +459,7 @@ def _divisors(parts: int) -> list[int]:
 
 
 def _joined(found: list[Array], width: int) -> list[Array] | None:
-    """Return one table for every ``width`` of them, if none grows too large."""
+    """Join every ``width`` tables into one; ``None`` if one grows too large."""
     if width == 1:
         return found
     tables = []

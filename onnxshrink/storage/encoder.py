@@ -100,9 +100,9 @@ _DIVIDE_UP_TO = 1 << 16
 _MIN_SAVED = 1 / 64
 """Share of the plain bytes that an encoding has to save."""
 _CLOSE = 1 / 64
-"""How near to the smallest a form has to be to win by its decode memory."""
+"""Share of bytes above the smallest that a form of less decode memory may take."""
 _SMALL_DECODE = 16 << 20
-"""Decode memory up to which nobody minds."""
+"""Bytes of decode memory below which only bytes of the file count."""
 _FEW = 16
 """Distinct values up to which vectors are not looked for."""
 _CAST_NBYTES = 48
@@ -186,7 +186,7 @@ class _Stream:
 
 @dataclass
 class _Draft:
-    """Nodes and initializers of one encoding, under names nobody has asked for yet."""
+    """Nodes and initializers of one encoding, under provisional names."""
 
     opset: int
     known: dict[tuple[object, ...], str]
@@ -259,7 +259,7 @@ class _Draft:
         return name
 
     def finish(self, stream: _Stream, name: str) -> None:
-        """Let the stream be the output of the last node, under the weight's name."""
+        """Make the stream the output of the last node, under the weight's name."""
         if not self.nodes or self.nodes[-1].output[0] != stream.name:
             stream = _Stream(self.node("Identity", stream.name), stream.length)
         last = self.nodes[-1]
@@ -386,9 +386,9 @@ class _Forms:
         return forms
 
     def _best_values(self, keys: Array | None, count: int) -> list[_Values]:
-        """Return the two forms of fewest bytes; nodes may turn the scales.
+        """Return the forms of fewest bytes, between which their nodes decide.
 
-        Planes take many nodes: without them there are two forms all the same.
+        There are two, or three if one of them has planes, which take many nodes.
         """
         forms = self._value_forms(keys)
         forms.sort(key=lambda form: form.payload(count, self.item))
@@ -630,7 +630,7 @@ class _Forms:
         )
 
     def _parts(self, packing: Packing | Planes, groups: Groups) -> _Draft:
-        """Codes into tables one below the other, of which each part has its own."""
+        """Codes into one table, in which each part of the tensor has rows."""
         draft = self._draft(f"parts{groups.split[1]}x{packing.base}")
         before, parts, behind = groups.split
         size = 4 * self.size
@@ -693,7 +693,7 @@ class _Forms:
         lengths = np.arange(few.size)
 
         def moves(base: int) -> int:
-            """Digits it takes if the largest step is ``base - 1``."""
+            """Return how many digits there are if one moves at most ``base - 1``."""
             reach = base - 1
             short = int((few * -(-lengths // reach)).sum())
             return short + int((-(-many // reach)).sum())

@@ -90,8 +90,9 @@ PACKINGS = (
 )
 """By base; a larger base always takes more bits a digit.
 
-Bytes and 16-bit words are unpacked by a table, 31-bit words by division. Left out is
-what would not beat its neighbour, such as 8 digits below 14 in 31 bits.
+Bytes and 16-bit words are unpacked by a table, 31-bit words by division. A packing that
+takes as many bits as one of a larger base is left out, such as 8 digits below 14 in 31
+bits.
 """
 
 BITS = PACKINGS[0]
@@ -112,10 +113,10 @@ def tightest(count: int, opset: int) -> Packing:
 
 @dataclass(frozen=True)
 class Planes:
-    """Digits in two streams: what is left by a base, and how often it goes.
+    """Digits in two streams: the remainders and the quotients by a base.
 
-    So codes of 3, 5 and 6 bits take 3, 5 and 6 bits. A word of ``high`` has the digits
-    of one or more whole words of ``low``.
+    Codes of 3, 5 and 6 bits then take no more than these. A word of ``high`` has the
+    digits of one or more whole words of ``low``.
 
     Attributes:
         low: Packing of ``digit % low.base``, a byte.

@@ -116,7 +116,7 @@ def check_case(
     case = source if isinstance(source, Case) else Case.read(source)
     model = Model.load(_parsed(case.path, case.before))
     wanted = _parsed(case.path, case.after)
-    # An expectation that cannot run would never be met outside this test.
+    # If the expected model cannot run, the case itself is wrong.
     runtime.session(Model.load(wanted), threads=1)
     skipped: list[tuple[str, str]] = []
     for pass_ in Pipeline.parse(case.pipeline, passes):

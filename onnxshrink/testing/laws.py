@@ -72,7 +72,7 @@ def check_laws(
 
     - Its options print as pipeline text and TOML that read back as the same pass, and
       every option has a description.
-    - It leaves the model it is given the copy of untouched.
+    - The model stays untouched; the pass works on a copy.
     - The rewritten model passes onnx.checker, loads in onnxruntime, and keeps names,
       types and shapes of inputs and outputs.
     - ``Promise.SAME``: outputs on random inputs stay the same up to float noise;

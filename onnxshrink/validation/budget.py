@@ -33,7 +33,8 @@ class Budget:
         min_agreement: Least share of samples (0 to 1) whose top class stays.
         min_sqnr: Least signal to quantization noise ratio of every float output, dB.
         max_latency_ratio: Most the latency may be of the reference's.
-        automatic: Chosen for the user: what the samples cannot tell is left out.
+        automatic: Whether it was chosen for the user; what the samples cannot measure
+            is left out then.
     """
 
     max_drop: float | None = None

@@ -114,7 +114,7 @@ class Top(Task):
         else:
             mine = scores[rows, wanted]
             hit = (scores > mine[:, None]).sum(axis=1) < self._k
-        # A NaN compares as the largest and as nothing: never a hit.
+        # A NaN score is never a hit, though it sorts as the largest.
         hit &= ~np.isnan(scores).any(axis=1)
         self._hits += int(hit.sum())
         self._count += len(scores)

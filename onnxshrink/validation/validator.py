@@ -59,7 +59,7 @@ _BATCH = 32
 
 @dataclass
 class _Reference:
-    """A model's outputs on the samples and what was learnt from them."""
+    """A model's outputs on the samples, and what they are like."""
 
     source: Source
     store: Store
@@ -92,7 +92,7 @@ class Validator:
         progress: Progress | None = None,
         answers: Mapping[str, Array] | None = None,
     ) -> None:
-        """Take what is judged by.
+        """Set up the judge; nothing runs yet.
 
         Args:
             reference: The model the run started from.
@@ -155,8 +155,8 @@ class Validator:
     def budget(self) -> Budget:
         """The limits that apply, once the reference has been looked at.
 
-        An automatic budget keeps the strictest sense the samples allow: the task
-        metric if it is in percent, else agreement, else SQNR.
+        Of an automatic budget, the first limit holds that the samples can measure: the
+        task metric if it is in percent, else agreement, else SQNR.
         """
         asked = self._asked
         if not asked.automatic or self.smoke_test:
@@ -431,7 +431,8 @@ class Validator:
     ) -> tuple[dict[str, Difference], dict[str, Difference]]:
         """Run the candidate once; compare it with the reference and with the start.
 
-        The outputs of a file are kept: accepted, it is what the next pass starts from.
+        Outputs of a candidate in a file are kept: if it is accepted, the next pass
+        starts from it.
         """
         against = [reference] if start is reference else [reference, start]
         found = [
@@ -480,7 +481,7 @@ class Validator:
         return ratio if ratio is not None else 1.0
 
     def _own_noise(self, start: _Reference) -> dict[str, tuple[float, float]]:
-        """Relative error and SQNR of a model run without optimisations."""
+        """Return relative error and SQNR of outputs in a run without optimisations."""
         if start.noise is None:
             unoptimised = self._session(start.source, "off")
             differences = {name: Difference(False) for name in start.seen}
@@ -506,7 +507,7 @@ class Validator:
 
 
 def _answering(reference: _Reference, answers: Mapping[str, Array]) -> _Reference:
-    """Return a reference that gives other answers; what has none is left out."""
+    """Return a reference whose outputs are the answers; other outputs are left out."""
     store, seen = Store(), {name: Seen() for name in reference.seen if name in answers}
     for index, (start, stop) in enumerate(reference.spans):
         own = reference.store.read(index)
@@ -541,7 +542,7 @@ def _repeats(one: Any, two: Any) -> bool:
 
 
 def _same_kind(name: str, reference: Any, value: Any) -> None:
-    """Refuse an output of another dtype or, where it counts samples, first axis."""
+    """Refuse an output of another dtype or rank than the reference's."""
     if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
         return
     if reference.dtype != value.dtype or reference.ndim != value.ndim:
@@ -552,7 +553,7 @@ def _same_kind(name: str, reference: Any, value: Any) -> None:
 
 
 def _count(feed: Mapping[str, Array], span: tuple[int, int], samples: Samples) -> int:
-    """Samples on the first axis of outputs: those of the span, or of a whole feed."""
+    """Return how many samples the first axis of the outputs counts."""
     if not samples.whole:
         return span[1] - span[0]
     first = next(iter(feed.values()))

@@ -238,10 +238,10 @@ def moved(
 
 
 def _damage(usage: float, noise: float) -> float:
-    """Share of the budget used, with a hundredth of it moved by the output noise.
+    """Return the share of the budget used, which the output noise moves by a hundredth.
 
-    Metrics count samples and so often stay the same; the noise tells candidates apart.
-    What fits stays at most 1, what does not stays above.
+    A metric counts samples and often stays the same; the noise tells candidates apart.
+    What fits is at most 1, what does not is above.
     """
     if math.isinf(usage):
         return math.inf
