@@ -36,8 +36,10 @@ __all__ = [
     "Chain",
     "Form",
     "channel",
+    "decomposed",
     "error",
     "full_ranks",
+    "losses",
     "parameters",
     "refit",
     "spatial",
@@ -118,6 +120,86 @@ def parameters(form: Form, shape: Sequence[int], ranks: Sequence[int]) -> int:
     return inputs * few + few * many * first * rest + many * outputs
 
 
+def decomposed(
+    form: Form,
+    kernel: Array,
+    ranks: Sequence[int],
+    moment: Array | None = None,
+    outputs: Array | None = None,
+) -> Chain:
+    """Return a kernel in a form, all its kernels fitted jointly.
+
+    Args:
+        form: The form.
+        kernel: [outputs, inputs, k1, ..., kn].
+        ranks: One, or for ``tucker`` two: of the inputs, then of the outputs.
+        moment: Second moment of the patches; ``None`` minimises the kernel's error.
+        outputs: What a squared error of each output weighs, [outputs]; ``None`` weighs
+            all alike.
+
+    Raises:
+        UsageError: There are no such ranks.
+        ModelError: The kernel or the moment holds NaN or infinity.
+    """
+    weighed, root = _weighed(kernel, outputs)
+    if form == "tucker":
+        few, many = ranks
+        chain = tucker(weighed, (few, many), moment)
+    else:
+        (rank,) = ranks
+        make = channel if form == "channel" else spatial
+        chain = make(weighed, rank, moment)
+    chain = refit(weighed, chain, moment)
+    last = chain.kernels[-1] / root.reshape(-1, *(1,) * (kernel.ndim - 1))
+    return _even(replace(chain, kernels=(*chain.kernels[:-1], last)))
+
+
+def losses(
+    form: Form,
+    kernel: Array,
+    choices: Sequence[Sequence[int]],
+    moment: Array | None = None,
+    outputs: Array | None = None,
+) -> list[float]:
+    """Return about what error each choice of ranks leaves, before ``refit``.
+
+    It is exact for ``channel``. For ``spatial`` windows of the first kernel are taken
+    to be independent; for ``tucker`` it is the sum of what either side loses, an upper
+    bound (De Lathauwer et al. 2000, property 10).
+
+    Args:
+        form: The form.
+        kernel: [outputs, inputs, k1, ..., kn].
+        choices: Ranks, each as for ``decomposed``.
+        moment: As for ``decomposed``.
+        outputs: As for ``decomposed``.
+    """
+    weighed, _ = _weighed(kernel, outputs)
+    flat = weighed.reshape(len(kernel), -1)
+    if form == "channel":
+        found = split(flat, inputs=moment)
+        return [found.lost(ranks[0]) for ranks in choices]
+    if form == "spatial":
+        matrix, seen = _columns(weighed, moment)
+        found = split(matrix, inputs=seen)
+        return [found.lost(ranks[0]) for ranks in choices]
+    tall, seen = _inputs(weighed, moment)
+    one, two = split(tall, inputs=seen), split(flat, inputs=moment)
+    return [one.lost(ranks[0]) + two.lost(ranks[1]) for ranks in choices]
+
+
+def _weighed(kernel: Array, outputs: Array | None) -> tuple[Float64, Float64]:
+    """Return the kernel, outputs scaled by roots of their weights, and the roots."""
+    wide = np.asarray(kernel, np.float64)
+    if outputs is None:
+        return wide, np.ones(len(kernel))
+    mean = float(np.mean(outputs))
+    if not mean > 0:
+        return wide, np.ones(len(kernel))
+    root = np.sqrt(np.asarray(outputs, np.float64) + DAMPING * mean)
+    return wide * root.reshape(-1, *(1,) * (kernel.ndim - 1)), root
+
+
 def channel(
     kernel: Array,
     rank: int,
@@ -184,13 +266,7 @@ def spatial(
 def _along(kernel: Array, rank: int, moment: Array | None, damping: float) -> Chain:
     """Split a kernel into its first axis and the others."""
     outputs, inputs, first, rest = _sizes(kernel.shape)
-    # [(outputs, rest), (inputs, first)]: what the first kernel reads on the right.
-    apart = kernel.reshape(outputs, inputs, first, rest).transpose(0, 3, 1, 2)
-    matrix = apart.reshape(outputs * rest, inputs * first)
-    seen = None
-    if moment is not None:
-        square = moment.reshape(inputs, first, rest, inputs, first, rest)
-        seen = np.einsum("chwdiw->chdi", square).reshape(2 * (inputs * first,)) / rest
+    matrix, seen = _columns(kernel, moment)
     left, right = split(matrix, inputs=seen, rank=rank, damping=damping).factors(
         matrix, rank
     )
@@ -201,6 +277,18 @@ def _along(kernel: Array, rank: int, moment: Array | None, damping: float) -> Ch
         "spatial",
         (one, np.ascontiguousarray(two).reshape(outputs, rank, 1, *kernel.shape[3:])),
     )
+
+
+def _columns(kernel: Array, moment: Array | None) -> tuple[Array, Array | None]:
+    """Return a kernel as [outputs * rest, inputs * first], and the moment of that."""
+    outputs, inputs, first, rest = _sizes(kernel.shape)
+    apart = kernel.reshape(outputs, inputs, first, rest).transpose(0, 3, 1, 2)
+    matrix = apart.reshape(outputs * rest, inputs * first)
+    if moment is None:
+        return matrix, None
+    square = moment.reshape(inputs, first, rest, inputs, first, rest)
+    seen = np.einsum("chwdiw->chdi", square).reshape(2 * (inputs * first,))
+    return matrix, seen / rest
 
 
 def tucker(
@@ -222,12 +310,7 @@ def tucker(
     outputs, inputs, first, rest = _sizes(kernel.shape)
     k = first * rest
     wide = np.asarray(kernel, np.float64).reshape(outputs, inputs, k)
-    seen = None
-    if moment is not None:
-        square = moment.reshape(inputs, k, inputs, k)
-        seen = np.einsum("ckdk->cd", square) / k
-    # [(outputs, k), inputs] on the right, whitened by what 1 x 1 reads.
-    tall = wide.transpose(0, 2, 1).reshape(outputs * k, inputs)
+    tall, seen = _inputs(kernel, moment)
     by_input = split(tall, inputs=seen, damping=damping)
     flat = wide.reshape(outputs, -1)
     by_output = split(flat, inputs=moment, damping=damping)
@@ -264,6 +347,18 @@ def tucker(
             np.ascontiguousarray(lift).reshape(outputs, many, *ones),
         ),
     )
+
+
+def _inputs(kernel: Array, moment: Array | None) -> tuple[Array, Array | None]:
+    """Return a kernel as [outputs * k, inputs], and the moment of that."""
+    outputs, inputs, first, rest = _sizes(kernel.shape)
+    k = first * rest
+    wide = np.asarray(kernel, np.float64).reshape(outputs, inputs, k)
+    tall = wide.transpose(0, 2, 1).reshape(outputs * k, inputs)
+    if moment is None:
+        return tall, None
+    square = moment.reshape(inputs, k, inputs, k)
+    return tall, np.einsum("ckdk->cd", square) / k
 
 
 def error(kernel: Array, chain: Chain, moment: Array | None = None) -> float:

@@ -1,0 +1,1249 @@
+"""lowrank: layers written as two or three smaller ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.rewriting import splitting
+from onnxshrink.solvers import allocation, decompose
+from onnxshrink.solvers.decompose import Chain, Form
+from onnxshrink.solvers.svd import Split, moment, split
+from onnxshrink.statistics import Counts, Multi, Statistic
+from onnxshrink.structure import layers
+from onnxshrink.structure.layers import LinearWeight, Role
+from onnxshrink.structure.shapes import macs_by_value
+from onnxshrink.tensors import bits_of
+from onnxshrink.training.importance import output_metrics
+
+__all__ = ["Lowrank"]
+
+Array = NDArray[Any]
+Kind = Literal["product", "kernel", "transposed", "table", "recurrent"]
+Metric = Literal["outputs", "inputs", "weights"]
+Ranks = tuple[int, ...]
+
+MAX_INPUTS = 8192
+"""Layers with more inputs are split by their weights alone: 512 MB of Gram matrix."""
+GRAM_BYTES = 1 << 30
+"""Gram matrices that one run over the calibration samples gathers."""
+NARROW = 16
+"""Layers with fewer inputs or outputs gain no time by being split."""
+PAYS = 0.9
+"""Share of a layer's parameters from which on factors take as long as the layer."""
+UNSEEN = 0.2
+"""Share of the weight of a table that its rows have alike, however often they came."""
+MADE_BIAS = 0.1
+"""Share of the output energy that the mean input has, if a bias is made for it."""
+
+_SIZES = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6})?")
+_NO_REAL_DATA = "needs calibration data; give --data, or metric=weights"
+
+
+@dataclass(frozen=True)
+class LowrankSite(Site):
+    """A weight, or several that read one input, and the ranks of its factors.
+
+    Attributes:
+        ranks: Channels between the factors.
+        choices: Ranks that save parameters, ascending; ``ranks`` is among them.
+    """
+
+    ranks: Ranks = ()
+    choices: tuple[Ranks, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a layer can be split, before anything is known of its inputs.
+
+    Attributes:
+        members: The weight; several that read one input share the first factor.
+        kind: How it is read.
+        form: Of a kernel; everything else is a matrix, and ``channel`` is its SVD.
+        groups: Matrices or kernels of one shape.
+        shape: Of each, [outputs, inputs] or [outputs, inputs, k1, ..., kn].
+        strides: Of a convolution.
+    """
+
+    members: tuple[LinearWeight, ...]
+    kind: Kind
+    form: Form
+    groups: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """Name of the site."""
+        return "+".join(layer.name for layer in self.members)
+
+    @property
+    def weight(self) -> Weight:
+        """The first weight."""
+        return self.members[0].weight
+
+    @property
+    def dense(self) -> int:
+        """Parameters as it is."""
+        return sum(layer.weight.size for layer in self.members)
+
+    def parameters(self, ranks: Ranks) -> int:
+        """Return the parameters of its factors."""
+        return self.groups * decompose.parameters(self.form, self.shape, ranks)
+
+    def macs_share(self, ranks: Ranks) -> float:
+        """Return the multiply-accumulates of its factors, as a share of its own."""
+        if self.kind == "table":
+            return math.inf  # looking up rows has none
+        outputs, inputs, *kernel = self.shape
+        size = math.prod(kernel)
+        steps = self.strides or (1,) * len(kernel)
+        dense = outputs * inputs * size
+        if self.form == "spatial":
+            across = math.prod(steps[1:])
+            rest = math.prod(kernel[1:])
+            return ranks[0] * (inputs * kernel[0] * across + outputs * rest) / dense
+        if self.form == "tucker":
+            few, many = ranks
+            before = inputs * few * math.prod(steps)
+            return (before + few * many * size + many * outputs) / dense
+        return self.parameters(ranks) / self.dense
+
+    @cached_property
+    def choices(self) -> tuple[Ranks, ...]:
+        """Ranks that save parameters, ascending: multiples of 8, of small ones fewer.
+
+        Ranks that are no multiple of 8 take 3 to 10 % longer.
+        """
+        full = decompose.full_ranks(self.form, self.shape)
+        least = min(full)
+        step = next((s for s in (8, 4, 2) if least >= 8 * s), 1)
+        found: dict[Ranks, None] = {}
+        for level in range(step, max(full) + 1, step):
+            if self.form != "tucker":
+                found[(level,)] = None
+                continue
+            both = (max(1, round(level * rank / max(full) / step)) for rank in full)
+            few, many = (min(f, n * step) for f, n in zip(full, both, strict=True))
+            found[few, many] = None
+        return tuple(ranks for ranks in found if self.parameters(ranks) < self.dense)
+
+    def arrays(self) -> list[Array]:
+        """Read the matrices or kernels, one for each group."""
+        if self.kind == "kernel":
+            kernels = self.weight.read().reshape(self.groups, *self.shape)
+            return list(kernels)
+        if self.kind in ("table", "recurrent"):
+            return [self.weight.read().reshape(self.shape)]
+        parts = [layer.layout.matrices(layer.weight.read()) for layer in self.members]
+        return list(np.concatenate(parts, axis=1))
+
+    @property
+    def node(self) -> Node:
+        """The first node that reads it."""
+        return self.members[0].uses[0].node
+
+
+@dataclass(frozen=True, eq=False)
+class _Study:
+    """What is known of a place: how it splits at any rank.
+
+    Attributes:
+        by: What its error is measured by.
+        splits: Of matrices, one for each group.
+        moments: Of kernels: second moment of the patches, one for each group.
+        weights: What an error of each output weighs, [groups, outputs].
+        mean: Mean input, [groups, inputs], where a bias takes up what it loses.
+        lost: What each of the choices loses, as ``by`` measures it.
+        total: What there is to lose.
+    """
+
+    by: Metric
+    splits: tuple[Split, ...] = ()
+    moments: Array | None = None
+    weights: Array | None = None
+    mean: Array | None = None
+    lost: tuple[float, ...] = ()
+    total: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowrank(SitePass):
+    """Write layers as two smaller ones, of low rank.
+
+    MatMul and Gemm become two products (truncated SVD), Conv two or three
+    convolutions, ConvTranspose a 1 x 1 Conv before it; LSTM, GRU and RNN read inputs
+    that a product made fewer. Products that read one input, as queries, keys and values
+    do, share the first factor where that fits better. Biases stay, weights keep their
+    type, and a weight that several nodes read is split once. Recurrent weights are left
+    alone: what they multiply is known inside the operator only.
+
+    With data, factors minimise what layers give on it, not the error of their weights:
+    inputs are whitened by their Gram matrix (Wang et al. 2024) about their mean, which
+    the bias takes up. Errors of outputs count by what the model's outputs lose by them,
+    found by gradients (``metric=outputs``), and so are the ranks shared out among all
+    layers.
+
+    ``conv=spatial`` is 3x1 then 1x3 (Jaderberg et al. 2014), ``channel`` 3x3 to few
+    channels then 1x1 (Zhang et al. 2016), ``tucker`` 1x1, 3x3, 1x1 (Kim et al. 2016).
+    Kernels with one axis, 1x1 and ConvTranspose are always split by ``channel``.
+
+    Attributes:
+        keep: Share of the parameters that stay, of all layers that are split together
+            or, in local scope, of each; 0.5 unless another amount is given.
+        macs: The same of multiply-accumulates.
+        energy: Instead: share of its output energy that each layer keeps, by the
+            smallest rank that does.
+        rank: Instead: a rank for all layers, or ``name:rank`` for single ones, with
+            ``name:4x6`` for the two of tucker; layers not named are left alone.
+        scope: ``global`` shares the parameters out by what the model's outputs lose,
+            ``local`` gives each layer the same share; ``auto`` is global where
+            ``metric`` is outputs.
+        metric: What is minimised: the error of the model's ``outputs``, of the layer's
+            output on real ``inputs``, or of the ``weights``; ``auto`` is the first
+            where there is real data, else the last.
+        conv: How kernels are split.
+        also: ``tables`` that Gather reads, rows weighed by how often they are read.
+        only: Act only on these weights or nodes: names, glob patterns or op types.
+        skip: Leave these weights or nodes alone: names, glob patterns or op types.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    promise: ClassVar[Promise] = Promise.CLOSE
+    example: ClassVar[str] = "lowrank:keep=0.5"
+
+    keep: float | None = None
+    macs: float | None = None
+    energy: float | None = None
+    rank: tuple[str, ...] = ()
+    scope: Literal["auto", "local", "global"] = "auto"
+    metric: Literal["auto", "outputs", "inputs", "weights"] = "auto"
+    conv: Form = "spatial"
+    also: tuple[Literal["tables"], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense, alone or together."""
+        given = [n for n in ("keep", "macs", "energy") if getattr(self, n) is not None]
+        given += ["rank"] if self.rank else []
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} each say how much; give one")
+        for name in given:
+            value = getattr(self, name)
+            if name != "rank" and not 0 < value < 1:
+                raise UsageError(f"{name} is a share between 0 and 1, not {value}")
+        if self.scope == "global" and self.metric in ("inputs", "weights"):
+            raise UsageError(
+                f"scope=global compares layers by what the model's outputs lose; "
+                f"metric={self.metric} does not say"
+            )
+        if self.scope == "global" and given and given[0] in ("energy", "rank"):
+            raise UsageError(f"{given[0]} is of each layer; leave out scope")
+        _ = self.named  # refuses what is no rank
+
+    @cached_property
+    def named(self) -> Mapping[str, Ranks]:
+        """Ranks by name of the site; ``""`` for all of them."""
+        found: dict[str, Ranks] = {}
+        for text in self.rank:
+            name, _, size = text.rpartition(":")
+            if not _SIZES.fullmatch(size):
+                raise UsageError(
+                    f"rank is a number, name:number or name:4x6, not {text[:40]!r}"
+                )
+            if name in found:
+                raise UsageError(f"rank is given twice for {name or 'all layers'}")
+            found[name] = tuple(int(part) for part in size.split("x"))
+        if "" in found and len(found) > 1:
+            raise UsageError("rank is one for all layers or by name, not both")
+        return found
+
+    # --- plan ---------------------------------------------------------------------
+
+    def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+        """List the layers to split, each with its ranks.
+
+        Raises:
+            UsageError: What is asked for needs data that is not there, or a rank is
+                given for a layer that has none of that size.
+        """
+        places = self._places(model, ctx)
+        studies = self._studies(model, places, ctx)
+        places = self._shared(places, studies, ctx)
+        chosen = self._chosen(model, places, studies, ctx)
+        sites = []
+        for place in places:
+            ranks = chosen.get(place.where)
+            if ranks is not None:
+                sites.append(_site(place, ranks, studies[place.where]))
+        return sites
+
+    def _places(self, model: Model, ctx: Context) -> list[_Place]:
+        roles: list[Role] = ["weight", *(["table"] if self.also else [])]  # type: ignore[list-item]
+        everything = list(layers.find(model, roles=roles))
+        factors = _factors(everything)
+        found, seen = [], False
+        for layer in layers.find(model, only=self.only, skip=self.skip, roles=roles):
+            seen = True
+            place = None
+            why = layer.why_not or _unusable(layer) or factors.get(layer.name, "")
+            if not why:
+                place = _place_of(model, layer, self.conv)
+                why = place if isinstance(place, str) else self._why_small(place)
+            if isinstance(place, _Place) and not why:
+                found.append(place)
+            else:
+                ctx.skipped(layer.name, why)
+        if not seen:
+            what = "only and skip choose" if self.only or self.skip else "there is"
+            ctx.skipped(self.name, f"{what} no weight of a Conv, Gemm, MatMul or LSTM")
+        return found
+
+    def _why_small(self, place: _Place) -> str:
+        """Return why a place is not worth it, whatever its ranks."""
+        outputs, inputs, *kernel = place.shape
+        full = decompose.full_ranks(place.form, place.shape)
+        if not place.choices:
+            sizes = " x ".join(str(size) for size in place.shape)
+            return f"{sizes} has no rank that saves parameters"
+        if self.rank:
+            return ""
+        if place.kind == "kernel" and inputs == 1 and place.groups > 1:
+            return "each of its channels has a kernel of its own"
+        if min(outputs, inputs * math.prod(kernel)) < NARROW or min(full) < NARROW:
+            least = min(outputs, inputs, *full)
+            return f"it has only {least} channels; splitting pays from {NARROW} on"
+        return ""
+
+    def _shared(
+        self, places: Sequence[_Place], studies: dict[str, _Study], ctx: Context
+    ) -> list[_Place]:
+        """Let products that read one input share a factor where that fits better."""
+        named = [name for name in self.named if "+" in name]
+        if (self.rank and not named) or self.energy is not None:
+            return list(places)
+        found = list(places)
+        for group in _groups(places):
+            joined = replace(
+                group[0],
+                members=tuple(place.members[0] for place in group),
+                shape=(sum(place.shape[0] for place in group), group[0].shape[1]),
+            )
+            if self.rank and joined.where not in named:
+                continue
+            means = {studies[place.where].mean is None for place in group}
+            if len(means) > 1:
+                continue  # some have a bias to take up the mean, and some have none
+            study = self._joined_study(joined, group, studies, ctx)
+            if not self.rank:
+                alone = [_at_share(place, self._amount) for place in group]
+                together = _at_share(joined, self._amount)
+                if together is None or None in alone:
+                    continue
+                apart = sum(
+                    _lost(place, studies[place.where], ranks or ())
+                    for place, ranks in zip(group, alone, strict=True)
+                )
+                if _lost(joined, study, together) >= apart:
+                    continue
+            studies[joined.where] = study
+            at = min(found.index(place) for place in group)
+            found = [place for place in found if place not in group]
+            found.insert(at, joined)
+        return found
+
+    @property
+    def _amount(self) -> float:
+        """The share asked for."""
+        if self.macs is not None:
+            return self.macs
+        return 0.5 if self.keep is None else self.keep
+
+    def _chosen(
+        self,
+        model: Model,
+        places: Sequence[_Place],
+        studies: Mapping[str, _Study],
+        ctx: Context,
+    ) -> dict[str, Ranks]:
+        """Return the ranks of each place that is split, by name."""
+        if self.rank:
+            return self._as_named(places, ctx)
+        if self.energy is not None:
+            return self._by_energy(places, studies, ctx)
+        local, shared = list(places), []
+        if self.scope != "local":
+            shared = [p for p in places if studies[p.where].by == "outputs"]
+            local = [p for p in places if studies[p.where].by != "outputs"]
+        found: dict[str, Ranks] = {}
+        for place in local:
+            ranks = _at_share(place, self._amount, self.macs is not None)
+            if ranks is None:
+                what = "macs" if self.macs is not None else "keep"
+                ctx.skipped(place.where, f"no rank of it fits {what}={self._amount:g}")
+            elif place.parameters(ranks) > PAYS * place.dense:
+                ctx.skipped(place.where, _too_little(place, ranks))
+            else:
+                found[place.where] = ranks
+        found.update(self._shared_out(model, shared, studies, ctx))
+        return found
+
+    def _as_named(self, places: Sequence[_Place], ctx: Context) -> dict[str, Ranks]:
+        known = {place.where: place for place in places}
+        for name in self.named:
+            if name and name not in known:
+                said = [why for where, why in ctx.left if where == name]
+                raise UsageError(
+                    f"rank is given for {name!r}, "
+                    + (f"but {said[0]}" if said else "which is no layer to split")
+                    + ("" if said else f".{nearest(name, known)}")
+                )
+        found: dict[str, Ranks] = {}
+        for place in places:
+            ranks = self.named.get(place.where, self.named.get(""))
+            if ranks is None:
+                continue
+            full = decompose.full_ranks(place.form, place.shape)
+            if len(ranks) == 1:
+                ranks = (
+                    tuple(min(ranks[0], rank) for rank in full)
+                    if len(full) > 1
+                    else ranks
+                )
+            why = ""
+            if len(ranks) != len(full):
+                why = f"{'x'.join(map(str, ranks))} is no rank of its one factor"
+            elif any(r > f for r, f in zip(ranks, full, strict=True)):
+                most = "x".join(map(str, place.choices[-1]))
+                why = (
+                    f"rank {_shown(ranks)} is above its full rank {_shown(full)}; "
+                    f"ranks up to {most} save something"
+                )
+            elif place.parameters(ranks) >= place.dense:
+                why = (
+                    f"rank {_shown(ranks)} saves nothing; ranks up to "
+                    f"{_shown(place.choices[-1])} do"
+                )
+            if why and place.where in self.named:
+                raise UsageError(f"rank of {place.where!r}: {why}")
+            if why:
+                ctx.skipped(place.where, why)
+            else:
+                found[place.where] = ranks
+        return found
+
+    def _by_energy(
+        self, places: Sequence[_Place], studies: Mapping[str, _Study], ctx: Context
+    ) -> dict[str, Ranks]:
+        assert self.energy is not None
+        found: dict[str, Ranks] = {}
+        for place in places:
+            study = studies[place.where]
+            limit = (1 - self.energy) * study.total
+            fits = [
+                ranks
+                for ranks, lost in zip(place.choices, study.lost, strict=True)
+                if lost <= limit
+            ]
+            if not fits:
+                ctx.skipped(
+                    place.where, f"no rank that saves parameters has {self.energy:.4g}"
+                )
+            elif place.parameters(fits[0]) > PAYS * place.dense:
+                ctx.skipped(place.where, _too_little(place, fits[0]))
+            else:
+                found[place.where] = fits[0]
+        return found
+
+    def _shared_out(
+        self,
+        model: Model,
+        places: Sequence[_Place],
+        studies: Mapping[str, _Study],
+        ctx: Context,
+    ) -> dict[str, Ranks]:
+        """Share a number of parameters out among places by what outputs lose."""
+        work = [float(place.dense) for place in places]
+        if self.macs is not None:
+            work = _macs(model, places, ctx)
+        items = []
+        for place, whole in zip(places, work, strict=True):
+            choices = [(whole, 0.0)]
+            for ranks, lost in zip(
+                place.choices, studies[place.where].lost, strict=True
+            ):
+                share = place.parameters(ranks) / place.dense
+                if share > PAYS:
+                    continue
+                cost = share if self.macs is None else place.macs_share(ranks)
+                choices.append((cost * whole, lost))
+            items.append(choices)
+        chosen = allocation.share_out(items, self._amount * sum(work))
+        found: dict[str, Ranks] = {}
+        for place, index in zip(places, chosen, strict=True):
+            if index:
+                usable = [
+                    ranks
+                    for ranks in place.choices
+                    if place.parameters(ranks) / place.dense <= PAYS
+                ]
+                found[place.where] = usable[index - 1]
+            else:
+                ctx.skipped(
+                    place.where,
+                    "the outputs feel it more than others; it keeps full rank",
+                )
+        return found
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        """Return the site with higher ranks.
+
+        From what is asked for to the highest that saves parameters, in equal steps of
+        parameters.
+        """
+        if strength >= 1:
+            return site
+        if strength <= 0 or not isinstance(site, LowrankSite):
+            return None
+        at = site.choices.index(site.ranks)
+        further = len(site.choices) - at
+        ranks = at + round((1 - strength) * further)
+        if ranks >= len(site.choices):
+            return None
+        return replace(
+            site,
+            bytes_saved=int(site.bytes_saved * (1 - (ranks - at) / further)),
+            ranks=site.choices[ranks],
+            detail={**site.detail, "rank": _shown(site.choices[ranks])},
+        )
+
+    # --- what activations and gradients say ---------------------------------------
+
+    def _metric(self, ctx: Context) -> Metric:
+        has_data = ctx.samples.calibration is not None and not ctx.samples.random
+        if self.metric == "auto":
+            return "outputs" if has_data else "weights"
+        if self.metric != "weights" and not has_data:
+            raise UsageError(f"metric={self.metric} {_NO_REAL_DATA}")
+        return self.metric
+
+    def _studies(
+        self, model: Model, places: Sequence[_Place], ctx: Context
+    ) -> dict[str, _Study]:
+        """Study each place; what was studied is remembered."""
+        metric = self._metric(ctx)
+        if self.scope == "global" and metric != "outputs":
+            raise UsageError(f"scope=global {_NO_REAL_DATA.partition(',')[0]}")
+        found: dict[str, _Study] = {}
+        missing = []
+        for place in places:
+            key = self._key(place, metric)
+            if key in ctx.cache:
+                found[place.where] = ctx.cache[key]
+            else:
+                missing.append(place)
+        if not missing:
+            return found
+        weights: dict[str, Array] = {}
+        if metric == "outputs":
+            weights = self._weights(model, missing, ctx)
+        for part in _runs(model, missing if metric != "weights" else []):
+            grams = _grams(model, part, ctx)
+            self._study(model, part, metric, grams, weights, found, ctx)
+        rest = [place for place in missing if place.where not in found]
+        self._study(model, rest, metric, {}, weights, found, ctx)
+        for place in missing:
+            ctx.cache[self._key(place, metric)] = found[place.where]
+        return found
+
+    def _key(self, place: _Place, metric: Metric) -> tuple[object, ...]:
+        # The place holds the tensor, so its identity is not used again.
+        tensor = place.weight.tensor
+        return ("lowrank", id(tensor), tensor, place.where, place.form, metric)
+
+    def _weights(
+        self, model: Model, places: Sequence[_Place], ctx: Context
+    ) -> dict[str, Array]:
+        """Return what an error of each output weighs, by place."""
+        values: dict[str, int] = {}
+        names: dict[str, list[str]] = {}
+        inside = {id(node) for node in model.graph.nodes}
+        for place in places:
+            uses = place.members[0].uses
+            if place.kind == "recurrent" or any(id(u.node) not in inside for u in uses):
+                continue
+            for use in uses:
+                tensor = use.node.outputs[0]
+                axis = -1
+                if place.kind in ("kernel", "transposed"):
+                    axis = 1
+                elif place.kind == "product" and not use.index:
+                    axis = -2
+                values[tensor.name] = axis
+                names.setdefault(place.where, []).append(tensor.name)
+        if not values:
+            return {}
+        samples = ctx.samples.calibration
+        assert samples is not None
+        try:
+            seen = output_metrics(
+                model, values, samples, seed=ctx.seed, threads=ctx.threads
+            )
+        except (ModelError, UsageError) as error:
+            ctx.skipped(
+                self.name,
+                "what outputs lose is not known, so layers are weighed alike and have "
+                f"the same share: {error}",
+            )
+            return {}
+        found = {}
+        for where, tensors in names.items():
+            total = np.sum([seen[name] for name in tensors], axis=0)
+            if total.size and np.isfinite(total).all() and total.max() > 0:
+                found[where] = total
+        return found
+
+    def _study(
+        self,
+        model: Model,
+        places: Sequence[_Place],
+        metric: Metric,
+        grams: Mapping[str, tuple[Array, Array, int]],
+        weights: Mapping[str, Array],
+        found: dict[str, _Study],
+        ctx: Context,
+    ) -> None:
+        tasks = []
+        for place in places:
+            gram, weight = grams.get(place.where), weights.get(place.where)
+            task = _Task(place, metric, bias=_takes_mean(model, place))
+            if gram is not None:
+                task = replace(task, gram=gram[0], mean=gram[1], rows=gram[2])
+            if weight is not None and (gram is not None or place.kind == "table"):
+                task = replace(task, weight=weight)
+            tasks.append(task)
+        with threadpool_limits(1):
+            done = ctx.map(_studied, tasks, "studying layers")
+        for place, study in zip(places, done, strict=True):
+            found[place.where] = study
+
+    def _joined_study(
+        self,
+        joined: _Place,
+        group: Sequence[_Place],
+        studies: Mapping[str, _Study],
+        ctx: Context,
+    ) -> _Study:
+        """Study products with one input as one: their Gram matrix is the same."""
+        key = self._key(joined, studies[group[0].where].by)
+        if key not in ctx.cache:
+            parts = [studies[place.where] for place in group]
+            weight = None
+            if all(part.weights is not None for part in parts):
+                weight = np.concatenate([part.weights[0] for part in parts])  # type: ignore[index]
+            first = parts[0]
+            task = _Task(
+                joined,
+                first.by,
+                weight=weight,
+                gram=first.moments,
+                mean=first.mean,
+                rows=1,
+                is_moment=True,
+            )
+            with threadpool_limits(1):
+                ctx.cache[key] = _studied(task)
+        study: _Study = ctx.cache[key]
+        return study
+
+    # --- act ----------------------------------------------------------------------
+
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        """Split one layer."""
+        self.rewrite_all(model, [site], ctx)
+
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        """Split several layers, and say the ranks so that they can be had again."""
+        quiet = replace(ctx, left=[])
+        # What is seen of activations must not depend on which sites were done before.
+        places = self._places(model, quiet)
+        studies = self._studies(model, places, quiet)
+        known = {place.where: place for place in [*places]}
+        for place in self._shared(places, studies, quiet):
+            known[place.where] = place
+        chosen = [site for site in sites if isinstance(site, LowrankSite)]
+        tasks = [
+            _Split(known[site.where], studies[site.where], site.ranks)
+            for site in chosen
+        ]
+        with threadpool_limits(1):
+            results = ctx.map(_factored, tasks, self.name)
+        for site, task, result in zip(chosen, tasks, results, strict=True):
+            _write(model, task, result)
+            place = task.place
+            share = place.parameters(site.ranks) / place.dense
+            ctx.did(
+                site.where,
+                f"{site.detail['form']} of rank {_shown(site.ranks)}: {share:.1%} of "
+                f"its values, {result.lost:.2%} of its energy lost by {task.study.by}",
+            )
+        if chosen and not self.rank:
+            ctx.did(self.name, f"the same again: {self._recipe(chosen)}")
+
+    def _recipe(self, sites: Sequence[LowrankSite]) -> str:
+        """Return a recipe that gives these layers these ranks."""
+        ranks = [f"{site.where}:{_shown(site.ranks)}" for site in sites]
+        lines = ["[[pass]]", 'name = "lowrank"', f"rank = {json.dumps(ranks)}"]
+        lines += [f'conv = "{self.conv}"'] if self.conv != "spatial" else []
+        lines += [f'metric = "{self.metric}"'] if self.metric != "auto" else []
+        lines += ['also = ["tables"]'] if self.also else []
+        return "\n".join(lines)
+
+
+# --- places ---------------------------------------------------------------------------
+
+
+def _place_of(model: Model, layer: LinearWeight, conv: Form) -> _Place | str:
+    """Return how a layer can be split, or why it cannot."""
+    use, shape = layer.uses[0], layer.weight.shape
+    if any(
+        (other.layout, other.index, other.role) != (use.layout, use.index, use.role)
+        for other in layer.uses
+    ):
+        return "its uses read it in different ways"
+    for other in layer.uses:
+        why = splitting.why_not_here(model, layer.weight, other.node)
+        if why:
+            return why
+    node, groups = use.node, layer.layout.matrices_shape[0]
+    if use.role == "table":
+        if len(shape) != 2 or any(attribute(u.node, "axis", 0) for u in layer.uses):
+            return "only tables whose rows are looked up along axis 0 are split"
+        return _Place((layer,), "table", "channel", 1, shape)
+    if node.op in layers.RECURRENT:
+        if use.index == 2:
+            return "it multiplies the state, which is known inside the operator only"
+        rows = shape[0] * shape[1]
+        return _Place((layer,), "recurrent", "channel", 1, (rows, shape[2]))
+    if node.op in ("MatMul", "Gemm"):
+        why = splitting.why_not_product(model, use)
+        if why:
+            return why
+        return _Place(
+            (layer,), "product", "channel", groups, layer.layout.matrices_shape[1:]
+        )
+    form: Form = "channel" if node.op == "ConvTranspose" else conv
+    kernel = shape[2:]
+    if form == "spatial" and sum(size > 1 for size in kernel) < 2:
+        form = "channel"
+    if form == "tucker" and math.prod(kernel) == 1:
+        form = "channel"
+    for other in layer.uses:
+        why = splitting.why_not_conv(other.node, form)
+        if why:
+            return why
+    if node.op == "ConvTranspose":
+        return _Place(
+            (layer,), "transposed", "channel", groups, layer.layout.matrices_shape[1:]
+        )
+    strides = tuple(int(step) for step in node.attrs.get("strides") or ())
+    size = (shape[0] // groups, *shape[1:])
+    return _Place((layer,), "kernel", form, groups, size, strides)
+
+
+def _factors(found: Sequence[LinearWeight]) -> dict[str, str]:
+    """Return, for weights that are factors of one another already, words for it.
+
+    Two linear layers in a row without a bias between them are, where they have fewer
+    parameters than what they compute together.
+    """
+    makers: dict[int, LinearWeight] = {}
+    for layer in found:
+        if len(layer.uses) != 1 or layer.uses[0].role == "bias":
+            continue
+        use = layer.uses[0]
+        node = use.node
+        linear = use.role == "table" or (
+            node.op in ("MatMul", "Gemm", "Conv", "ConvTranspose")
+            and (len(node.inputs) < 3 or not node.inputs[2].name)
+        )
+        if linear and node.outputs:
+            makers[id(node.outputs[0])] = layer
+    words: dict[str, str] = {}
+    for layer in found:
+        for use in layer.uses:
+            at = 1 - use.index if use.node.op in ("MatMul", "Gemm") else 0
+            if use.role != "weight" or use.index > 1 or at >= len(use.node.inputs):
+                continue
+            maker = makers.get(id(use.node.inputs[at]))
+            if maker is None or maker is layer:
+                continue
+            groups, outputs, inputs = maker.layout.matrices_shape
+            rank = inputs if maker.uses[0].role == "table" else outputs
+            if maker.kind == "ConvTranspose":
+                rank = maker.weight.shape[1]
+            rank *= groups
+            one, two = maker.weight.size, layer.weight.size
+            if (one + two) * rank * rank < one * two * groups:
+                for either, other in ((maker, layer), (layer, maker)):
+                    words[either.name] = (
+                        f"it and {other.name} are factors of rank {rank} already"
+                    )
+    return words
+
+
+def _groups(places: Sequence[_Place]) -> Iterator[list[_Place]]:
+    """Yield products that read one value, and nothing else does with them."""
+    by_input: dict[tuple[int, int], list[_Place]] = {}
+    for place in places:
+        layer = place.members[0]
+        use = layer.uses[0]
+        node = use.node
+        if place.kind != "product" or len(layer.uses) > 1 or place.groups > 1:
+            continue
+        if not use.index or len(layer.weight.shape) != 2:
+            continue
+        if node.op == "Gemm" and attribute(node, "transA", 0):
+            continue
+        key = (id(node.inputs[0]), layer.weight.data_type)
+        by_input.setdefault(key, []).append(place)
+    for group in by_input.values():
+        owners = {id(place.weight.graph) for place in group}
+        if len(group) > 1 and len(owners) == 1:
+            yield group
+
+
+def _unusable(layer: LinearWeight) -> str:
+    for chunk in layer.weight.chunks():
+        wide = chunk if chunk.dtype.itemsize >= 4 else chunk.astype(np.float32)
+        if not np.isfinite(wide).all():
+            return "it holds NaN or infinity"
+    return ""
+
+
+def _at_share(place: _Place, share: float, of_macs: bool = False) -> Ranks | None:
+    """Return the highest ranks whose cost is at most a share of the place's."""
+    found = None
+    for ranks in place.choices:
+        cost = place.macs_share(ranks)
+        if not of_macs:
+            cost = place.parameters(ranks) / place.dense
+        if cost <= share:
+            found = ranks
+    return found
+
+
+def _lost(place: _Place, study: _Study, ranks: Ranks) -> float:
+    lost = study.lost[place.choices.index(ranks)]
+    return lost if study.by == "outputs" else lost / max(study.total, 1e-300)
+
+
+def _too_little(place: _Place, ranks: Ranks) -> str:
+    share = place.parameters(ranks) / place.dense
+    return f"rank {_shown(ranks)} has {share:.0%} of its values and takes as long"
+
+
+def _site(place: _Place, ranks: Ranks, study: _Study) -> LowrankSite:
+    bits = bits_of(place.weight.data_type)
+    saved = (place.dense - place.parameters(ranks)) * bits // 8
+    form: str = place.form if place.kind == "kernel" else "product"
+    if place.kind == "table":
+        form = "table"
+    if len(place.members) > 1:
+        form = "shared product"
+    choices = tuple(sorted({*place.choices, ranks}, key=place.parameters))
+    detail = {"rank": _shown(ranks), "form": form, "by": study.by}
+    return LowrankSite(
+        place.where,
+        place.members[0].kind,
+        max(0, saved),
+        detail=detail,
+        ranks=ranks,
+        choices=choices,
+    )
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    return "x".join(str(rank) for rank in ranks)
+
+
+def _macs(model: Model, places: Sequence[_Place], ctx: Context) -> list[float]:
+    """Return the multiply-accumulates of places, or their parameters if unknown."""
+    samples = ctx.samples.calibration
+    known: Mapping[str, int | None] = {}
+    if samples is not None and samples.used:
+        known = macs_by_value(model, next(iter(samples.batches(1))))
+    found = []
+    for place in places:
+        total = 0.0
+        for layer in place.members:
+            for use in layer.uses:
+                total += known.get(use.node.outputs[0].name) or layer.weight.size
+        found.append(total)
+    return found
+
+
+# --- inputs ---------------------------------------------------------------------------
+
+
+def _watched(
+    model: Model, place: _Place, samples: int
+) -> tuple[tuple[str, Statistic], ...]:
+    """Return the values to watch for a place, each with an empty statistic."""
+    layer = place.members[0]
+    visible = {id(tensor) for tensor in model.graph.inputs}
+    visible |= {id(t) for node in model.graph.nodes for t in node.outputs}
+    if place.kind == "table":
+        rows = place.shape[0]
+        pairs = [(use.node.inputs[1], Counts(rows)) for use in layer.uses]
+        if any(model.constant(tensor) is not None for tensor, _ in pairs):
+            return ()
+        seen: Sequence[tuple[Any, Statistic]] = pairs
+    else:
+        width = place.shape[1] * math.prod(place.shape[2:])
+        found = layer.statistics_for("gram", samples)
+        if found is None or width > MAX_INPUTS:
+            return ()
+        seen = found
+    if any(id(tensor) not in visible for tensor, _ in seen):
+        return ()
+    return tuple((tensor.name, statistic) for tensor, statistic in seen)
+
+
+def _runs(model: Model, places: Sequence[_Place]) -> Iterator[list[_Place]]:
+    """Cut places into runs whose Gram matrices fit a bounded amount of memory."""
+    part: list[_Place] = []
+    values: dict[int, int] = {}
+    for place in places:
+        width = place.shape[1] * math.prod(place.shape[2:])
+        tensor = id(place.node.inputs[0])
+        size = 0 if place.kind == "table" else 8 * place.groups * width * width
+        if part and sum(values.values()) + size > GRAM_BYTES and tensor not in values:
+            yield part
+            part, values = [], {}
+        part.append(place)
+        values[tensor] = max(values.get(tensor, 0), size)
+    if part:
+        yield part
+
+
+def _grams(
+    model: Model, places: Sequence[_Place], ctx: Context
+) -> dict[str, tuple[Array, Array, int]]:
+    """Return Gram matrix, mean and rows of the inputs of each place that has them.
+
+    Of a table: how often each row was read, nothing, and how often any was.
+    """
+    samples = ctx.samples.calibration
+    count = len(samples or ())
+    watched = {place.where: _watched(model, place, count) for place in places}
+    by_name: dict[str, dict[object, Statistic]] = {}
+    for pairs in watched.values():
+        for name, statistic in pairs:
+            by_name.setdefault(name, {}).setdefault(statistic.key, statistic)
+    if not by_name:
+        return {}
+    request = {
+        name: Multi(**{str(i): s for i, s in enumerate(parts.values())})
+        for name, parts in by_name.items()
+    }
+    # They are large, and studies keep what they need of them.
+    fed: dict[tuple[str, object], Statistic] = {}
+    for name, multi in replace(ctx, cache={}).statistics(model, request).items():
+        assert isinstance(multi, Multi)
+        for part in multi.parts.values():
+            fed[name, part.key] = part
+    found = {}
+    for place in places:
+        pairs = watched[place.where]
+        parts = [fed[name, s.key] for name, s in pairs if (name, s.key) in fed]
+        if not parts or len(parts) != len(pairs):
+            continue
+        if place.kind == "table":
+            counts = np.sum([part.counts for part in parts], axis=0)  # type: ignore[attr-defined]
+            found[place.where] = (counts, counts, int(counts.sum()))
+            continue
+        layer = place.members[0]
+        if place.kind == "recurrent":
+            part = parts[0]
+            gram, mean, rows = part.matrix[None], part.sums[None], part.rows  # type: ignore[attr-defined]
+            mean = mean / max(rows, 1)
+        else:
+            gram, mean, rows = layers.gram(layer, parts)
+        if rows and np.isfinite(gram).all():
+            found[place.where] = (gram, mean, rows)
+    return found
+
+
+def _takes_mean(model: Model, place: _Place) -> Literal["kept", "made", ""]:
+    """Return whether a bias can take up what is lost of the mean input."""
+    layer = place.members[0]
+    if len(layer.uses) != 1 or place.kind not in ("product", "kernel"):
+        return ""
+    if layers.bias_of(model, layer) is not None:
+        return "kept"
+    node, index = layer.uses[0].node, layer.uses[0].index
+    if index != 1 or (place.groups > 1 and place.kind == "product"):
+        return ""
+    if node.op == "MatMul":
+        return "made" if len(layer.weight.shape) == 2 else ""
+    absent = len(node.inputs) < 3 or not node.inputs[2].name
+    if node.op == "Gemm" and float(attribute(node, "alpha", 1.0)) != 1.0:
+        return ""
+    return "kept" if absent else ""
+
+
+# --- one place ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A place to study, with all that is known of its inputs and outputs."""
+
+    place: _Place
+    metric: Metric
+    bias: Literal["kept", "made", ""] = ""
+    gram: Array | None = None
+    mean: Array | None = None
+    rows: int = 0
+    weight: Array | None = None
+    is_moment: bool = False
+
+
+def _studied(task: _Task) -> _Study:
+    """Find out what each choice of ranks loses."""
+    place = task.place
+    arrays = [_wide(array) for array in place.arrays()]
+    if place.kind == "table":
+        return _studied_table(task, arrays[0])
+    outputs = len(arrays[0])
+    weights: Array | None = None
+    if task.weight is not None:
+        weights = task.weight.reshape(-1)
+        each = place.groups * outputs
+        if each % len(weights):
+            weights = None
+        else:  # of a ConvTranspose each output stands for all of its kernel
+            weights = np.repeat(weights, each // len(weights)).reshape(-1, outputs)
+    moments: Array | None = None
+    mean: Array | None = None
+    by: Metric = "weights"
+    if task.gram is not None:
+        mean = task.mean
+        moments = task.gram
+        by = "outputs" if weights is not None else "inputs"
+        if not task.is_moment:
+            centred = _is_centred(task, arrays)
+            assert mean is not None
+            moments = moment(moments, mean, task.rows, centred=centred)
+            mean = mean if centred else None
+    else:
+        weights = None
+    lost = np.zeros(len(place.choices))
+    total = 0.0
+    splits = []
+    for group, array in enumerate(arrays):
+        inner = None if moments is None else moments[min(group, len(moments) - 1)]
+        outer = None if weights is None else weights[group]
+        if place.kind != "kernel":
+            found = split(array, inputs=inner, outputs=outer)
+            splits.append(found)
+            lost += [found.lost(ranks[0]) for ranks in place.choices]
+            total += found.total
+            continue
+        lost += decompose.losses(place.form, array, place.choices, inner, outer)
+        total += _energy(array.reshape(outputs, -1), inner, outer)
+    keeps = place.kind == "kernel" or _may_share(place)
+    return _Study(
+        by,
+        tuple(splits),
+        moments if keeps else None,
+        weights,
+        mean,
+        tuple(float(value) for value in lost),
+        total,
+    )
+
+
+def _wide(array: Array) -> Array:
+    """Return values in a type that numpy multiplies fast."""
+    wide = array.dtype.itemsize >= 4 and array.dtype.kind == "f"
+    return array if wide else array.astype(np.float32)
+
+
+def _may_share(place: _Place) -> bool:
+    """Whether others may read the same value, so that its moment is needed again."""
+    layer = place.members[0]
+    if place.kind != "product" or len(layer.uses) != 1:
+        return False
+    data = layer.uses[0].node.inputs[0]
+    readers = [node for node in data.outputs if node.op in ("MatMul", "Gemm")]
+    return len(readers) > 1
+
+
+def _is_centred(task: _Task, arrays: Sequence[Array]) -> bool:
+    """Whether a bias takes up what is lost of the mean: one that is there, or pays."""
+    if task.bias != "made":
+        return bool(task.bias)
+    assert task.gram is not None
+    assert task.mean is not None
+    flat = arrays[0].reshape(len(arrays[0]), -1)
+    steady = float(np.square(flat @ task.mean[0]).sum())
+    whole = _energy(flat, task.gram[0] / max(task.rows, 1), None)
+    return steady > MADE_BIAS * whole
+
+
+def _energy(matrix: Array, inner: Array | None, outer: Array | None) -> float:
+    """Return ``E |F^(1/2) W x|^2``."""
+    wide = np.asarray(matrix, np.float64)
+    rows = wide if inner is None else wide @ inner
+    each = np.einsum("oi,oi->o", rows, wide)
+    return float(each.sum() if outer is None else each @ outer)
+
+
+def _studied_table(task: _Task, table: Array) -> _Study:
+    """Study a table: rows weigh as often as they are read, and some if never."""
+    by: Metric = "weights"
+    rows = np.full(len(table), 1 / len(table))
+    columns = None
+    if task.gram is not None and task.rows:
+        by = "inputs"
+        rows = (1 - UNSEEN) * task.gram / task.rows + UNSEEN * rows
+        if task.weight is not None:
+            by, columns = "outputs", task.weight
+    found = split(table, inputs=columns, outputs=rows, damping=1e-6)
+    lost = tuple(found.lost(ranks[0]) for ranks in task.place.choices)
+    return _Study(by, (found,), lost=lost, total=found.total)
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A place to split."""
+
+    place: _Place
+    study: _Study
+    ranks: Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """What to write.
+
+    Attributes:
+        factors: Of matrices, ``left`` and ``right`` for each group.
+        chains: Of kernels, one for each group.
+        shift: What the bias gains, [groups * outputs].
+        lost: Share of the energy that is lost.
+    """
+
+    factors: list[tuple[Array, Array]] = field(default_factory=list)
+    chains: list[Chain] = field(default_factory=list)
+    shift: Array | None = None
+    lost: float = 0.0
+
+
+def _factored(task: _Split) -> _Result:
+    """Find the factors of a place."""
+    place, study = task.place, task.study
+    arrays = [_wide(array) for array in place.arrays()]
+    result = _Result()
+    lost, shift = 0.0, []
+    for group, array in enumerate(arrays):
+        inner = None
+        if place.kind == "kernel":
+            if study.moments is not None:
+                inner = study.moments[min(group, len(study.moments) - 1)]
+            outer = None if study.weights is None else study.weights[group]
+            chain = decompose.decomposed(place.form, array, task.ranks, inner, outer)
+            result.chains.append(chain)
+            missing = (array - chain.composed()).reshape(len(array), -1)
+            lost += _energy(missing, inner, outer)
+        else:
+            found = study.splits[group]
+            left, right = found.factors(array, task.ranks[0])
+            result.factors.append((left, right))
+            lost += found.lost(task.ranks[0])
+            if study.mean is not None:
+                missing = np.asarray(array - left @ right)
+        if study.mean is not None:
+            shift.append(missing @ study.mean[min(group, len(study.mean) - 1)])
+    return replace(
+        result,
+        shift=np.concatenate(shift) if shift else None,
+        lost=lost / max(study.total, 1e-300),
+    )
+
+
+def _write(model: Model, task: _Split, result: _Result) -> None:
+    place = task.place
+    layer, weight = place.members[0], place.weight
+    if place.kind == "kernel":
+        splitting.place_kernels(model, weight, layer.uses, result.chains)
+    elif place.kind == "transposed":
+        splitting.place_transposed(model, weight, layer.uses, result.factors)
+    elif place.kind == "table":
+        ((left, right),) = result.factors
+        splitting.place_table(model, weight, layer.uses, left, right)
+    elif place.kind == "recurrent":
+        ((left, right),) = result.factors
+        splitting.place_recurrent(model, weight, layer.uses, left, right)
+    else:
+        _write_products(model, task, result)
+        return
+    if result.shift is not None:
+        _shift(model, layer, result.shift)
+
+
+def _write_products(model: Model, task: _Split, result: _Result) -> None:
+    place = task.place
+    if len(place.members) == 1:
+        layer = place.members[0]
+        # Its bias is found by its only node, which changes.
+        if result.shift is not None:
+            _shift(model, layer, result.shift)
+        splitting.place_matrices(model, place.weight, layer.uses, result.factors)
+        return
+    ((left, right),) = result.factors
+    shared = None
+    start = 0
+    for layer in place.members:
+        outputs = layer.layout.matrices_shape[1]
+        rows = slice(start, start + outputs)
+        start += outputs
+        if result.shift is not None:
+            _shift(model, layer, result.shift[rows])
+        shared = splitting.place_matrices(
+            model, layer.weight, layer.uses, [(left[rows], right)], shared
+        )
+
+
+def _shift(model: Model, layer: LinearWeight, shift: Array) -> None:
+    """Add to the outputs of a layer through its bias, or a new one."""
+    bias = layers.bias_of(model, layer)
+    if bias is not None:
+        moved = bias.read().astype(np.float64) + shift.reshape(bias.shape)
+        model.set_weight(bias, moved.astype(bias.dtype))
+        return
+    node = layer.uses[0].node
+    name = f"{layer.name}_bias"
+    values = shift.astype(layer.weight.dtype)
+    if node.op == "Conv":
+        made = model.add_weight(name, values, layer.weight.graph)
+        if len(node.inputs) > 2:
+            node.inputs[2] = made
+        else:
+            node.inputs.append(made)
+        return
+    splitting.add_to_output(model, node, values, name)
