@@ -699,6 +699,8 @@ class Lowrank(SitePass):
                 f"{site.detail['form']} of rank {_shown(site.ranks)}: {share:.1%} of "
                 f"its values, {result.lost:.2%} of its energy lost by {task.study.by}",
             )
+        if chosen:
+            model.drop_unused()
         if chosen and not self.rank:
             ctx.did(self.name, f"the same again: {self._recipe(chosen)}")
 
@@ -1055,7 +1057,7 @@ def _studied(task: _Task) -> _Study:
     total = 0.0
     splits = []
     for group, array in enumerate(arrays):
-        inner = None if moments is None else moments[min(group, len(moments) - 1)]
+        inner = None if moments is None else moments[group]
         outer = None if weights is None else weights[group]
         if place.kind != "kernel":
             found = split(array, inputs=inner, outputs=outer)
@@ -1158,31 +1160,34 @@ def _factored(task: _Split) -> _Result:
     """Find the factors of a place."""
     place, study = task.place, task.study
     arrays = [_wide(array) for array in place.arrays()]
-    result = _Result()
-    lost, shift = 0.0, []
+    chains: list[Chain] = []
+    factors: list[tuple[Array, Array]] = []
+    shift: list[Array] = []
+    lost = 0.0
+    if place.kind == "kernel":
+        chains = decompose.decomposed(
+            place.form, arrays, task.ranks, study.moments, study.weights
+        )
     for group, array in enumerate(arrays):
-        inner = None
         if place.kind == "kernel":
-            if study.moments is not None:
-                inner = study.moments[min(group, len(study.moments) - 1)]
+            missing = (array - chains[group].composed()).reshape(len(array), -1)
+            inner = None if study.moments is None else study.moments[group]
             outer = None if study.weights is None else study.weights[group]
-            chain = decompose.decomposed(place.form, array, task.ranks, inner, outer)
-            result.chains.append(chain)
-            missing = (array - chain.composed()).reshape(len(array), -1)
             lost += _energy(missing, inner, outer)
         else:
             found = study.splits[group]
             left, right = found.factors(array, task.ranks[0])
-            result.factors.append((left, right))
+            factors.append((left, right))
             lost += found.lost(task.ranks[0])
             if study.mean is not None:
                 missing = np.asarray(array - left @ right)
         if study.mean is not None:
-            shift.append(missing @ study.mean[min(group, len(study.mean) - 1)])
-    return replace(
-        result,
-        shift=np.concatenate(shift) if shift else None,
-        lost=lost / max(study.total, 1e-300),
+            shift.append(missing @ study.mean[group])
+    return _Result(
+        factors,
+        chains,
+        np.concatenate(shift) if shift else None,
+        lost / max(study.total, 1e-300),
     )
 
 

@@ -118,20 +118,29 @@ def _first_product(
 ) -> gs.Tensor:
     """Add the product of the inputs with the first factor before a node."""
     name = f"{node.name or node.op}_in"
+    outputs = [Variable(model.fresh(f"{node.outputs[0].name}_in"))]
     pair = [data, weight] if behind else [weight, data]
     side = "transA" if behind else "transB"
     turned = node.op == "Gemm" and attribute(node, side, 0)
     if not turned:
-        made = model.add_node("MatMul", pair, name=name, graph=graph, before=node)
-        return made.outputs[0]
+        model.add_node(
+            "MatMul", pair, outputs=outputs, name=name, graph=graph, before=node
+        )
+        return outputs[0]
     if model.opset < _GEMM_FREE:
         dtype = weight.dtype
         nothing = np.zeros((1,), dtype)
         pair.append(model.add_weight(f"{name}_zero", nothing, graph))
-    made = model.add_node(
-        "Gemm", pair, attrs={side: 1}, name=name, graph=graph, before=node
+    model.add_node(
+        "Gemm",
+        pair,
+        outputs=outputs,
+        attrs={side: 1},
+        name=name,
+        graph=graph,
+        before=node,
     )
-    return made.outputs[0]
+    return outputs[0]
 
 
 def add_to_output(model: Model, node: Node, shift: Array, name: str) -> None:
@@ -222,14 +231,17 @@ def place_recurrent(
     )
     for use in uses:
         node, graph = use.node, _graph_of(model, use.node)
-        made = model.add_node(
+        label = next((t.name for t in node.outputs if t.name), node.op)
+        made = Variable(model.fresh(f"{label}_in"))
+        model.add_node(
             "MatMul",
             [node.inputs[0], first],
+            outputs=[made],
             name=f"{node.name or node.op}_in",
             graph=graph,
             before=node,
         )
-        node.inputs[0] = made.outputs[0]
+        node.inputs[0] = made
         node.inputs[1] = second
 
 
@@ -303,14 +315,18 @@ def place_kernels(
                 attrs["group"] = len(chains)
             if index < count - 1:
                 name = f"{node.name or node.op}_{_place(index, count)}"
-                data = model.add_node(
+                label = f"{node.outputs[0].name}_{_place(index, count)}"
+                made_here = Variable(model.fresh(label))
+                model.add_node(
                     "Conv",
                     [data, tensor],
+                    outputs=[made_here],
                     attrs=attrs,
                     name=name,
                     graph=graph,
                     before=node,
-                ).outputs[0]
+                )
+                data = made_here
                 continue
             node.inputs[0], node.inputs[1] = data, tensor
             for key in _WINDOW:
@@ -351,15 +367,17 @@ def place_transposed(
         attrs: dict[str, Any] = {"kernel_shape": list(ones)}
         if len(factors) > 1:
             attrs["group"] = len(factors)
-        made = model.add_node(
+        made = Variable(model.fresh(f"{node.outputs[0].name}_in"))
+        model.add_node(
             "Conv",
             [node.inputs[0], first],
+            outputs=[made],
             attrs=attrs,
             name=f"{node.name or node.op}_in",
             graph=graph,
             before=node,
         )
-        node.inputs[0], node.inputs[1] = made.outputs[0], second
+        node.inputs[0], node.inputs[1] = made, second
 
 
 def _place(index: int, count: int) -> str:

@@ -16,8 +16,9 @@ def share_out(items: Sequence[Choices], budget: float) -> list[int]:
 
     From the cheapest choice of each item on, the step that gains most for what it costs
     is taken next, along the lower convex hull of the item's choices: the best there is
-    for the cost spent (Lagrangian relaxation; Shoham and Gersho 1988). What is left of
-    the budget in the end goes to single choices that still fit.
+    for the cost spent (Lagrangian relaxation; Shoham and Gersho 1988). Where the
+    next step of an item does not fit any more, its best single choice that does takes
+    its place.
 
     Args:
         items: The choices of each item, at least one.
@@ -28,45 +29,38 @@ def share_out(items: Sequence[Choices], budget: float) -> list[int]:
         The index of the choice for each item.
     """
     hulls = [_hull(choices) for choices in items]
-    at = [0] * len(items)
-    spent = sum(items[i][hull[0]][0] for i, hull in enumerate(hulls))
-    queue: list[tuple[float, int]] = []
+    chosen = [hull[0] for hull in hulls]
+    spent = sum(items[i][at][0] for i, at in enumerate(chosen))
+    queue: list[tuple[float, int, int]] = []
 
     def push(index: int) -> None:
-        hull, place = hulls[index], at[index]
-        if place + 1 < len(hull):
-            now, then = items[index][hull[place]], items[index][hull[place + 1]]
-            gain = (now[1] - then[1]) / (then[0] - now[0])
-            heapq.heappush(queue, (-gain, index))
+        """Queue the next step of an item: on its hull, or the best that fits."""
+        choices = items[index]
+        cost, loss = choices[chosen[index]]
+        ahead = [at for at in hulls[index] if choices[at][0] > cost][:1]
+        if ahead and spent + choices[ahead[0]][0] - cost > budget:
+            ahead = [
+                at
+                for at, (dearer, _) in enumerate(choices)
+                if dearer > cost and spent + dearer - cost <= budget
+            ]
+        gains = [
+            ((loss - choices[at][1]) / (choices[at][0] - cost), at) for at in ahead
+        ]
+        gain, at = max(gains, default=(0.0, 0))
+        if gain > 0:
+            heapq.heappush(queue, (-gain, index, at))
 
     for index in range(len(items)):
         push(index)
     while queue:
-        _, index = heapq.heappop(queue)
-        hull = hulls[index]
-        step = items[index][hull[at[index] + 1]][0] - items[index][hull[at[index]]][0]
-        if spent + step > budget:
-            continue  # others may still fit
-        spent += step
-        at[index] += 1
+        _, index, at = heapq.heappop(queue)
+        step = items[index][at][0] - items[index][chosen[index]][0]
+        if spent + step <= budget:
+            spent += step
+            chosen[index] = at
         push(index)
-    chosen = [hull[place] for hull, place in zip(hulls, at, strict=True)]
-    while True:
-        best: tuple[float, int, int] | None = None
-        for index, choices in enumerate(items):
-            cost, loss = choices[chosen[index]]
-            for other, (dearer, less) in enumerate(choices):
-                step = dearer - cost
-                if not 0 < step <= budget - spent or less >= loss:
-                    continue
-                gain = (loss - less) / step
-                if best is None or gain > best[0]:
-                    best = (gain, index, other)
-        if best is None:
-            return chosen
-        _, index, other = best
-        spent += items[index][other][0] - items[index][chosen[index]][0]
-        chosen[index] = other
+    return chosen
 
 
 def _hull(choices: Choices) -> list[int]:

@@ -8,8 +8,8 @@ the second moment of its patches, [inputs * k, inputs * k] in the order of
   "Accelerating Very Deep Convolutional Networks", section 3.1; for 1 x 1 and for
   matrices it is the SVD). With data, the principal directions of the outputs.
 - ``spatial``: k1 x 1 x .. x 1, then 1 x k2 x .. x kn (Jaderberg et al. 2014, "Speeding
-  up Convolutional Neural Networks with Low Rank Expansions", scheme 2). The axes may
-  change places if they are as long: what fits better is taken.
+  up Convolutional Neural Networks with Low Rank Expansions", scheme 2). Axes that are
+  as long may change places: ``decomposed`` takes what fits better.
 - ``tucker``: 1 x .. x 1, k1 x .. x kn, 1 x .. x 1 (Kim et al. 2016, "Compression of
   Deep Convolutional Neural Networks", section 3.1: Tucker-2 by HOSVD, then sweeps).
 
@@ -122,36 +122,61 @@ def parameters(form: Form, shape: Sequence[int], ranks: Sequence[int]) -> int:
 
 def decomposed(
     form: Form,
-    kernel: Array,
+    kernels: Sequence[Array],
     ranks: Sequence[int],
-    moment: Array | None = None,
+    moments: Array | None = None,
     outputs: Array | None = None,
-) -> Chain:
-    """Return a kernel in a form, all its kernels fitted jointly.
+) -> list[Chain]:
+    """Return the kernels of all groups in a form, each chain fitted jointly.
 
     Args:
         form: The form.
-        kernel: [outputs, inputs, k1, ..., kn].
+        kernels: One of each group, [outputs, inputs, k1, ..., kn].
         ranks: One, or for ``tucker`` two: of the inputs, then of the outputs.
-        moment: Second moment of the patches; ``None`` minimises the kernel's error.
-        outputs: What a squared error of each output weighs, [outputs]; ``None`` weighs
-            all alike.
+        moments: Second moments of the patches, one of each group; ``None`` minimises
+            the kernels' error.
+        outputs: What a squared error of each output weighs, [groups, outputs]; ``None``
+            weighs all alike.
+
+    Returns:
+        A chain for each group, all with kernels of the same shapes.
 
     Raises:
         UsageError: There are no such ranks.
-        ModelError: The kernel or the moment holds NaN or infinity.
+        ModelError: A kernel or a moment holds NaN or infinity.
     """
-    weighed, root = _weighed(kernel, outputs)
+    tasks = []
+    for group, kernel in enumerate(kernels):
+        weighed, root = _weighed(kernel, None if outputs is None else outputs[group])
+        tasks.append((weighed, root, None if moments is None else moments[group]))
     if form == "tucker":
         few, many = ranks
-        chain = tucker(weighed, (few, many), moment)
+        chains = [tucker(kernel, (few, many), seen) for kernel, _, seen in tasks]
+    elif form == "channel":
+        chains = [channel(kernel, ranks[0], seen) for kernel, _, seen in tasks]
     else:
-        (rank,) = ranks
-        make = channel if form == "channel" else spatial
-        chain = make(weighed, rank, moment)
-    chain = refit(weighed, chain, moment)
-    last = chain.kernels[-1] / root.reshape(-1, *(1,) * (kernel.ndim - 1))
-    return _even(replace(chain, kernels=(*chain.kernels[:-1], last)))
+        orders = [
+            [spatial(k, ranks[0], seen, first=axis) for k, _, seen in tasks]
+            for axis in _orders(kernels[0].shape)
+        ]
+        chains = min(
+            orders,
+            key=lambda made: sum(
+                error(task[0], chain, task[2])
+                for task, chain in zip(tasks, made, strict=True)
+            ),
+        )
+    found = []
+    for (kernel, root, seen), chain in zip(tasks, chains, strict=True):
+        better = refit(kernel, chain, seen)
+        last = better.kernels[-1] / root.reshape(-1, *(1,) * (kernel.ndim - 1))
+        found.append(_even(replace(better, kernels=(*better.kernels[:-1], last))))
+    return found
+
+
+def _orders(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return which axes the first kernel of the spatial form may have."""
+    return (0, 1) if len(shape) == 4 and shape[2] == shape[3] > 1 else (0,)
 
 
 def losses(
@@ -228,39 +253,36 @@ def spatial(
     rank: int,
     moment: Array | None = None,
     damping: float = DAMPING,
+    first: int = 0,
 ) -> Chain:
     """Return k1 x 1 x .. then 1 x k2 x .. x kn with ``rank`` channels in between.
 
-    Of a kernel with two axes as long both orders are tried. With data, what the first
-    kernel reads is whitened; that its windows depend on each other is left to
-    ``refit``.
+    With data, what the first kernel reads is whitened; that its windows depend on each
+    other is left to ``refit``.
 
     Args:
         kernel: [outputs, inputs, k1, ..., kn], n at least 2.
         rank: Channels in between.
         moment: Second moment of the patches; ``None`` minimises the kernel's error.
         damping: As in ``svd.split``.
+        first: Axis of the first kernel: 0, or 1 where there are two as long.
     """
     _check("spatial", kernel.shape, (rank,))
     if kernel.ndim < 4:
         raise UsageError("the spatial form needs a kernel with at least two axes")
-    straight = _along(kernel, rank, moment, damping)
-    turned = np.swapaxes(kernel, 2, 3)
-    if kernel.ndim > 4 or turned.shape != kernel.shape:
-        return straight
+    if not first:
+        return _along(kernel, rank, moment, damping)
+    if first not in _orders(kernel.shape):
+        raise UsageError(f"a kernel {list(kernel.shape)} is split along axis 0 first")
     over = moment
     if moment is not None:
         axes = (len(kernel[0]), *kernel.shape[2:])
-        over = np.swapaxes(
-            np.swapaxes(moment.reshape(*axes, *axes), 1, 2), 4, 5
-        ).reshape(moment.shape)
-    other = _along(turned, rank, over, damping)
-    other = replace(
+        square = moment.reshape(*axes, *axes)
+        over = np.swapaxes(np.swapaxes(square, 1, 2), 4, 5).reshape(moment.shape)
+    other = _along(np.swapaxes(kernel, 2, 3), rank, over, damping)
+    return replace(
         other, kernels=tuple(np.swapaxes(part, 2, 3) for part in other.kernels)
     )
-    if error(kernel, other, moment) < error(kernel, straight, moment) * (1 - 1e-9):
-        return other
-    return straight
 
 
 def _along(kernel: Array, rank: int, moment: Array | None, damping: float) -> Chain:

@@ -97,21 +97,59 @@ def test_the_channel_form_is_the_svd_of_the_flat_kernel() -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_separable_kernel_needs_one_channel_whichever_axis_is_first(
+def test_separable_kernels_need_one_channel_whichever_axis_is_first(
     turned: bool,
 ) -> None:
-    one, two = draw((1, 3, 3, 1)), draw((5, 1, 1, 3))
-    kernel = np.einsum("rchw,orxy->ochy", one, two)
-    if turned:
-        kernel = np.swapaxes(kernel, 2, 3)
-    chain = decompose.spatial(kernel, 1)
-    np.testing.assert_allclose(chain.composed(), kernel, atol=1e-12)
+    kernels = []
+    for seed in (0, 10):
+        one, two = draw((1, 3, 3, 1), seed), draw((5, 1, 1, 3), seed + 1)
+        kernel = np.einsum("rchw,orxy->ochy", one, two)
+        kernels.append(np.swapaxes(kernel, 2, 3) if turned else kernel)
+    chains = decompose.decomposed("spatial", kernels, (1,))
+    shapes = {tuple(part.shape for part in chain.kernels) for chain in chains}
+    along = ((1, 3, 1, 3), (5, 1, 3, 1)) if turned else ((1, 3, 3, 1), (5, 1, 1, 3))
+    assert shapes == {along}
     image = draw((3, 7, 8), 4)
-    values = image
-    for part in chain.kernels:
-        values = np.stack([correlate(values, k, "valid")[0] for k in part])
-    wanted = np.stack([correlate(image, k, "valid")[0] for k in kernel])
-    np.testing.assert_allclose(values, wanted, atol=1e-10)
+    for kernel, chain in zip(kernels, chains, strict=True):
+        np.testing.assert_allclose(chain.composed(), kernel, atol=1e-12)
+        values = image
+        for part in chain.kernels:
+            values = np.stack([correlate(values, k, "valid")[0] for k in part])
+        wanted = np.stack([correlate(image, k, "valid")[0] for k in kernel])
+        np.testing.assert_allclose(values, wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", decompose.FORMS)
+def test_outputs_that_weigh_more_are_fitted_better(form: Form) -> None:
+    kernel = draw((8, 6, 3, 3))
+    weights = np.array([[100.0] * 4 + [1.0] * 4])
+    ranks = (4, 4) if form == "tucker" else (4,)
+    errors = []
+    for outputs in (None, weights):
+        (chain,) = decompose.decomposed(form, [kernel], ranks, None, outputs)
+        missing = np.square(kernel - chain.composed()).sum(axis=(1, 2, 3))
+        errors.append(missing)
+    assert errors[1][:4].sum() < 0.7 * errors[0][:4].sum()
+    assert errors[1][4:].sum() > errors[0][4:].sum()
+
+
+@pytest.mark.parametrize("form", decompose.FORMS)
+@pytest.mark.parametrize("data", [False, True])
+def test_losses_said_before_are_near_those_after(form: Form, data: bool) -> None:
+    kernel = draw((8, 6, 3, 3))
+    moment = second_moment(54) if data else None
+    full = decompose.full_ranks(form, kernel.shape)
+    choices = [tuple(max(1, r * n // 4) for r in full) for n in range(1, 5)]
+    said = decompose.losses(form, kernel, choices, moment)
+    assert said == sorted(said, reverse=True)
+    assert said[-1] < 1e-9 * said[0]
+    for ranks, loss in zip(choices[:-1], said, strict=False):
+        chain = decomposed(form, kernel, ranks, moment)
+        after = decompose.error(kernel, decompose.refit(kernel, chain, moment), moment)
+        if form == "channel":
+            assert after == pytest.approx(loss, rel=0.02)
+        elif not data:
+            assert after <= loss * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("form", decompose.FORMS)
