@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnxshrink.base import Context, Promise, Site, SitePass
+from onnxshrink.activations.gathering import fingerprint
+from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.rewriting import splitting
 from onnxshrink.solvers import allocation, decompose
 from onnxshrink.solvers.decompose import Chain, Form
 from onnxshrink.solvers.svd import Split, moment, split
-from onnxshrink.statistics import Counts, Multi, Statistic
+from onnxshrink.statistics import Counts
 from onnxshrink.structure import layers
+from onnxshrink.structure.bias import takes_bias
 from onnxshrink.structure.layers import LinearWeight, Role
 from onnxshrink.structure.shapes import macs_by_value
 from onnxshrink.tensors import bits_of
@@ -35,10 +37,8 @@ Kind = Literal["product", "kernel", "transposed", "table", "recurrent"]
 Metric = Literal["outputs", "inputs", "weights"]
 Ranks = tuple[int, ...]
 
-MAX_INPUTS = 8192
-"""Layers with more inputs are split by their weights alone: 512 MB of Gram matrix."""
-GRAM_BYTES = 1 << 30
-"""Gram matrices that one run over the calibration samples gathers."""
+HELD_BYTES = 256 << 20
+"""Moments of inputs that are held while layers are studied together."""
 NARROW = 16
 """Layers with fewer inputs or outputs gain no time by being split."""
 PAYS = 0.9
@@ -49,20 +49,27 @@ MADE_BIAS = 0.1
 """Share of the output energy that the mean input has, if a bias is made for it."""
 
 _SIZES = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6})?")
-_NO_REAL_DATA = "needs calibration data; give --data, or metric=weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LowrankSite(Site):
     """A weight, or several that read one input, and the ranks of its factors.
 
     Attributes:
+        rank: Channels between the factors, in words.
+        form: What it becomes.
+        by: What its error is measured by.
+        members: Names of the weights.
         ranks: Channels between the factors.
         choices: Ranks that save parameters, ascending; ``ranks`` is among them.
     """
 
-    ranks: Ranks = ()
-    choices: tuple[Ranks, ...] = ()
+    rank: str
+    form: str
+    by: Metric
+    members: tuple[str, ...] = field(repr=False)
+    ranks: Ranks = field(repr=False)
+    choices: tuple[Ranks, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,11 +343,7 @@ class Lowrank(SitePass):
             return list(places)
         found = list(places)
         for group in _groups(places):
-            joined = replace(
-                group[0],
-                members=tuple(place.members[0] for place in group),
-                shape=(sum(place.shape[0] for place in group), group[0].shape[1]),
-            )
+            joined = _joined(group)
             if self.rank and joined.where not in named:
                 continue
             means = {studies[place.where].mean is None for place in group}
@@ -404,7 +407,7 @@ class Lowrank(SitePass):
         known = {place.where: place for place in places}
         for name in self.named:
             if name and name not in known:
-                said = [why for where, why in ctx.left if where == name]
+                said = [why for where, why in ctx.skips if where == name]
                 raise UsageError(
                     f"rank is given for {name!r}, "
                     + (f"but {said[0]}" if said else "which is no layer to split")
@@ -524,54 +527,82 @@ class Lowrank(SitePass):
             return None
         return replace(
             site,
-            bytes_saved=int(site.bytes_saved * (1 - (ranks - at) / further)),
+            savings=site.savings * (1 - (ranks - at) / further),
+            rank=_shown(site.choices[ranks]),
             ranks=site.choices[ranks],
-            detail={**site.detail, "rank": _shown(site.choices[ranks])},
         )
 
     # --- what activations and gradients say ---------------------------------------
 
     def _metric(self, ctx: Context) -> Metric:
-        has_data = ctx.samples.calibration is not None and not ctx.samples.random
-        if self.metric == "auto":
-            return "outputs" if has_data else "weights"
-        if self.metric != "weights" and not has_data:
-            raise UsageError(f"metric={self.metric} {_NO_REAL_DATA}")
-        return self.metric
+        samples = ctx.samples.calibration
+        has_data = bool(samples and samples.used) and not ctx.samples.random
+        if self.metric == "weights" or (self.metric == "auto" and not has_data):
+            if self.scope == "global":
+                ctx.need_data("to see what the outputs lose (scope=global)")
+            return "weights"
+        asked = "outputs" if self.metric == "auto" else self.metric
+        ctx.need_data(f"to see what layers read (metric={asked})")
+        return asked
 
     def _studies(
         self, model: Model, places: Sequence[_Place], ctx: Context
     ) -> dict[str, _Study]:
         """Study each place; what was studied is remembered."""
         metric = self._metric(ctx)
-        if self.scope == "global" and metric != "outputs":
-            raise UsageError(f"scope=global {_NO_REAL_DATA.partition(',')[0]}")
-        found: dict[str, _Study] = {}
-        missing = []
-        for place in places:
-            key = self._key(place, metric)
-            if key in ctx.cache:
-                found[place.where] = ctx.cache[key]
-            else:
-                missing.append(place)
-        if not missing:
-            return found
-        weights: dict[str, Array] = {}
-        if metric == "outputs":
-            weights = self._weights(model, missing, ctx)
-        for part in _runs(model, missing if metric != "weights" else []):
-            grams = _grams(model, part, ctx)
-            self._study(model, part, metric, grams, weights, found, ctx)
-        rest = [place for place in missing if place.where not in found]
-        self._study(model, rest, metric, {}, weights, found, ctx)
-        for place in missing:
-            ctx.cache[self._key(place, metric)] = found[place.where]
+        mark = fingerprint(model)
+        keys = {place.where: self._key(place, metric, mark) for place in places}
+        known = {where: ctx.memory.get(key) for where, key in keys.items()}
+        found = {where: study for where, study in known.items() if study is not None}
+        missing = [place for place in places if place.where not in found]
+        for part in self._tasks(model, missing, metric, ctx):
+            with threadpool_limits(1):
+                done = ctx.map(_studied, part, "studying layers")
+            for task, study in zip(part, done, strict=True):
+                found[task.place.where] = study
+                ctx.memory.put(keys[task.place.where], study)
         return found
 
-    def _key(self, place: _Place, metric: Metric) -> tuple[object, ...]:
-        # The place holds the tensor, so its identity is not used again.
-        tensor = place.weight.tensor
-        return ("lowrank", id(tensor), tensor, place.where, place.form, metric)
+    def _key(self, place: _Place, metric: Metric, mark: str) -> tuple[object, ...]:
+        return ("lowrank", mark, place.where, place.form, metric)
+
+    def _tasks(
+        self, model: Model, places: Sequence[_Place], metric: Metric, ctx: Context
+    ) -> Iterator[list[_Task]]:
+        """Yield places to study with what is known of them, some at a time."""
+        if metric == "weights" or not places:
+            yield [_Task(place, metric) for place in places]
+            return
+        weights = {}
+        if metric == "outputs":
+            weights = self._weights(model, places, ctx)
+        linear = [place.members[0] for place in places if place.kind != "table"]
+        inputs = ctx.inputs(linear)
+        counts = _counts(model, places, ctx)
+        tasks: list[_Task] = []
+        held = 0
+        for place in places:
+            weight = weights.get(place.where)
+            task = _Task(place, metric, bias=_takes_mean(model, place))
+            name = place.members[0].name
+            if place.where in counts:
+                task = replace(task, counts=counts[place.where], weight=weight)
+            elif place.kind != "table" and name in inputs:
+                seen = inputs[name]
+                if seen.gram is not None and seen.count and seen.is_finite:
+                    task = replace(
+                        task,
+                        gram=seen.gram,
+                        mean=seen.mean,
+                        rows=seen.count,
+                        weight=weight,
+                    )
+                    held += seen.nbytes
+            tasks.append(task)
+            if held > HELD_BYTES:
+                yield tasks
+                tasks, held = [], 0
+        yield tasks
 
     def _weights(
         self, model: Model, places: Sequence[_Place], ctx: Context
@@ -581,18 +612,12 @@ class Lowrank(SitePass):
         names: dict[str, list[str]] = {}
         inside = {id(node) for node in model.graph.nodes}
         for place in places:
-            uses = place.members[0].uses
-            if place.kind == "recurrent" or any(id(u.node) not in inside for u in uses):
-                continue
-            for use in uses:
-                tensor = use.node.outputs[0]
-                axis = -1
-                if place.kind in ("kernel", "transposed"):
-                    axis = 1
-                elif place.kind == "product" and not use.index:
-                    axis = -2
-                values[tensor.name] = axis
-                names.setdefault(place.where, []).append(tensor.name)
+            for use in place.members[0].uses:
+                axis = -1 if place.kind == "table" else use.output_channels
+                if place.kind == "recurrent" or id(use.node) not in inside:
+                    continue
+                values[use.output.name] = axis
+                names.setdefault(place.where, []).append(use.output.name)
         if not values:
             return {}
         samples = ctx.samples.calibration
@@ -615,30 +640,6 @@ class Lowrank(SitePass):
                 found[where] = total
         return found
 
-    def _study(
-        self,
-        model: Model,
-        places: Sequence[_Place],
-        metric: Metric,
-        grams: Mapping[str, tuple[Array, Array, int]],
-        weights: Mapping[str, Array],
-        found: dict[str, _Study],
-        ctx: Context,
-    ) -> None:
-        tasks = []
-        for place in places:
-            gram, weight = grams.get(place.where), weights.get(place.where)
-            task = _Task(place, metric, bias=_takes_mean(model, place))
-            if gram is not None:
-                task = replace(task, gram=gram[0], mean=gram[1], rows=gram[2])
-            if weight is not None and (gram is not None or place.kind == "table"):
-                task = replace(task, weight=weight)
-            tasks.append(task)
-        with threadpool_limits(1):
-            done = ctx.map(_studied, tasks, "studying layers")
-        for place, study in zip(places, done, strict=True):
-            found[place.where] = study
-
     def _joined_study(
         self,
         joined: _Place,
@@ -647,26 +648,23 @@ class Lowrank(SitePass):
         ctx: Context,
     ) -> _Study:
         """Study products with one input as one: their Gram matrix is the same."""
-        key = self._key(joined, studies[group[0].where].by)
-        if key not in ctx.cache:
-            parts = [studies[place.where] for place in group]
-            weight = None
-            if all(part.weights is not None for part in parts):
-                weight = np.concatenate([part.weights[0] for part in parts])  # type: ignore[index]
-            first = parts[0]
-            task = _Task(
-                joined,
-                first.by,
-                weight=weight,
-                gram=first.moments,
-                mean=first.mean,
-                rows=1,
-                is_moment=True,
-            )
-            with threadpool_limits(1):
-                ctx.cache[key] = _studied(task)
-        study: _Study = ctx.cache[key]
-        return study
+        parts = [studies[place.where] for place in group]
+        weight = None
+        if all(part.weights is not None for part in parts):
+            weight = np.concatenate([part.weights[0] for part in parts])  # type: ignore[index]
+        first = parts[0]
+        task = _Task(
+            joined,
+            first.by,
+            weight=weight,
+            gram=first.moments,
+            mean=first.mean,
+            rows=1,
+            is_moment=True,
+        )
+        key = self._key(joined, first.by, fingerprint(joined.weight.model))
+        with threadpool_limits(1):
+            return ctx.remember(key, lambda: _studied(task))
 
     # --- act ----------------------------------------------------------------------
 
@@ -676,14 +674,17 @@ class Lowrank(SitePass):
 
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
         """Split several layers, and say the ranks so that they can be had again."""
-        quiet = replace(ctx, left=[])
-        # What is seen of activations must not depend on which sites were done before.
-        places = self._places(model, quiet)
-        studies = self._studies(model, places, quiet)
-        known = {place.where: place for place in [*places]}
-        for place in self._shared(places, studies, quiet):
-            known[place.where] = place
+        quiet = replace(ctx, skips=[])
         chosen = [site for site in sites if isinstance(site, LowrankSite)]
+        wanted = {name for site in chosen for name in (site.where, *site.members)}
+        places = [p for p in self._places(model, quiet) if p.where in wanted]
+        studies = self._studies(model, places, quiet)
+        known = {place.where: place for place in places}
+        for site in chosen:
+            if len(site.members) > 1:
+                group = [known[name] for name in site.members]
+                joined = known[site.where] = _joined(group)
+                studies[site.where] = self._joined_study(joined, group, studies, quiet)
         tasks = [
             _Split(known[site.where], studies[site.where], site.ranks)
             for site in chosen
@@ -696,7 +697,7 @@ class Lowrank(SitePass):
             share = place.parameters(site.ranks) / place.dense
             ctx.did(
                 site.where,
-                f"{site.detail['form']} of rank {_shown(site.ranks)}: {share:.1%} of "
+                f"{site.form} of rank {site.rank}: {share:.1%} of "
                 f"its values, {result.lost:.2%} of its energy lost by {task.study.by}",
             )
         if chosen:
@@ -827,6 +828,15 @@ def _groups(places: Sequence[_Place]) -> Iterator[list[_Place]]:
             yield group
 
 
+def _joined(group: Sequence[_Place]) -> _Place:
+    """Return the place that several products of one input are together."""
+    return replace(
+        group[0],
+        members=tuple(place.members[0] for place in group),
+        shape=(sum(place.shape[0] for place in group), group[0].shape[1]),
+    )
+
+
 def _unusable(layer: LinearWeight) -> str:
     for chunk in layer.weight.chunks():
         wide = chunk if chunk.dtype.itemsize >= 4 else chunk.astype(np.float32)
@@ -866,12 +876,14 @@ def _site(place: _Place, ranks: Ranks, study: _Study) -> LowrankSite:
     if len(place.members) > 1:
         form = "shared product"
     choices = tuple(sorted({*place.choices, ranks}, key=place.parameters))
-    detail = {"rank": _shown(ranks), "form": form, "by": study.by}
     return LowrankSite(
         place.where,
         place.members[0].kind,
-        max(0, saved),
-        detail=detail,
+        Savings(bytes=max(0, saved)),
+        rank=_shown(ranks),
+        form=form,
+        by=study.by,
+        members=tuple(layer.name for layer in place.members),
         ranks=ranks,
         choices=choices,
     )
@@ -900,111 +912,50 @@ def _macs(model: Model, places: Sequence[_Place], ctx: Context) -> list[float]:
 # --- inputs ---------------------------------------------------------------------------
 
 
-def _watched(
-    model: Model, place: _Place, samples: int
-) -> tuple[tuple[str, Statistic], ...]:
-    """Return the values to watch for a place, each with an empty statistic."""
-    layer = place.members[0]
-    visible = {id(tensor) for tensor in model.graph.inputs}
-    visible |= {id(t) for node in model.graph.nodes for t in node.outputs}
-    if place.kind == "table":
-        rows = place.shape[0]
-        pairs = [(use.node.inputs[1], Counts(rows)) for use in layer.uses]
-        if any(model.constant(tensor) is not None for tensor, _ in pairs):
-            return ()
-        seen: Sequence[tuple[Any, Statistic]] = pairs
-    else:
-        width = place.shape[1] * math.prod(place.shape[2:])
-        found = layer.statistics_for("gram", samples)
-        if found is None or width > MAX_INPUTS:
-            return ()
-        seen = found
-    if any(id(tensor) not in visible for tensor, _ in seen):
-        return ()
-    return tuple((tensor.name, statistic) for tensor, statistic in seen)
-
-
-def _runs(model: Model, places: Sequence[_Place]) -> Iterator[list[_Place]]:
-    """Cut places into runs whose Gram matrices fit a bounded amount of memory."""
-    part: list[_Place] = []
-    values: dict[int, int] = {}
-    for place in places:
-        width = place.shape[1] * math.prod(place.shape[2:])
-        tensor = id(place.node.inputs[0])
-        size = 0 if place.kind == "table" else 8 * place.groups * width * width
-        if part and sum(values.values()) + size > GRAM_BYTES and tensor not in values:
-            yield part
-            part, values = [], {}
-        part.append(place)
-        values[tensor] = max(values.get(tensor, 0), size)
-    if part:
-        yield part
-
-
-def _grams(
+def _counts(
     model: Model, places: Sequence[_Place], ctx: Context
-) -> dict[str, tuple[Array, Array, int]]:
-    """Return Gram matrix, mean and rows of the inputs of each place that has them.
-
-    Of a table: how often each row was read, nothing, and how often any was.
-    """
-    samples = ctx.samples.calibration
-    count = len(samples or ())
-    watched = {place.where: _watched(model, place, count) for place in places}
-    by_name: dict[str, dict[object, Statistic]] = {}
-    for pairs in watched.values():
-        for name, statistic in pairs:
-            by_name.setdefault(name, {}).setdefault(statistic.key, statistic)
-    if not by_name:
+) -> dict[str, NDArray[np.int64]]:
+    """Return how often each row of each table is looked up."""
+    wanted: dict[str, Counts] = {}
+    tables = [place for place in places if place.kind == "table"]
+    for place in tables:
+        for use in place.members[0].uses:
+            indices = use.node.inputs[1]
+            if model.constant(indices) is None:
+                wanted[indices.name] = Counts(place.shape[0])
+    if not wanted:
         return {}
-    request = {
-        name: Multi(**{str(i): s for i, s in enumerate(parts.values())})
-        for name, parts in by_name.items()
-    }
-    # They are large, and studies keep what they need of them.
-    fed: dict[tuple[str, object], Statistic] = {}
-    for name, multi in replace(ctx, cache={}).statistics(model, request).items():
-        assert isinstance(multi, Multi)
-        for part in multi.parts.values():
-            fed[name, part.key] = part
+    # One table alone may be read by a value: others of another size are left out.
+    fed = ctx.statistics(model, wanted)
     found = {}
-    for place in places:
-        pairs = watched[place.where]
-        parts = [fed[name, s.key] for name, s in pairs if (name, s.key) in fed]
-        if not parts or len(parts) != len(pairs):
-            continue
-        if place.kind == "table":
-            counts = np.sum([part.counts for part in parts], axis=0)  # type: ignore[attr-defined]
-            found[place.where] = (counts, counts, int(counts.sum()))
-            continue
-        layer = place.members[0]
-        if place.kind == "recurrent":
-            part = parts[0]
-            gram, mean, rows = part.matrix[None], part.sums[None], part.rows  # type: ignore[attr-defined]
-            mean = mean / max(rows, 1)
-        else:
-            gram, mean, rows = layers.gram(layer, parts)
-        if rows and np.isfinite(gram).all():
-            found[place.where] = (gram, mean, rows)
+    for place in tables:
+        names = [use.node.inputs[1].name for use in place.members[0].uses]
+        parts = [fed.get(name) for name in names]
+        counts = [
+            part.counts
+            for part in parts
+            if isinstance(part, Counts) and part.rows == place.shape[0]
+        ]
+        if counts and len(counts) == len(names) and np.sum(counts):
+            found[place.where] = np.sum(counts, axis=0)
     return found
 
 
 def _takes_mean(model: Model, place: _Place) -> Literal["kept", "made", ""]:
     """Return whether a bias can take up what is lost of the mean input."""
     layer = place.members[0]
-    if len(layer.uses) != 1 or place.kind not in ("product", "kernel"):
+    if layer.is_shared or place.kind not in ("product", "kernel"):
         return ""
-    if layers.bias_of(model, layer) is not None:
+    use = layer.uses[0]
+    if use.index != 1 or (place.groups > 1 and place.kind == "product"):
+        return ""
+    if layers.free_bias(layer) is not None:
         return "kept"
-    node, index = layer.uses[0].node, layer.uses[0].index
-    if index != 1 or (place.groups > 1 and place.kind == "product"):
+    if layer.bias is not None or use.alpha != 1.0:
         return ""
-    if node.op == "MatMul":
-        return "made" if len(layer.weight.shape) == 2 else ""
-    absent = len(node.inputs) < 3 or not node.inputs[2].name
-    if node.op == "Gemm" and float(attribute(node, "alpha", 1.0)) != 1.0:
-        return ""
-    return "kept" if absent else ""
+    if takes_bias(model, use.node):
+        return "kept"
+    return "made" if use.kind == "MatMul" else ""
 
 
 # --- one place ------------------------------------------------------------------------
@@ -1020,6 +971,7 @@ class _Task:
     gram: Array | None = None
     mean: Array | None = None
     rows: int = 0
+    counts: Array | None = None
     weight: Array | None = None
     is_moment: bool = False
 
@@ -1120,9 +1072,9 @@ def _studied_table(task: _Task, table: Array) -> _Study:
     by: Metric = "weights"
     rows = np.full(len(table), 1 / len(table))
     columns = None
-    if task.gram is not None and task.rows:
+    if task.counts is not None:
         by = "inputs"
-        rows = (1 - UNSEEN) * task.gram / task.rows + UNSEEN * rows
+        rows = (1 - UNSEEN) * task.counts / task.counts.sum() + UNSEEN * rows
         if task.weight is not None:
             by, columns = "outputs", task.weight
     found = split(table, inputs=columns, outputs=rows, damping=1e-6)
@@ -1236,10 +1188,9 @@ def _write_products(model: Model, task: _Split, result: _Result) -> None:
 
 def _shift(model: Model, layer: LinearWeight, shift: Array) -> None:
     """Add to the outputs of a layer through its bias, or a new one."""
-    bias = layers.bias_of(model, layer)
+    bias = layers.free_bias(layer)
     if bias is not None:
-        moved = bias.read().astype(np.float64) + shift.reshape(bias.shape)
-        model.set_weight(bias, moved.astype(bias.dtype))
+        bias.add(shift)
         return
     node = layer.uses[0].node
     name = f"{layer.name}_bias"

@@ -92,6 +92,8 @@ def place_matrices(
     if shared is None:
         first = model.add_weight(f"{weight.name}_in", one, weight.graph)
     second = model.add_weight(f"{weight.name}_out", two, weight.graph)
+    parts = [second] if first is None else [first, second]
+    model.lineage.split(weight.name, [part.name for part in parts])
     made = shared
     for each in uses:
         node, graph = each.node, _graph_of(model, each.node)
@@ -192,6 +194,7 @@ def place_table(
     wide = model.add_weight(
         f"{weight.name}_out", _array(right, weight, right.shape), weight.graph
     )
+    model.lineage.split(weight.name, [few.name, wide.name])
     for use in uses:
         node, graph = use.node, _graph_of(model, use.node)
         old = node.outputs[0]
@@ -229,6 +232,7 @@ def place_recurrent(
     second = model.add_weight(
         f"{weight.name}_out", _array(left, weight, shape), weight.graph
     )
+    model.lineage.split(weight.name, [first.name, second.name])
     for use in uses:
         node, graph = use.node, _graph_of(model, use.node)
         label = next((t.name for t in node.outputs if t.name), node.op)
@@ -305,6 +309,7 @@ def place_kernels(
         )
         for index, array in enumerate(arrays)
     ]
+    model.lineage.split(weight.name, [part.name for part in made])
     for use in uses:
         node, graph = use.node, _graph_of(model, use.node)
         old = dict(node.attrs)
@@ -362,6 +367,7 @@ def place_transposed(
         _array(left, weight, (len(left), *weight.shape[1:])),
         weight.graph,
     )
+    model.lineage.split(weight.name, [first.name, second.name])
     for use in uses:
         node, graph = use.node, _graph_of(model, use.node)
         attrs: dict[str, Any] = {"kernel_shape": list(ones)}

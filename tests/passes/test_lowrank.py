@@ -271,7 +271,7 @@ def test_both_directions_of_an_lstm_share_a_product() -> None:
     assert (
         "r",
         "it multiplies the state, which is known inside the operator only",
-    ) in (ctx.left)
+    ) in (ctx.skips)
     feeds = {"x": draw((5, 2, 12), 7)}
     wanted = run(model, feeds)["y"]
     np.testing.assert_allclose(run(found, feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
@@ -477,9 +477,9 @@ def test_an_operator_without_gradient_gives_all_layers_the_same_share() -> None:
     )
     ctx = with_data(model, x=draw((16, 64), 5))
     sites = Lowrank(keep=0.5).sites(model, ctx)
-    if ctx.left:
-        assert "have the same share" in ctx.left[0][1]
-    assert {str(site.detail["rank"]) for site in sites} == {"16"}
+    if ctx.skips:
+        assert "have the same share" in ctx.skips[0][1]
+    assert {str(site.how()["rank"]) for site in sites} == {"16"}
 
 
 # --- bad input ------------------------------------------------------------------------
@@ -508,8 +508,14 @@ def test_options_that_make_no_sense_are_refused(text: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("pass_", "why"),
     [
-        (Lowrank(metric="inputs"), "metric=inputs needs calibration data; give --data"),
-        (Lowrank(scope="global"), "scope=global needs calibration data; give --data"),
+        (
+            Lowrank(metric="inputs"),
+            "to see what layers read (metric=inputs), and there is no data; give",
+        ),
+        (
+            Lowrank(scope="global"),
+            "to see what the outputs lose (scope=global), and there is no data",
+        ),
         (Lowrank(rank=("won:4",)), "no layer to split. Did you mean"),
         (Lowrank(rank=("one:65",)), "above its full rank 64; ranks up to 24 save"),
         (Lowrank(rank=("one:40",)), "saves nothing; ranks up to 24 do"),
