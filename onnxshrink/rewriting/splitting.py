@@ -4,6 +4,8 @@ Each function here replaces what one weight does at all nodes that read it. The 
 that was there becomes the last of the new ones, so its name, its outputs and its bias
 stay; nodes before it bear its name and a number. New weights have the element type of
 the old one.
+
+Tested in tests/passes/test_lowrank.py.
 """
 
 from __future__ import annotations

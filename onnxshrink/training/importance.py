@@ -135,6 +135,8 @@ def _outputs(
 ) -> tuple[set[str], dict[str, float]]:
     """Return the outputs that count, and the mean energy of each for a sample."""
     names = [info.name for info in model.outputs if info.data_type in _FLOATS]
+    if not names:
+        raise ModelError("it has no float output, and only these have gradients")
     session = runtime.session(model, threads=threads)
     energies = dict.fromkeys(names, 0.0)
     for batch in batches:
