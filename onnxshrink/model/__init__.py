@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from onnxshrink.model.model import (
-    MAX_IR_VERSION,
-    MAX_OPSET,
-    External,
-    Model,
-    Storage,
-    SupportsModelProto,
-    ValueInfo,
-    Weight,
-    attribute,
-)
+from onnxshrink.model.model import External, Model, Storage, SupportsModelProto
 from onnxshrink.model.topology import (
     Constant,
     Function,
@@ -20,6 +10,8 @@ from onnxshrink.model.topology import (
     Node,
     Variable,
 )
+from onnxshrink.model.versions import MAX_IR_VERSION, MAX_OPSET
+from onnxshrink.model.weight import ValueInfo, Weight, attribute
 
 __all__ = [
     "Constant",

@@ -8,7 +8,6 @@ import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +19,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
 from onnxshrink.files import followed, sync, write_file
 from onnxshrink.lineage import Lineage
+from onnxshrink.model import versions
 from onnxshrink.model.clone import clone_graph
 from onnxshrink.model.encodings import recognise
 from onnxshrink.model.exporter import (
@@ -27,10 +27,9 @@ from onnxshrink.model.exporter import (
     Piece,
     export,
     is_function,
-    partial,
     stray_constants,
 )
-from onnxshrink.model.importer import Importer, check_functions, check_order, dims_of
+from onnxshrink.model.importer import Importer, check_functions, check_order
 from onnxshrink.model.topology import (
     Constant,
     Function,
@@ -48,6 +47,7 @@ from onnxshrink.model.topology import (
     subgraphs_of,
     tensor_of,
 )
+from onnxshrink.model.weight import ValueInfo, Weight
 from onnxshrink.package import (
     MAGIC,
     SUFFIX,
@@ -66,15 +66,9 @@ __all__ = [
     "Model",
     "Node",
     "SupportsModelProto",
-    "ValueInfo",
     "Variable",
-    "Weight",
 ]
 
-MAX_IR_VERSION = 13
-"""Newest IR version that onnxruntime 1.31 loads."""
-MAX_OPSET = 26
-"""Newest ai.onnx opset that onnxruntime 1.31 runs."""
 INLINE_LIMIT = 2**31 - 2**24
 """Bytes of weights from which a file must use external data (protobuf's 2 GiB)."""
 _EXTERNAL_MINIMUM = 1024
@@ -82,12 +76,6 @@ _ALIGNMENT = 4096
 _LARGE = 1024
 _LONGEST = 1000
 """Identity nodes and calls that ``constant`` looks through before it gives up."""
-_NEWEST_TYPES = frozenset(
-    onnx.TensorProto.DataType.Value(name)
-    for name in ("FLOAT6E2M3", "FLOAT6E3M2")
-    if name in onnx.TensorProto.DataType.keys()  # noqa: SIM118  # an enum, no mapping
-)
-"""Element types that an IR version above MAX_IR_VERSION brought."""
 
 Storage = Literal["auto", "plain", "tiny"]
 External = Literal["auto", "never", "always"]
@@ -99,139 +87,6 @@ class SupportsModelProto(Protocol):
     @property
     def model_proto(self) -> Any:
         """The proto, or a method that returns it."""
-
-
-@dataclass(frozen=True)
-class ValueInfo:
-    """Name and type of a value.
-
-    Attributes:
-        name: Name of the value.
-        data_type: ONNX element type; 0 if unknown or not a tensor.
-        shape: An int, a symbol or ``None`` for each dimension; ``None``: unknown rank.
-        kind: ``tensor``, ``sequence``, ``optional``, ``map`` or ``sparse_tensor``.
-    """
-
-    name: str
-    data_type: int
-    shape: tuple[int | str | None, ...] | None
-    kind: str = "tensor"
-
-    @classmethod
-    def from_proto(cls, info: onnx.ValueInfoProto) -> ValueInfo:
-        """Read one from a proto."""
-        which = info.type.WhichOneof("value") or "tensor_type"
-        kind = which.removesuffix("_type")
-        if which != "tensor_type":
-            return cls(info.name, 0, None, kind)
-        tensor = info.type.tensor_type
-        return cls(info.name, tensor.elem_type, dims_of(tensor))
-
-
-class Weight:
-    """A value the model carries, wherever it stands: an initializer or a Constant node.
-
-    Attributes:
-        name: Its name; behind a path of graph names where a name occurs twice.
-        constant: The graph's constant, or the attribute value of the Constant node.
-        node: The Constant node, if it is one.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        name: str,
-        constant: gs.Constant,
-        node: Node | None,
-        graph: gs.Graph | None = None,
-    ) -> None:
-        """Made by ``Model.weights``."""
-        self._model = model
-        self.name = name
-        self.constant = constant
-        self.node = node
-        self._graph = graph
-
-    @property
-    def model(self) -> Model:
-        """The model it belongs to."""
-        return self._model
-
-    @property
-    def graph(self) -> gs.Graph:
-        """The graph it belongs to."""
-        if self._graph is None:
-            self._graph = (
-                self._model._graph_of(self.node)
-                if self.node is not None
-                else self._model._owner(self.constant)
-            )
-        return self._graph
-
-    @property
-    def tensor(self) -> LazyTensor:
-        """The values, not read yet."""
-        return tensor_of(self.constant)
-
-    @property
-    def value(self) -> gs.Tensor:
-        """The tensor that nodes read."""
-        return self.node.outputs[0] if self.node is not None else self.constant
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Static shape."""
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Dtype of what ``read`` returns."""
-        return self.tensor.dtype
-
-    @property
-    def data_type(self) -> int:
-        """ONNX element type."""
-        return self.tensor.data_type
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as plain raw data."""
-        return self.tensor.nbytes
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.tensor.size
-
-    @property
-    def is_input(self) -> bool:
-        """Whether it is also a graph input, so that a caller may override it."""
-        return any(tensor is self.constant for tensor in self.graph.inputs)
-
-    @property
-    def is_output(self) -> bool:
-        """Whether it is itself an output of its graph."""
-        return any(tensor is self.value for tensor in self.graph.outputs)
-
-    @property
-    def uses(self) -> tuple[tuple[Node, int], ...]:
-        """(node, input index) of all that reads it.
-
-        Identity nodes and calls of model-local functions are looked through.
-        """
-        return tuple(self._model._uses(self.value))
-
-    def read(self) -> np.ndarray[Any, Any]:
-        """Return all values; do not write into the array."""
-        return self.tensor.read()
-
-    def chunks(self, nbytes: int = 8 << 20) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the values as flat pieces of at most ``nbytes`` bytes."""
-        return self.tensor.chunks(nbytes)
-
-    def __repr__(self) -> str:
-        """Show name and type."""
-        return f"Weight({self.name!r}, {self.tensor})"
 
 
 class Model:
@@ -843,11 +698,7 @@ class Model:
         Before IR version 4 every initializer had to be listed as an input without
         being one that callers set; those entries go.
         """
-        if self.ir_version >= version:
-            return
-        if self.ir_version < 4 <= version:
-            self.freeze_inputs()
-        self.ir_version = version
+        versions.require_ir(self, version)
 
     def require_opset(self, version: int) -> None:
         """Raise the ai.onnx opset to at least ``version``.
@@ -856,81 +707,7 @@ class Model:
             ModelError: onnx's version converter cannot, or the runtime knows no such
                 opset.
         """
-        if self.opset >= version:
-            return
-        if version > MAX_OPSET:
-            raise ModelError(f"opset {version} is newer than onnxruntime's {MAX_OPSET}")
-        before = self.opset
-        hint = (
-            f"the model's opset {before} cannot be raised to {version}; "
-            f"export it again with opset {version} or later"
-        )
-        if self.graph.functions:
-            raise ModelError(f"{hint} (model-local functions cannot be converted)")
-        ir_version = max(self.ir_version, 4)
-        stripped, kept = self._skeleton()
-        if ir_version > self.ir_version:
-            # What had to be listed as an input before IR version 4 need not any more.
-            kept = [(constant, False) for constant, _ in kept]
-            small = {tensor.name for tensor in stripped.graph.initializer}
-            inputs = [info for info in stripped.graph.input if info.name not in small]
-            del stripped.graph.input[:]
-            stripped.graph.input.extend(inputs)
-        stripped.ir_version = min(ir_version, MAX_IR_VERSION)
-        try:
-            converted = onnx.version_converter.convert_version(stripped, version)
-            onnx.checker.check_model(converted)
-        except (
-            onnx.checker.ValidationError,
-            onnx.version_converter.ConvertError,
-            DecodeError,
-            EncodeError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = lines[0] if lines else type(error).__name__
-            raise ModelError(f"{hint} ({reason})") from error
-        names = [info.name for info in converted.graph.output]
-        if names != [tensor.name for tensor in self.graph.outputs]:
-            raise ModelError(f"{hint} (its outputs would change)")
-        converted.ir_version = min(ir_version, MAX_IR_VERSION)
-        _keep_notes(stripped.graph, converted.graph)
-        graph = Importer(converted, None, {}).model()
-        for constant, was_input in kept:
-            self._put_back(graph, constant, was_input)
-        required = [t.name for t in graph.inputs if not isinstance(t, gs.Constant)]
-        if required != [info.name for info in self.inputs]:
-            raise ModelError(f"{hint} (its inputs would change)")
-        self.graph = graph
-        self.ir_version = converted.ir_version
-        origin = partial(self._origin, ("graph", "functions", "opset_import"))
-        origin.opset_import.extend(converted.opset_import)
-        self._origin = origin
-        self._names = None
-
-    @staticmethod
-    def _put_back(graph: Graph, constant: gs.Constant, was_input: bool) -> None:
-        placeholder = next((t for t in graph.inputs if t.name == constant.name), None)
-        if placeholder is None:
-            return
-        twin = Constant(constant.name, tensor_of(constant))
-        for node in list({id(node): node for node in placeholder.outputs}.values()):
-            for index, tensor in enumerate(node.inputs):
-                if tensor is placeholder:
-                    node.inputs[index] = twin
-        graph.outputs = [twin if t is placeholder else t for t in graph.outputs]
-        graph.inputs = [
-            twin if t is placeholder else t
-            for t in graph.inputs
-            if was_input or t is not placeholder
-        ]
-        twin.origin = getattr(constant, "origin", None)
-        twin.origin_tensor = getattr(constant, "origin_tensor", None)
-        own(graph, twin)
-        if constant.outputs:
-            graph.used_at_load |= {twin.name}
+        versions.require_opset(self, version)
 
     def fit_runtime(self) -> None:
         """Lower the IR version to one that onnxruntime loads, where nothing needs more.
@@ -938,32 +715,7 @@ class Model:
         Raises:
             ModelError: The opset or an element type is newer than the runtime.
         """
-        newest = max(
-            [
-                self.opset,
-                *(
-                    function.opset or 0
-                    for function in self.graph.functions
-                    if function.opset is not None
-                ),
-            ]
-        )
-        if newest > MAX_OPSET:
-            raise ModelError(
-                f"the model has opset {newest}, and onnxruntime runs at most "
-                f"{MAX_OPSET}; export it again with an older opset"
-            )
-        if self.ir_version <= MAX_IR_VERSION:
-            return
-        types = {weight.data_type for weight in self.weights()}
-        types.update(info.data_type for info in (*self.inputs, *self.outputs))
-        for data_type in sorted(types & _NEWEST_TYPES):
-            raise ModelError(
-                f"the model has IR version {self.ir_version} and uses "
-                f"{onnx.TensorProto.DataType.Name(data_type)}; onnxruntime loads IR "
-                f"version {MAX_IR_VERSION} at most, which has no such type"
-            )
-        self.ir_version = MAX_IR_VERSION
+        versions.fit_runtime(self)
 
     # --- write --------------------------------------------------------------------
 
@@ -1463,32 +1215,6 @@ def _disconnect(*nodes: gs.Node) -> None:
         list.clear(node.outputs)
 
 
-def _keep_notes(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
-    """Give back what the version converter drops: notes of the graph and its nodes."""
-    if before.HasField("doc_string") and not after.doc_string:
-        after.doc_string = before.doc_string
-    if not after.metadata_props:
-        after.metadata_props.extend(before.metadata_props)
-    if not after.quantization_annotation:
-        after.quantization_annotation.extend(before.quantization_annotation)
-    notes = {tuple(node.output): node for node in before.node if node.output}
-    for node in after.node:
-        old = notes.get(tuple(node.output))
-        if old is None or old.op_type != node.op_type:
-            continue
-        if old.HasField("name") and not node.name:
-            node.name = old.name
-        if old.HasField("doc_string") and not node.doc_string:
-            node.doc_string = old.doc_string
-        if not node.metadata_props:
-            node.metadata_props.extend(old.metadata_props)
-    for ours, theirs in ((before.input, after.input), (before.output, after.output)):
-        infos = {info.name: info for info in ours}
-        for info in theirs:
-            if info.name in infos:
-                info.CopyFrom(infos[info.name])
-
-
 # --- files ------------------------------------------------------------------------
 
 
@@ -1640,9 +1366,3 @@ def _external_files(path: Path) -> set[Path | None]:
         for entry in tensor.external_data
         if entry.key == "location" and ours.fullmatch(entry.value)
     }
-
-
-def attribute(node: gs.Node, name: str, default: Any = None) -> Any:
-    """Return an attribute's value, or the default where it is absent or a reference."""
-    value = node.attrs.get(name, default)
-    return default if isinstance(value, gs.Node.AttributeRef) else value

@@ -11,9 +11,8 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.errors import ModelError
 from onnxshrink.model import MAX_IR_VERSION, Model
-from onnxshrink.model.exporter import partial
-from onnxshrink.model.importer import Importer
 from onnxshrink.model.topology import is_onnx, own
+from onnxshrink.model.versions import take_over
 from onnxshrink.rewriting.rewriter import Rewriter
 
 __all__ = ["inline_branches", "inline_functions"]
@@ -43,18 +42,8 @@ def inline_functions(model: Model) -> list[str]:
         tensor.name for tensor in model.graph.outputs
     ]:
         raise ModelError(f"{hint} (its outputs would change)")
-    graph = Importer(inlined, None, {}).model()
-    for constant, was_input in kept:
-        model._put_back(graph, constant, was_input)
-    required = [t.name for t in graph.inputs if not isinstance(t, gs.Constant)]
-    if required != [info.name for info in model.inputs]:
-        raise ModelError(f"{hint} (its inputs would change)")
-    model.graph = graph
-    model.ir_version = min(max(inlined.ir_version, 4), MAX_IR_VERSION)
-    origin = partial(model._origin, ("graph", "functions", "opset_import"))
-    origin.opset_import.extend(inlined.opset_import)
-    model._origin = origin
-    model._names = None
+    inlined.ir_version = min(max(inlined.ir_version, 4), MAX_IR_VERSION)
+    take_over(model, inlined, kept, hint)
     return names
 
 
