@@ -202,12 +202,12 @@ class Timings:
         skipped: list[tuple[str, str]] = []
         chosen = list(find(model))
         for number, layer in enumerate(chosen):
-            work = _work(layer, shapes)
-            if isinstance(work, str):
-                skipped.append((layer.name, work))
+            task = _kernel_task(layer, shapes)
+            if isinstance(task, str):
+                skipped.append((layer.name, task))
             else:
                 found.append(
-                    Kernel(layer.name, layer.kind, self._kernel(work, processor))
+                    Kernel(layer.name, layer.kind, self._kernel(task, processor))
                 )
             if progress is not None:
                 progress(number + 1, len(chosen), "timing kernels")
@@ -218,16 +218,16 @@ class Timings:
         words = f"{detect().model}, {codes[0]} activations, {codes[1]} weights"
         return Kernels(words, tuple(found), tuple(skipped))
 
-    def _kernel(self, work: _Work, processor: Processor) -> float:
-        key = ["kernel", *work.key, processor.activation, processor.weight]
+    def _kernel(self, task: _KernelTask, processor: Processor) -> float:
+        key = ["kernel", *task.key, processor.activation, processor.weight]
         rng = np.random.default_rng(0)
-        codes = rng.integers(0, 128, work.input).astype(
+        codes = rng.integers(0, 128, task.input).astype(
             helper.tensor_dtype_to_np_dtype(processor.activation)
         )
         return self._known(
             key,
-            _integer(work, processor),
-            _single(work),
+            _integer(task, processor),
+            _single(task),
             {"x": codes},
             {"x": codes.astype(np.float32)},
         )
@@ -260,8 +260,8 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a kernel has to do: operator, attributes, shapes of input and weight."""
+class _KernelTask:
+    """What a kernel computes: operator, attributes, shapes of input and weight."""
 
     op: str
     attrs: Mapping[str, Any]
@@ -284,7 +284,9 @@ class _Work:
         return 0 if rows else 1
 
 
-def _work(layer: LinearWeight, shapes: Mapping[str, Sequence[int]]) -> _Work | str:
+def _kernel_task(
+    layer: LinearWeight, shapes: Mapping[str, Sequence[int]]
+) -> _KernelTask | str:
     """Describe a layer, or say why it has no integer kernel to time."""
     if layer.why_not:
         return layer.why_not
@@ -300,30 +302,30 @@ def _work(layer: LinearWeight, shapes: Mapping[str, Sequence[int]]) -> _Work | s
     if given is None or 0 in given:
         return "the shape of its input is not known"
     attrs = {key: node.attrs[key] for key in _KEPT if key in node.attrs}
-    return _Work(node.op, attrs, tuple(given), tuple(shape))
+    return _KernelTask(node.op, attrs, tuple(given), tuple(shape))
 
 
-def _single(work: _Work) -> onnx.ModelProto:
-    weight = np.random.default_rng(0).standard_normal(work.weight).astype(np.float32)
-    node = helper.make_node(work.op, ["x", "w"], ["y"])
-    return _model(work, [node], onnx.TensorProto.FLOAT, {"w": weight})
+def _single(task: _KernelTask) -> onnx.ModelProto:
+    weight = np.random.default_rng(0).standard_normal(task.weight).astype(np.float32)
+    node = helper.make_node(task.op, ["x", "w"], ["y"])
+    return _model(task, [node], onnx.TensorProto.FLOAT, {"w": weight})
 
 
-def _integer(work: _Work, processor: Processor) -> onnx.ModelProto:
+def _integer(task: _KernelTask, processor: Processor) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
     kinds = (processor.activation, processor.weight)
     act, wgt = (helper.tensor_dtype_to_np_dtype(kind) for kind in kinds)
     signed = act == np.int8
     nodes = [
         helper.make_node("DequantizeLinear", ["x", "sx", "z"], ["xf"]),
-        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wf"], axis=work.axis),
-        helper.make_node(work.op, ["xf", "wf"], ["yf"]),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wf"], axis=task.axis),
+        helper.make_node(task.op, ["xf", "wf"], ["yf"]),
         helper.make_node("QuantizeLinear", ["yf", "sy", "z"], ["y"]),
     ]
-    channels = work.weight[work.axis]
-    inputs = math.prod(work.weight) / channels
+    channels = task.weight[task.axis]
+    inputs = math.prod(task.weight) / channels
     constants: dict[str, Array] = {
-        "w": rng.integers(-63, 64, work.weight).astype(wgt),
+        "w": rng.integers(-63, 64, task.weight).astype(wgt),
         "sw": np.full(channels, 0.01, np.float32),
         "zw": np.zeros(channels, wgt),
         "sx": np.array(0.05, np.float32),
@@ -331,25 +333,25 @@ def _integer(work: _Work, processor: Processor) -> onnx.ModelProto:
         "sy": np.array(0.05 * 0.01 * 37 * 64 * math.sqrt(inputs) / 32, np.float32),
         "z": np.array(0 if signed else 128, act),
     }
-    return _model(work, nodes, processor.activation, constants)
+    return _model(task, nodes, processor.activation, constants)
 
 
 def _model(
-    work: _Work,
+    task: _KernelTask,
     nodes: Sequence[onnx.NodeProto],
     data_type: int,
     constants: Mapping[str, Array],
 ) -> onnx.ModelProto:
     for node in nodes:
-        if node.op_type == work.op:
+        if node.op_type == task.op:
             node.attribute.extend(
-                helper.make_attribute(key, value) for key, value in work.attrs.items()
+                helper.make_attribute(key, value) for key, value in task.attrs.items()
             )
-    rank = len(work.input)
+    rank = len(task.input)
     graph = helper.make_graph(
         list(nodes),
         "kernel",
-        [helper.make_tensor_value_info("x", data_type, work.input)],
+        [helper.make_tensor_value_info("x", data_type, task.input)],
         [helper.make_tensor_value_info("y", data_type, [None] * rank)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
