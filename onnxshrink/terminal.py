@@ -39,7 +39,7 @@ __all__ = [
 _PATIENCE = 1.0
 """Seconds of work after which a progress bar is shown."""
 _WIDE = 200
-"""Columns where nobody looks: in a file or a pipe nothing needs to wrap."""
+"""Columns of a file or a pipe, where nothing needs to wrap."""
 
 
 class _Stream:

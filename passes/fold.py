@@ -1,4 +1,4 @@
-"""Fold: what every later pass wants done first, with the outputs left as they are."""
+"""Fold: simplify a model, with its outputs left as they are, before other passes."""
 
 from __future__ import annotations
 

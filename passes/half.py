@@ -67,7 +67,7 @@ _TYPED = frozenset(
         "SplitToSequence",
     }
 )
-"""An attribute, a scale or a body says the type of what they make."""
+"""Operators whose result has the type that an attribute, a scale or a body states."""
 _SCALED = frozenset({"QuantizeLinear", "DequantizeLinear", "MatMulNBits"})
 FRAGILE = (
     "BatchNormalization",
@@ -99,8 +99,9 @@ FRAGILE = (
     "TopK",
     "Upsample",
 )
-"""Sums of many terms, exponentials, coordinates and indices: what 11 bits do to them
-shows, and what they cost does not."""
+"""Sums of many terms, exponentials, coordinates and indices: 11 bits do harm to them,
+and they take little of the time.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +275,7 @@ class Half(SitePass):
 
 
 def _rounded(values: Array, kind: str) -> Array:
-    # Beyond the range is infinity; the callers ask.
+    # Values beyond the range become infinite, which callers look for.
     with np.errstate(over="ignore", under="ignore"):
         return values.astype(numpy_type(_KINDS[kind]))
 
@@ -431,14 +432,14 @@ class _Conversion:
                 self._make_half(node, index, tensor)
         for number, (where, node, reads) in enumerate(work):
             for index in reads.inputs:
-                # As it is now: a weight may have become a half for an earlier node.
+                # Read again: a weight may have become a half for an earlier node.
                 node.inputs[index] = self._half(node.inputs[index])
             ctx.did(where, f"runs in {_NAMES[self.kind]}")
             ctx.progress(number + 1, len(work), "half")
         self.model.drop_unused()
 
     def _make_half(self, node: Node, index: int, tensor: gs.Tensor) -> None:
-        """Let a node make a half, and a Cast of it what it made before."""
+        """Let a node make a half; a Cast of it gives what the node made before."""
         half = self._variable(tensor)
         node.outputs[index] = half
         self._cast(half, tensor, _FLOAT, self._home[id(tensor)])
@@ -463,7 +464,7 @@ class _Conversion:
         return half
 
     def _constant(self, weight: Weight) -> gs.Tensor:
-        """Make a weight a half; who reads it as a float reads a Cast of that."""
+        """Make a weight a half; readers that need floats read a Cast of it."""
         value, graph = weight.value, weight.graph
         half = self.model.add_weight(
             f"{value.name}_{self.kind}", _rounded(weight.read(), self.kind), graph

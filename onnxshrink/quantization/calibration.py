@@ -36,7 +36,7 @@ BINS = 2048
 POSITIONS = 1 << 16
 """Values of a sample that are counted: after 100 samples, millions."""
 SMOOTHING = 1e-4
-"""Share that Q has where values are clipped to and none were, as in onnxruntime."""
+"""Share of Q in a bin that holds clipped values alone, as in onnxruntime."""
 CANDIDATES = 512
 """Ranges that entropy compares at least, if there are so many bins."""
 
@@ -140,9 +140,9 @@ class Observer(Stored):
 
 
 def _stride(size: int, most: int) -> int:
-    """Return every how many values one is taken: no divisor of the size.
+    """Return the step between the values that are counted.
 
-    So every row, column and channel is met.
+    It does not divide the size, so that every row, column and channel is met.
     """
     step = -(-size // most)
     while math.gcd(step, size) > 1:
@@ -171,8 +171,8 @@ def bounds(
     - ``minmax``: the smallest and the largest value.
     - ``moving-average``: the means over samples of the smallest and largest value in
       each. (A running average would depend on the order of the samples.)
-    - ``percentile``: cuts ``100 - percentile`` percent of the values off the side there
-      is, or half of it off each of two.
+    - ``percentile``: cuts off ``100 - percentile`` percent of the values, half of them
+      on each side, or all on one side where values have one sign.
     - ``entropy``: the range whose quantized distribution has the smallest
       Kullback-Leibler divergence from that of the values (Migacz 2017, "8-bit Inference
       with TensorRT"). Values out of the range count in its outermost bins.
