@@ -1,9 +1,10 @@
-"""Moments of a layer's inputs together with what its outputs miss, from two models.
+"""Inputs of a layer together with what its outputs miss, from two models.
 
-For each linear layer of a model, ``gather`` streams samples through that model and a
-reference and sums up what least squares needs: ``X^T X`` of the inputs the layer sees
-now, ``X^T E`` with ``E = Y_reference - Y_now``, and their means (the normal equations,
-Golub and Van Loan 2013, section 5.3). Memory does not grow with the samples.
+Samples run through a model and a reference, and ``RegressionSums`` collect what least
+squares needs. A ``Request`` says which values belong together, and its ``Rows`` how
+they are rows of a regression. ``gather`` serves many layers in one run. ``StagedSums``
+serves one layer after the other, each as those before it are by then. Memory does not
+grow with the samples.
 
 Tested in tests/passes/test_recover.py.
 """
@@ -13,17 +14,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxshrink import runtime
+from onnxshrink.activations.staged import HELD_BYTES, Span, StagedRun
+from onnxshrink.activations.staged import batches as cut_into
 from onnxshrink.errors import ModelError
+from onnxshrink.lineage import Origin
 from onnxshrink.model import Model
 from onnxshrink.model.topology import Variable
 from onnxshrink.samples import Samples
+from onnxshrink.solvers.least_squares import RegressionSums
 from onnxshrink.statistics import ConvWindow
 from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.tensors import numpy_type
@@ -32,24 +37,31 @@ if TYPE_CHECKING:
     from onnxshrink.base import Context
 
 __all__ = [
-    "Channels",
     "ConvRows",
+    "EachChannel",
+    "EachOutput",
     "MatrixRows",
-    "Moments",
     "OutputRows",
     "Request",
     "Rows",
+    "StackRows",
+    "StagedSums",
+    "TransposedConvRows",
+    "add",
     "batch_size",
+    "divided",
     "gather",
+    "pool",
 ]
 
 Array = NDArray[Any]
-Float64 = NDArray[np.float64]
 Key = TypeVar("Key", bound=Hashable)
 Piece = tuple[Array, Array, Array]
 
 GROUP_BYTES = 128 << 20
-"""Bytes of activations of one batch, and of moments, that are held at a time."""
+"""Bytes of activations of one batch, and of sums, that are held at a time."""
+HELD = 5
+"""One of so many samples judges whether a layer gained by its new values."""
 _BATCH = 256
 _UNKNOWN_BYTES = 16 << 20
 _ROWS = 4096
@@ -151,8 +163,8 @@ class ConvRows(Rows):
 
 
 @dataclass(frozen=True)
-class Channels(Rows):
-    """Each channel alone: one input, one output; for normalisations."""
+class EachChannel(Rows):
+    """Each channel is a group: one input, one output; for normalisations."""
 
     axis: int = 1
 
@@ -165,6 +177,86 @@ class Channels(Rows):
         for at in range(0, x.shape[1], step):
             rows = slice(at, at + step)
             yield x[:, rows], y[:, rows], t[:, rows]
+
+
+@dataclass(frozen=True)
+class EachOutput(Rows):
+    """Each output is a group, whose one input is that output as it is."""
+
+    axis: int
+
+    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[Piece]:
+        """Yield as many groups as there are outputs; ``inputs`` is not looked at."""
+        yield from EachChannel(self.axis).pieces(now, now, wanted)
+
+
+@dataclass(frozen=True)
+class TransposedConvRows(Rows):
+    """What a ConvTranspose reads for each output: inputs set apart by its strides.
+
+    Attributes:
+        strides: One for each spatial axis.
+        rows: The rows of the Conv over that.
+    """
+
+    strides: tuple[int, ...]
+    rows: ConvRows
+
+    @classmethod
+    def of(
+        cls, window: ConvWindow, extra: Sequence[int], positions: int
+    ) -> TransposedConvRows:
+        """Return the rows of a ConvTranspose.
+
+        Args:
+            window: Its kernel, strides, pads, dilations and groups.
+            extra: Its ``output_padding``.
+            positions: At most this many output positions of a sample are used.
+        """
+        axes = len(window.kernel)
+        sizes = zip(window.kernel, window.spreads, strict=True)
+        reach = [(size - 1) * spread for size, spread in sizes]
+        pads = window.pads or (0,) * (2 * axes)
+        begins = [r - p for r, p in zip(reach, pads[:axes], strict=True)]
+        ends = [r - p + e for r, p, e in zip(reach, pads[axes:], extra, strict=True)]
+        conv = ConvWindow(
+            window.kernel, (), (*begins, *ends), window.dilations, window.group
+        )
+        return cls(window.steps, ConvRows(conv, positions))
+
+    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[Piece]:
+        """Yield as many groups as the convolution has."""
+        sizes = [
+            (size - 1) * stride + 1
+            for size, stride in zip(inputs.shape[2:], self.strides, strict=True)
+        ]
+        apart = np.zeros((*inputs.shape[:2], *sizes), inputs.dtype)
+        steps = tuple(slice(None, None, stride) for stride in self.strides)
+        apart[(slice(None), slice(None), *steps)] = inputs
+        yield from self.rows.pieces(apart, now, wanted)
+
+
+@dataclass(frozen=True)
+class StackRows(Rows):
+    """Inputs and outputs of a product with a stack of matrices, a group for each.
+
+    Attributes:
+        lead: Shape of the stack.
+    """
+
+    lead: tuple[int, ...]
+
+    def pieces(self, inputs: Array, now: Array, wanted: Array) -> Iterator[Piece]:
+        """Yield one piece."""
+        if now.shape[-2 - len(self.lead) : -2] != self.lead:
+            raise ModelError(f"outputs {list(now.shape)} repeat its matrices")
+        x = np.broadcast_to(inputs, (*now.shape[:-1], inputs.shape[-1]))
+        count = math.prod(self.lead)
+        found = []
+        for array in (x, now, wanted):
+            apart = array.reshape(-1, count, *array.shape[-2:]).swapaxes(0, 1)
+            found.append(apart.reshape(count, -1, array.shape[-1]))
+        yield found[0], found[1], found[2]
 
 
 @dataclass(frozen=True)
@@ -191,98 +283,33 @@ def _last(array: Array, axis: int | None) -> Array:
     return moved.reshape(-1, moved.shape[-1])
 
 
-@dataclass(eq=False)
-class Moments:
-    """Sums over rows of inputs ``x`` and of what outputs miss, ``e``.
+def add(
+    sums: RegressionSums, rows: Rows, inputs: Array, now: Array, wanted: Array
+) -> None:
+    """Add the rows of one batch to sums, or note there why that cannot be done.
 
-    Products are made in float32 over at most 4,096 rows and summed in float64.
-
-    Attributes:
-        rows: Number of rows.
-        gram: Sum of ``x x^T``, float64 [groups, inputs, inputs].
-        cross: Sum of ``x e^T``, float64 [groups, inputs, outputs].
-        inputs: Sum of ``x``, float64 [groups, inputs].
-        errors: Sum of ``e``, float64 [groups, outputs].
-        squares: Sum of ``e^2``, float64 [groups, outputs].
-        wanted: Sum of the reference's outputs, float64 [groups, outputs].
-        energy: Sum of their squares, float64 [groups, outputs].
-        why_not: Why nothing can be made of it; empty if something can.
+    Args:
+        sums: The sums.
+        rows: How the arrays are rows.
+        inputs: What the layer reads.
+        now: What it gives.
+        wanted: What it should give.
     """
-
-    rows: int = 0
-    gram: Float64 = field(default_factory=lambda: np.zeros(0))
-    cross: Float64 = field(default_factory=lambda: np.zeros(0))
-    inputs: Float64 = field(default_factory=lambda: np.zeros(0))
-    errors: Float64 = field(default_factory=lambda: np.zeros(0))
-    squares: Float64 = field(default_factory=lambda: np.zeros(0))
-    wanted: Float64 = field(default_factory=lambda: np.zeros(0))
-    energy: Float64 = field(default_factory=lambda: np.zeros(0))
-    why_not: str = ""
-
-    @property
-    def variance(self) -> float:
-        """Variance of the reference's outputs, summed over outputs."""
-        rows = max(self.rows, 1)
-        spread = self.energy / rows - np.square(self.wanted / rows)
-        return float(np.maximum(spread, 0.0).sum())
-
-    def update(self, rows: Rows, inputs: Array, now: Array, wanted: Array) -> None:
-        """Add one batch."""
-        if self.why_not:
-            return
-        if now.shape != wanted.shape:
-            self.why_not = (
-                f"its outputs are {list(now.shape)}, and those of the reference "
-                f"{list(wanted.shape)}"
-            )
-            return
-        try:
-            for piece in rows.pieces(*map(_numeric, (inputs, now, wanted))):
-                self._add(*piece)
-        except ModelError as error:
-            self.why_not = str(error)
-            return
-        if not all(
-            np.isfinite(part).all() for part in (self.gram, self.cross, self.energy)
-        ):
-            self.why_not = "its values are not finite, or too large to be squared"
-
-    def _add(self, x: Array, now: Array, wanted: Array) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            error = wanted - now
-            across = np.swapaxes(x, 1, 2)
-            parts = (
-                ("gram", across @ x),
-                ("cross", across @ error),
-                ("inputs", x.sum(axis=1, dtype=np.float64)),
-                ("errors", error.sum(axis=1, dtype=np.float64)),
-                ("squares", np.square(error, dtype=np.float64).sum(axis=1)),
-                ("wanted", wanted.sum(axis=1, dtype=np.float64)),
-                ("energy", np.square(wanted, dtype=np.float64).sum(axis=1)),
-            )
-        for name, part in parts:
-            before = getattr(self, name)
-            if not self.rows:
-                setattr(self, name, part.astype(np.float64))
-            elif before.shape != part.shape:
-                raise ModelError("the number of its inputs changes between batches")
-            else:
-                before += part
-        self.rows += x.shape[1]
-
-    def error(self, change: Float64, shift: Float64) -> float:
-        """Return the mean squared output error after a change, summed over outputs.
-
-        Args:
-            change: What is added to the weights, [groups, outputs, inputs].
-            shift: What is added to the outputs, [groups, outputs].
-        """
-        weights = np.swapaxes(change, 1, 2)
-        total = self.squares - 2 * (weights * self.cross).sum(axis=1)
-        total += (weights * (self.gram @ weights)).sum(axis=1)
-        total += self.rows * shift * shift - 2 * shift * self.errors
-        total += 2 * shift * np.einsum("goi,gi->go", change, self.inputs)
-        return float(total.sum()) / max(self.rows, 1)
+    if sums.why_not:
+        return
+    if now.shape != wanted.shape:
+        sums.why_not = (
+            f"its outputs are {list(now.shape)}, and those of the reference "
+            f"{list(wanted.shape)}"
+        )
+        return
+    try:
+        for piece in rows.pieces(*map(_numeric, (inputs, now, wanted))):
+            sums.add(*piece)
+    except ModelError as error:
+        sums.why_not = str(error)
+        return
+    sums.check_finite()
 
 
 def _numeric(array: Array) -> Array:
@@ -296,21 +323,26 @@ class Request:
     Attributes:
         inputs: Value the layer reads; empty if ``rows`` does not look at it.
         outputs: Value it gives.
-        wanted: Value of the reference that ``outputs`` should be.
+        wanted: What ``outputs`` was in the reference, and should be.
         rows: How they are rows.
-        nbytes: Estimate of the moments' size.
-        source: Value of the reference that the layer is given to read instead of
-            ``inputs``; empty leaves it what the model computes.
+        nbytes: Estimate of the sums' size.
+        source: What ``inputs`` was in the reference, if the layer is given that to read
+            instead of what the model computes.
         at: Where the layer reads it: index of the node in the graph, and of its input.
     """
 
     inputs: str
     outputs: str
-    wanted: str
+    wanted: Origin
     rows: Rows
     nbytes: int = 0
-    source: str = ""
+    source: Origin | None = None
     at: tuple[int, int] = (0, 0)
+
+    @property
+    def values(self) -> list[str]:
+        """Names of the model's values that it looks at."""
+        return [name for name in (self.inputs, self.outputs) if name]
 
 
 def gather(
@@ -319,8 +351,8 @@ def gather(
     requests: Mapping[Key, Request],
     parts: Sequence[Sequence[Samples]],
     ctx: Context,
-) -> list[dict[Key, Moments]]:
-    """Run both models on the same batches and gather moments for each request.
+) -> list[dict[Key, RegressionSums]]:
+    """Run both models on the same batches and sum up what each request asks for.
 
     Values are exposed in groups of bounded size; each group is one session of either
     model, which computes no more than the group needs.
@@ -329,17 +361,17 @@ def gather(
         model: The model as it is.
         reference: The model it should be like; it takes the same inputs.
         requests: What to watch.
-        parts: For each set of moments the samples that feed it.
+        parts: For each set of sums the samples that feed it.
         ctx: Session options and progress.
 
     Returns:
-        The moments of each part, under the same keys.
+        The sums of each part, under the same keys.
 
     Raises:
         ModelError: A model does not run on the samples.
     """
-    found: list[dict[Key, Moments]] = [
-        {key: Moments() for key in requests} for _ in parts
+    found: list[dict[Key, RegressionSums]] = [
+        {key: RegressionSums() for key in requests} for _ in parts
     ]
     first = next((s for part in parts for s in part if s.used), None)
     if first is None or not requests:
@@ -363,31 +395,37 @@ def gather(
         given = {
             key: r.source
             for key, r in chosen.items()
-            if r.source not in ("", *feed)
+            if r.source is not None
+            and r.source.name not in feed
             and r.inputs in types
-            and shapes.get(r.inputs, ()) == theirs.get(r.source)
+            and _is_of(r.source, theirs.get(r.source.name), shapes.get(r.inputs))
         }
         cut, names = _cut(model, {key: chosen[key] for key in given}, types, shapes)
         inputs = {key: names.get(key, r.inputs) for key, r in chosen.items()}
         fed = set(feed) | set(names.values()) | {""}
         watched = [*inputs.values(), *(r.outputs for r in chosen.values())]
         ours = _session(cut, [name for name in watched if name not in fed], ctx)
-        wished = [r.wanted for r in chosen.values()] + list(given.values())
+        wished = [r.wanted.name for r in chosen.values()]
+        wished += [source.name for source in given.values()]
         other = _session(reference, wished, ctx)
-        for samples, moments in zip(parts, found, strict=True):
+        for samples, sums in zip(parts, found, strict=True):
             for some in samples:
                 for batch in some.batches(size):
                     wanted = other.run(batch)
                     feeds = {**batch}
-                    feeds |= {names[key]: wanted[name] for key, name in given.items()}
+                    feeds |= {
+                        names[key]: source.take(wanted[source.name])
+                        for key, source in given.items()
+                    }
                     now = {**feeds, **ours.run(feeds)}
                     for key, request in chosen.items():
                         outputs = now[request.outputs]
-                        moments[key].update(
+                        add(
+                            sums[key],
                             request.rows,
                             now[inputs[key]] if inputs[key] else outputs,
                             outputs,
-                            wanted[request.wanted],
+                            request.wanted.take(wanted[request.wanted.name]),
                         )
                 done += 1
                 ctx.progress(done, total, "comparing with the reference")
@@ -395,7 +433,7 @@ def gather(
 
 
 def batch_size(model: Model, requests: Mapping[Key, Request], samples: Samples) -> int:
-    """Return samples in a run: many, as each costs an update of the moments."""
+    """Return samples in a run: many, as each costs an update of the sums."""
     feed = samples.read([0])
     shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
     names = {r.inputs for r in requests.values()} | {
@@ -404,6 +442,116 @@ def batch_size(model: Model, requests: Mapping[Key, Request], samples: Samples) 
     largest = max((4 * math.prod(shapes[n]) for n in names if n in shapes), default=0)
     one = max(largest, *(value.nbytes for value in feed.values()), 1)
     return max(4, min(_BATCH, GROUP_BYTES // 16 // one))
+
+
+class StagedSums:
+    """Sums for layers one after the other, in the order of the graph.
+
+    Either model runs once for all of them, a layer's operator twice: before and after
+    it is changed. Between calls, weights of the layers asked for so far may change.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        requests: Mapping[str, tuple[Request, Sequence[str], int]],
+        ctx: Context,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: The model.
+            requests: By layer, in the order of the graph: what to watch, the values it
+                reads, which no later change has an effect on, and the samples to use at
+                most.
+            ctx: Samples, reference and session options.
+        """
+        self._requests = dict(requests)
+        self._parts = {
+            name: divided(pool(ctx, count)) for name, (_, _, count) in requests.items()
+        }
+        everything = [s for both in self._parts.values() for part in both for s in part]
+        size = 1
+        if everything:
+            watched = {name: request for name, (request, _, _) in requests.items()}
+            size = batch_size(model, watched, everything[0].samples)
+        self._batches = cut_into(everything, size)
+        half = HELD_BYTES // 2
+        self._ours = StagedRun(model, ctx, half)
+        self._theirs = StagedRun(ctx.reference, ctx, half)
+
+    def of(self, name: str) -> tuple[RegressionSums, RegressionSums]:
+        """Return the sums of a layer; all layers before it are as they will be.
+
+        Args:
+            name: The layer; those before it are not asked for any more.
+
+        Returns:
+            Sums over the samples to fit, and over those that judge.
+        """
+        parts = self._parts[name]
+        request, settled, _ = self._requests[name]
+        for known in list(self._requests):
+            del self._requests[known]
+            if known == name:
+                break
+        # What later layers read of other samples may wait.
+        mine = [b for b in self._batches if any(b.is_in(s) for p in parts for s in p)]
+        later = [other for other, _, _ in self._requests.values()]
+        ours = self._ours.values(
+            request.values,
+            settled,
+            [value for other in later for value in other.values],
+            mine,
+        )
+        wanted_name = request.wanted.name
+        theirs = self._theirs.values(
+            [wanted_name], [wanted_name], [other.wanted.name for other in later], mine
+        )
+        fit, held = RegressionSums(), RegressionSums()
+        for batch, now, wanted in zip(mine, ours, theirs, strict=True):
+            outputs = now[request.outputs]
+            for spans, sums in zip(parts, (fit, held), strict=True):
+                if any(batch.is_in(span) for span in spans):
+                    add(
+                        sums,
+                        request.rows,
+                        now[request.inputs] if request.inputs else outputs,
+                        outputs,
+                        request.wanted.take(wanted[wanted_name]),
+                    )
+        return fit, held
+
+
+def pool(ctx: Context, count: int) -> list[Span]:
+    """Return at most so many samples for calibration and training."""
+    parts = []
+    for samples in (ctx.samples.calibration, ctx.samples.training):
+        if samples is not None and count > 0 and samples.used:
+            unit = samples.batch or 1
+            some = min(max(count, unit), samples.used) // unit * unit
+            parts.append(Span(samples, 0, some))
+            count -= some
+    return parts
+
+
+def divided(samples: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """Divide samples into those to fit and those to judge; one sample does both."""
+    total = sum(map(len, samples))
+    unit = samples[0].samples.batch or 1
+    held = max(1, total // unit // HELD) * unit
+    if total <= held:
+        return list(samples), list(samples)
+    fit: list[Span] = []
+    judge: list[Span] = []
+    for span in reversed(samples):
+        cut = max(span.start, span.stop - held)
+        held -= span.stop - cut
+        if cut < span.stop:
+            judge.insert(0, replace(span, start=cut))
+        if cut > span.start:
+            fit.insert(0, replace(span, stop=cut))
+    return fit, judge
 
 
 def _session(model: Model, names: Sequence[str], ctx: Context) -> runtime.Session:
@@ -436,6 +584,19 @@ def _cut(
         copy.graph.inputs.append(made)
         copy.graph.nodes[node].inputs[index] = made
     return copy, names
+
+
+def _is_of(
+    origin: Origin, theirs: Sequence[int] | None, ours: Sequence[int] | None
+) -> bool:
+    """Whether a value has the shape that its lineage says."""
+    if theirs is None or ours is None:
+        return False
+    left = [
+        len(origin.kept[axis]) if axis in origin.kept else size
+        for axis, size in enumerate(theirs)
+    ]
+    return left == list(ours)
 
 
 def _groups(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:

@@ -1,9 +1,9 @@
-"""Values of a graph on samples, front to back, each part of the graph run once.
+"""A model run on samples in stages, front to back, each part of its graph once.
 
-Layers that are altered one after the other each need what the layers before them give
-by now. Running the model anew for each takes time quadratic in their number. A ``Walk``
-holds the values at a cut through the graph instead and runs only what lies between
-that and the next layer.
+A pass that changes layers one after the other needs, for each, what the changed layers
+before it give. Running the whole model for every layer takes time quadratic in their
+number. A ``StagedRun`` holds the values at a cut through the graph instead, and runs
+only the part from there to the next layer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from onnxshrink.samples import Samples
 if TYPE_CHECKING:
     from onnxshrink.base import Context
 
-__all__ = ["HELD_BYTES", "Span", "Walk", "batches"]
+__all__ = ["HELD_BYTES", "Span", "StagedRun", "batches"]
 
 Array = NDArray[Any]
 
 HELD_BYTES = 512 << 20
-"""Bytes of values that a walk holds. Samples beyond that are run from their last cut
-that did fit, or from the inputs."""
+"""Bytes of values that a staged run holds. Samples whose values do not fit are run from
+the last cut whose values did, or from the inputs."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def batches(stretches: Iterable[Span], size: int) -> list[Span]:
 
 
 @dataclass
-class _Plan:
-    """How values are run from a cut.
+class _Stage:
+    """What is run from a cut on.
 
     Attributes:
         session: The part of the model; ``None`` if there is nothing to run.
@@ -104,12 +104,12 @@ class _Plan:
 
 
 @dataclass(eq=False)
-class Walk:
-    """Runs a model from cut to cut; for each batch of samples it holds its own.
+class StagedRun:
+    """Runs a model from cut to cut. Each batch of samples has a cut of its own.
 
     Attributes:
-        model: The model. Weights behind what was settled may change between calls;
-            its nodes stay where they are.
+        model: The model. Between calls, weights behind the settled values may change.
+            Nodes stay where they are.
         ctx: Session options.
         limit: Bytes of values held at most.
     """
@@ -131,8 +131,8 @@ class Walk:
 
         Args:
             names: The values; inputs of the graph and outputs of its nodes.
-            settled: Values that no change to come has an effect on. What leads to them
-                is not run again.
+            settled: Values that no later change of a weight has an effect on. What
+                leads to them is not run again.
             later: Values that will be asked for after this.
             samples: The batches, in the order they come in.
 
@@ -140,20 +140,20 @@ class Walk:
             ModelError: The model does not run on the samples.
         """
         graph = _Graph.of(self.model)
-        plans: dict[frozenset[str], _Plan] = {}
+        stages: dict[frozenset[str], _Stage] = {}
         for span in samples:
             held = self._cuts.get(span, {})
             start = frozenset(held)
-            if start not in plans:
-                plans[start] = self._plan(graph, held, names, settled, later)
-            plan = plans[start]
+            if start not in stages:
+                stages[start] = self._stage(graph, held, names, settled, later)
+            stage = stages[start]
             values: dict[str, Any] = dict(held)
-            if not plan.needs <= start:
+            if not stage.needs <= start:
                 values |= span.read()
-            if plan.session is not None:
-                taken = {i.name: values[i.name] for i in plan.session.inputs}
-                values |= plan.session.run(taken)
-            self._hold(span, {name: values[name] for name in plan.keep})
+            if stage.session is not None:
+                taken = {i.name: values[i.name] for i in stage.session.inputs}
+                values |= stage.session.run(taken)
+            self._hold(span, {name: values[name] for name in stage.keep})
             yield {name: values[name] for name in names}
 
     def _hold(self, span: Span, values: dict[str, Any]) -> None:
@@ -168,14 +168,14 @@ class Walk:
             self._cuts[span] = values
             self._held += change
 
-    def _plan(
+    def _stage(
         self,
         graph: _Graph,
         held: dict[str, Array],
         names: Sequence[str],
         settled: Sequence[str],
         later: Sequence[str],
-    ) -> _Plan:
+    ) -> _Stage:
         known = set(held)
         done, _ = graph.nodes_before(settled, known)
         made = {name for node in done for name in graph.gives(node)}
@@ -193,7 +193,7 @@ class Walk:
                 expose=watched,
                 only_exposed=True,
             )
-        return _Plan(session, frozenset(needs), frozenset(keep))
+        return _Stage(session, frozenset(needs), frozenset(keep))
 
 
 def _part(
@@ -237,8 +237,8 @@ class _Graph:
     Attributes:
         fed: Names of its inputs.
         makers: The node that gives each value that follows from an input.
-        others: The node that gives each of the other values. These are not held: what
-            follows from weights alone changes with them.
+        others: The node that gives each of the other values. Those are not held: they
+            follow from weights alone, and change when these do.
     """
 
     fed: frozenset[str]

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from onnxshrink.activations import regression
 from onnxshrink.errors import UsageError
+from onnxshrink.lineage import Origin
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx
+from onnxshrink.solvers.least_squares import RegressionSums
 from onnxshrink.structure.bias import Bias, is_shift
 from onnxshrink.structure.codes import is_float
 from onnxshrink.structure.layers import LinearWeight, layer_at
@@ -113,11 +115,13 @@ class _Pair:
         first: The layer whose outputs are divided.
         second: The layer whose inputs are multiplied.
         shifts: Constants that are added on the way: divided too.
+        between: Names of the values on the way: divided too.
     """
 
     first: _Side
     second: _Side
     shifts: tuple[Weight, ...]
+    between: tuple[str, ...]
 
 
 def equalize(model: Model, ctx: Context) -> int:
@@ -160,6 +164,7 @@ def equalize(model: Model, ctx: Context) -> int:
             change.factors.append((side.split, side.spread(factor)))
         for shift in pair.shifts:
             _scale_shift(model, shift, 1 / scale)
+        model.lineage.add(*pair.between)
         ctx.did(
             pair.first.weight.name,
             f"{len(scale)} channels equalized with {pair.second.weight.name}, by "
@@ -239,7 +244,9 @@ def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
         shifts.append(bias.weight)
     spatial = len(weight.shape) - 2 if node.op.startswith("Conv") else 0
     tensor = node.outputs[0]
+    between: list[str] = []
     while True:
+        between.append(tensor.name)
         if id(tensor) in outputs:
             return "its channels are an output of the model"
         readers = list(tensor.outputs)
@@ -247,7 +254,7 @@ def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
             return f"its channels are read by {len(readers)} nodes"
         reader = readers[0]
         if reader.op in _LINEAR and reader.inputs[0] is tensor:
-            return _ended(model, first, reader, tuple(shifts))
+            return _ended(model, first, reader, tuple(shifts), tuple(between))
         step = _passes(model, reader, tensor, first.channels, spatial)
         if isinstance(step, str):
             return step
@@ -321,7 +328,11 @@ def _passes(
 
 
 def _ended(
-    model: Model, first: _Side, node: Node, shifts: tuple[Weight, ...]
+    model: Model,
+    first: _Side,
+    node: Node,
+    shifts: tuple[Weight, ...],
+    between: tuple[str, ...],
 ) -> _Pair | str:
     layer = _own_layer(model, node)
     if layer is None:
@@ -329,7 +340,7 @@ def _ended(
     second = _sides(layer)[1]
     if second.channels != first.channels:
         return f"the {node.op} behind it reads them as {second.channels} channels"
-    return _Pair(first, second, shifts)
+    return _Pair(first, second, shifts, between)
 
 
 # --- bias correction ------------------------------------------------------------------
@@ -366,9 +377,9 @@ def correct_bias(
     samples falls.
 
     Layers are Conv, ConvTranspose, Gemm and MatMul whose weight a DequantizeLinear
-    makes. They are found in the float model by node name, else by output name. The bias
-    is float, or int32 codes behind DequantizeLinear, at the node or in the Add behind a
-    MatMul.
+    makes. Their outputs are found in the float model by lineage: both are what the same
+    value was when the run began. The bias is float, or int32 codes behind
+    DequantizeLinear, at the node or in the Add behind a MatMul.
 
     Args:
         float_model: The model before quantization; not changed.
@@ -412,8 +423,8 @@ def correct_bias(
 def _corrected(
     name: str,
     bias: Bias,
-    fit: regression.Moments,
-    held: regression.Moments,
+    fit: RegressionSums,
+    held: RegressionSums,
     ctx: Context,
 ) -> bool:
     why = fit.why_not or held.why_not
@@ -436,15 +447,13 @@ def _corrected(
 def _requests(
     float_model: Model, quantized: Model, ctx: Context
 ) -> tuple[dict[str, regression.Request], dict[str, Bias]]:
-    by_name, by_output = _index(float_model)
-    visible = {t.name for t in float_model.graph.inputs} | set(by_output)
+    twins = _Twins(float_model, quantized)
     at = {id(node): index for index, node in enumerate(quantized.graph.nodes)}
     requests, biases = {}, {}
     for node, layer in _quantized_layers(quantized):
         label = node.name or node.outputs[0].name
-        theirs = by_name.get((node.op, node.name)) if node.name else None
-        theirs = theirs or by_output.get(node.outputs[0].name)
-        if theirs is None or theirs.op != node.op:
+        wanted = twins.of(node.outputs[0].name)
+        if wanted is None:
             ctx.skipped(label, "the float model has no such layer")
             continue
         bias = layer.bias
@@ -452,33 +461,40 @@ def _requests(
             ctx.skipped(label, "it has no bias that is free to change")
             continue
         reader = _quantizer(node.inputs[0])
-        source = ""
-        if reader is not None and reader.inputs[0].name in visible:
-            source = reader.inputs[0].name
+        source = None if reader is None else twins.of(reader.inputs[0].name)
+        given = reader.inputs[0].name if reader is not None and source else ""
         requests[label] = regression.Request(
-            reader.inputs[0].name if reader is not None and source else "",
+            given,
             node.outputs[0].name,
-            theirs.outputs[0].name,
+            wanted,
             regression.OutputRows(1 if node.op.startswith("Conv") else -1),
             source=source,
-            at=(at[id(reader)], 0) if reader is not None and source else (0, 0),
+            at=(at[id(reader)], 0) if given else (0, 0),
         )
         biases[label] = bias
     return requests, biases
 
 
-def _index(model: Model) -> tuple[Mapping[tuple[str, str], Node], Mapping[str, Node]]:
-    """Return nodes by type and name, where that is unique, and by output."""
-    by_name: dict[tuple[str, str], Node] = {}
-    doubles = set()
-    by_output: dict[str, Node] = {}
-    for node in model.graph.nodes:
-        key = (node.op, node.name)
-        if key in by_name:
-            doubles.add(key)
-        by_name[key] = node
-        by_output |= {tensor.name: node for tensor in node.outputs if tensor.name}
-    return {key: n for key, n in by_name.items() if key not in doubles}, by_output
+class _Twins:
+    """Values of a float model that those of its quantized copy were."""
+
+    def __init__(self, float_model: Model, quantized: Model) -> None:
+        self._lineage = quantized.lineage
+        self._names = set(float_model.value_names())
+        self._by_origin: dict[str, str] = {}
+        for name in self._names:
+            origin = float_model.lineage.origin(name)
+            if origin is not None:
+                self._by_origin[origin.name] = name
+
+    def of(self, value: str) -> Origin | None:
+        """Return the value of the float model; ``None`` if there is none."""
+        if value in self._names:
+            return Origin(value)
+        origin = self._lineage.origin(value)
+        if origin is None or origin.name not in self._by_origin:
+            return None
+        return Origin(self._by_origin[origin.name])
 
 
 def _quantized_layers(model: Model) -> Iterator[tuple[Node, LinearWeight]]:

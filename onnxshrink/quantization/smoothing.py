@@ -395,6 +395,7 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
     if chain is not None:
         for divided in chain:
             divided.divide(model, factors)
+            model.lineage.add(*_between(divided.node.outputs[0], group.tensor))
         return ", ".join(
             dict.fromkeys(part.node.name or part.node.op for part in chain)
         )
@@ -408,6 +409,14 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
     for reader in group.readers:
         reader.inputs[0] = node.outputs[0]
     return "a Mul"
+
+
+def _between(tensor: gs.Tensor, last: gs.Tensor) -> Iterator[str]:
+    """Yield the names of the values from one to another, each read by one node."""
+    while tensor is not last:
+        yield tensor.name
+        tensor = tensor.outputs[0].outputs[0]
+    yield last.name
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """Least squares of a layer's outputs: arrays in, arrays out.
 
-``RegressionSums`` holds what the normal equations need (Golub and Van Loan 2013, section
-5.3): ``X^T X`` of the inputs that a layer reads, ``X^T E`` of what its outputs miss,
-``E = Y_wanted - Y``, and their means. A ``Problem`` says what of the layer may change.
-``solve`` returns the new values, if they lower the error on samples that were held out.
+``RegressionSums`` holds what the normal equations need (Golub and Van Loan 2013,
+section 5.3): ``X^T X`` of the inputs that a layer reads, ``X^T E`` of what its outputs
+miss, ``E = Y_wanted - Y``, and their means. A ``Problem`` says what of the layer may
+change. ``solve`` returns the new values, if they lower the error on samples that were
+held out.
 
 ``FactorProblem`` is for a layer that was written as a product of several: its factors
 are fitted jointly, by alternating least squares. With all others fixed the outputs are
@@ -211,7 +212,8 @@ class Problem(ABC):
         """Return the shift that goes best with a change, [groups, outputs]."""
         if not self.shift:
             return np.zeros_like(self.missing)
-        return self.missing - np.einsum("goi,gi->go", change, self.mean)
+        taken = np.einsum("goi,gi->go", change, self.mean)
+        return np.asarray(self.missing - taken)
 
 
 @dataclass(frozen=True, eq=False)
@@ -562,7 +564,7 @@ class _Alternation:
         self.gram, self.cross, self.taps = gram, cross, taps
         self.before = compose(start)
         # How much there is to gain: what plain least squares would.
-        matrix, lower = _damped(gram, _dead(gram[None])[0], 1e-6)
+        _, lower = _damped(gram, _dead(gram[None])[0], 1e-6)
         best, _ = lapack.dpotrs(lower, cross, lower=1)
         self.scale = float((np.asarray(best) * cross).sum())
 
@@ -619,7 +621,9 @@ class _Alternation:
         if mask.all():
             precondition = _kronecker(weighing, seen, damping)
         else:
-            scale = np.where(mask, 1 / (curved + damping), 0.0) if damping else mask * 1.0
+            scale = (
+                np.where(mask, 1 / (curved + damping), 0.0) if damping else mask * 1.0
+            )
 
             def precondition(step: Float64) -> Float64:
                 return np.asarray(scale * step)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from onnxshrink import runtime, testing
-from onnxshrink.activations.staged import Span, Walk, batches
+from onnxshrink.activations.staged import Span, StagedRun, batches
 from onnxshrink.base import Context
 from onnxshrink.engine import make_context
 from onnxshrink.model import Model
@@ -22,7 +22,7 @@ def _spans(samples: Samples, size: int = 2) -> list[Span]:
 
 @pytest.mark.parametrize("limit", [1 << 30, 600, 0])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_walk_gives_what_whole_runs_give(name: str, limit: int) -> None:
+def test_a_staged_run_gives_what_whole_runs_give(name: str, limit: int) -> None:
     model = Model.load(MODELS[name])
     splits = Splits.build(model)
     assert splits.calibration is not None
@@ -30,9 +30,11 @@ def test_a_walk_gives_what_whole_runs_give(name: str, limit: int) -> None:
     names = [t.name for node in model.graph.nodes for t in node.outputs if t.name]
     session = runtime.session(model, threads=1, expose=names, only_exposed=True)
     whole = [session.run(span.read(), names) for span in _spans(samples)]
-    walk = Walk(model, make_context(samples=splits, reference=model, threads=1), limit)
+    run = StagedRun(
+        model, make_context(samples=splits, reference=model, threads=1), limit
+    )
     for at, value in enumerate(names):
-        seen = walk.values([value], [value], names[at + 1 :], _spans(samples))
+        seen = run.values([value], [value], names[at + 1 :], _spans(samples))
         for now, wanted in zip(seen, whole, strict=True):
             if (
                 isinstance(wanted[value], np.ndarray)
@@ -44,7 +46,7 @@ def test_a_walk_gives_what_whole_runs_give(name: str, limit: int) -> None:
             elif isinstance(wanted[value], np.ndarray):
                 assert now[value].dtype == wanted[value].dtype
                 assert now[value].shape == wanted[value].shape
-        assert walk._held <= limit
+        assert run._held <= limit
 
 
 def _chain() -> tuple[Model, Samples, Context]:
@@ -67,11 +69,11 @@ def _chain() -> tuple[Model, Samples, Context]:
 
 def test_weights_behind_what_is_settled_may_change() -> None:
     model, samples, context = _chain()
-    walk, spans = Walk(model, context), _spans(samples, 4)
-    list(walk.values(["h2"], ["h1"], ["h3"], spans))
+    run, spans = StagedRun(model, context), _spans(samples, 4)
+    list(run.values(["h2"], ["h1"], ["h3"], spans))
     weight = model.weight("w1").read()
     model.set_weight("w1", 2 * weight)
-    values = walk.values(["h3"], ["h2"], ["h4"], spans)
+    values = run.values(["h3"], ["h2"], ["h4"], spans)
     wanted = samples.read(range(10))["h0"] @ model.weight("w0").read() @ (2 * weight)
     wanted = wanted @ model.weight("w2").read()
     np.testing.assert_allclose(
@@ -92,10 +94,10 @@ def test_nodes_before_what_is_held_are_not_run_again(
         return made
 
     monkeypatch.setattr(runtime, "session", session)
-    walk = Walk(model, context)
+    run = StagedRun(model, context)
     for at in range(1, 5):
         later = [f"h{i}" for i in range(at + 1, 5)]
-        list(walk.values([f"h{at}"], [f"h{at}"], later, _spans(samples)))
+        list(run.values([f"h{at}"], [f"h{at}"], later, _spans(samples)))
     assert counts == [1, 1, 1, 1]
 
 
