@@ -12,19 +12,20 @@ from onnx import numpy_helper
 from onnxshrink import runtime, testing
 from onnxshrink.activations import regression
 from onnxshrink.activations.regression import (
-    Channels,
     ConvRows,
+    EachChannel,
     MatrixRows,
-    Moments,
     Request,
 )
 from onnxshrink.base import Context
 from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
+from onnxshrink.lineage import Origin
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune
 from onnxshrink.passes.recover import Recover
 from onnxshrink.samples import Samples, Splits
+from onnxshrink.solvers.least_squares import RegressionSums
 from onnxshrink.statistics import ConvWindow
 from onnxshrink.structure import layers
 
@@ -531,11 +532,13 @@ def test_a_normalisation_folded_into_the_layer_is_part_of_what_it_should_give() 
     ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
     reference = _model(NORM, w=weight, scale=scale, shift=zeros, mean=zeros, var=ones)
     folded = weight * scale
-    # The folded layer keeps its own output's name, and another node gives y.
+    # The folded layer keeps its own output's name, and another node gives y: fold says
+    # in the lineage that it stands for y now.
     model = _model(
         """g (float[N,3] x) => (float[N,4] y) { a = MatMul(x, w) y = Identity(a) }""",
         w=folded + 0.3 * _random(3, 3, 4),
     )
+    model.lineage.replace("y", "a")
     splits = _splits(x=_random(4, 200, 3))
     after, context = _recovered(Recover(ridge=0), model, reference, splits)
     assert context.done
@@ -703,23 +706,23 @@ def test_every_damaged_example_stays_valid_and_keeps_its_zeros(
                 assert np.isfinite(value[np.isfinite(wanted[key])]).all()
 
 
-# --- moments --------------------------------------------------------------------------
+# --- sums -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (4, 10, 6)])
-def test_moments_are_sums_over_rows_whatever_the_batches(shape: Any) -> None:
+def test_sums_are_over_rows_whatever_the_batches(shape: Any) -> None:
     x, now, wanted = (_random(s, *shape[:-1], n) for s, n in ((0, 6), (1, 4), (2, 4)))
-    moments = Moments()
+    sums = RegressionSums()
     for part in zip(*(np.split(a, 4) for a in (x, now, wanted)), strict=True):
-        moments.update(MatrixRows(), *part)
+        regression.add(sums, MatrixRows(), *part)
     flat, error = x.reshape(-1, 6), (wanted - now).reshape(-1, 4)
-    assert moments.rows == 40
-    np.testing.assert_allclose(moments.gram[0], flat.T @ flat, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(moments.cross[0], flat.T @ error, rtol=1e-4, atol=1e-4)
+    assert sums.rows == 40
+    np.testing.assert_allclose(sums.gram[0], flat.T @ flat, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sums.cross[0], flat.T @ error, rtol=1e-4, atol=1e-4)
     change, shift = _random(3, 4, 6), _random(4, 4)
     left = error - flat @ change.T - shift
     np.testing.assert_allclose(
-        moments.error(change[None].astype(float), shift[None].astype(float)),
+        sums.error(change[None].astype(float), shift[None].astype(float)),
         np.square(left).sum() / 40,
         rtol=1e-4,
     )
@@ -742,7 +745,7 @@ def test_patches_meet_the_output_they_make() -> None:
 
 def test_channels_stand_alone() -> None:
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    ((rows, _, _),) = Channels().pieces(x, x, x)
+    ((rows, _, _),) = EachChannel().pieces(x, x, x)
     np.testing.assert_array_equal(rows[1, :, 0], [4, 5, 6, 7, 16, 17, 18, 19])
 
 
@@ -750,7 +753,7 @@ def test_values_too_large_are_reported_not_fitted() -> None:
     model = _model(MATMUL, w=_random(0, 6, 4))
     huge = np.full((8, 6), 1e30, np.float32)
     context = make_context(samples=Splits(), reference=model)
-    request = Request("x", "y", "y", MatrixRows())
+    request = Request("x", "y", Origin("y"), MatrixRows())
     samples = Samples.from_arrays({"x": huge})
-    ((moments),) = regression.gather(model, model, {"w": request}, [[samples]], context)
-    assert "too large" in moments["w"].why_not
+    ((sums),) = regression.gather(model, model, {"w": request}, [[samples]], context)
+    assert "too large" in sums["w"].why_not
