@@ -46,12 +46,18 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-SWEEPS = 6
+SWEEPS = 30
 """Rounds of alternating least squares over all factors, at most."""
 STEPS = 40
 """Steps of conjugate gradients for one factor in one round, at most."""
-_SETTLED = 1e-3
+_SETTLED = 1e-4
 """A round that lowers the squared error by a smaller share is the last."""
+_CLOSE = 1e-7
+"""Conjugate gradients stop where the squared residual is this share of the first."""
+_FEW = 512
+"""Free entries in a row of a factor up to which each row has a system of its own."""
+_DIRECT = 3072
+"""Free entries of a factor up to which all are solved for at once."""
 _EXACT = 1e-10
 """A share of the outputs' variance below which a layer gives what it should."""
 
@@ -503,26 +509,24 @@ class FactorProblem(Problem):
     def candidates(self) -> Iterator[Candidate]:
         """Yield the factors after one round, and after all."""
         start = [factor.values.astype(np.float64) for factor in self.factors]
-        taps = np.broadcast_shapes(*(factor.taps for factor in self.factors))
         gram, cross = (part[0] for part in self.centred())
         whole = compose(start)
         if whole[..., 0, :].size != len(gram) or whole.shape[-2] != cross.shape[1]:
             return
-        alternation = _Alternation(self.factors, start, gram, cross, taps, self.ridge)
-        now, last = list(start), 0.0
+        rounds = _Alternation(self.factors, start, gram, cross, self.ridge)
+        last = 0.0
         for number in range(SWEEPS):
-            for index in reversed(range(len(now))):
+            for index in reversed(range(len(start))):
                 if self.factors[index].free.any():
-                    now[index] = alternation.improved(now, index)
-            gained = alternation.gained(now)
-            settled = gained - last <= _SETTLED * max(alternation.scale - last, 1e-300)
+                    rounds.improve(index)
+            settled = rounds.gained - last <= _SETTLED * (rounds.most - last)
             if number == 0 or settled or number == SWEEPS - 1:
-                candidate = self._rounded(now, whole)
+                candidate = self._rounded(rounds.now, whole)
                 if candidate is not None:
                     yield candidate
             if settled:
                 return
-            last = gained
+            last = rounds.gained
 
     def _rounded(self, now: list[Float64], before: Float64) -> Candidate | None:
         values = tuple(
@@ -543,12 +547,17 @@ def _flat(whole: Float64) -> Float64:
 
 
 class _Alternation:
-    """Least squares for one factor while the others are as they are.
+    """Least squares for one factor after the other, all others as they are.
 
     ``G`` is the Gram matrix of the inputs, ``C`` their products with what outputs miss
-    at the start; the loss of a change ``D`` of the product is
+    at the start. The loss of a change ``D`` of the product is
     ``tr(D G D^T) - 2 tr(D C)``, plus a damping for the distance of each factor from
     where it began.
+
+    Attributes:
+        now: The factors.
+        gained: By how much the squared error is smaller than at the start.
+        most: By how much it would be with a free kernel in place of the factors.
     """
 
     def __init__(
@@ -557,116 +566,152 @@ class _Alternation:
         start: list[Float64],
         gram: Float64,
         cross: Float64,
-        taps: tuple[int, ...],
         ridge: float,
     ) -> None:
-        self.factors, self.start, self.ridge = factors, start, ridge
-        self.gram, self.cross, self.taps = gram, cross, taps
-        self.before = compose(start)
-        # How much there is to gain: what plain least squares would.
+        self.now = list(start)
+        self.gained = 0.0
+        self._factors, self._start, self._ridge = factors, start, ridge
+        self._gram, self._cross = gram, cross
+        self._before = compose(start)
+        self._taps = self._before.shape[:-2]
+        self._image = np.zeros_like(cross.T)
         _, lower = _damped(gram, _dead(gram[None])[0], 1e-6)
         best, _ = lapack.dpotrs(lower, cross, lower=1)
-        self.scale = float((np.asarray(best) * cross).sum())
+        self.most = float((np.asarray(best) * cross).sum())
 
-    def gained(self, now: list[Float64]) -> float:
-        """Return by how much the squared error is smaller than at the start."""
-        change = _flat(compose(now) - self.before)
-        return float(
-            2 * (change * self.cross.T).sum() - (change * (change @ self.gram)).sum()
-        )
-
-    def improved(self, now: list[Float64], index: int) -> Float64:
-        """Return better values of one factor."""
-        old, free = now[index], self.factors[index].free
-        own = self.factors[index].taps
-        change = _flat(compose(now) - self.before)
-        # What outputs still miss, [outputs, inputs * taps].
-        rest = self.cross.T - change @ self.gram
-        read = self._reading(now[:index], own)
-        seen = read @ self.gram @ read.T
-        dead = _dead(seen[None])[0]
-        behind = compose(now[index + 1 :]) if index + 1 < len(now) else None
-        away = _rows(old - self.start[index])
-        mask = _rows(free)
-        if behind is None:
-            damping = _damping(seen, dead, self.ridge)
-            wanted = rest @ read.T - damping * away
-            step = _fitted(seen, wanted.T.copy(), mask, dead, self.ridge)
-            return old + _back(step, old.shape)
-        if math.prod(behind.shape[:-2]) == 1:
-            matrix = behind.reshape(behind.shape[-2:])
-            weighing = matrix.T @ matrix
-            wanted = matrix.T @ rest @ read.T
-
-            def times(step: Float64) -> Float64:
-                return np.asarray(weighing @ step @ seen)
+    def improve(self, index: int) -> None:
+        """Improve one factor."""
+        old = self.now[index]
+        mask = _rows(self._factors[index].free)
+        away = _rows(old - self._start[index])
+        seen, rest = self._read(index)
+        if index + 1 == len(self.now):
+            step = self._last(seen[0, :, 0], rest[:, 0], mask, away)
         else:
-            weighing = np.einsum("toc,tod->cd", *[_listed(behind)] * 2)
-            wanted = _rows(self._adjoint(now, index, rest))
+            behind = _listed(compose(self.now[index + 1 :]))
+            weighing = np.einsum("boc,aod->bacd", behind, behind, optimize=True)
+            wanted = np.einsum("boc,obf->cf", behind, rest, optimize=True)
+            step = self._inner(seen, weighing, wanted, mask, away)
+        self.now[index] = old + _back(step, old.shape)
+        change = _flat(compose(self.now) - self._before)
+        self._image = change @ self._gram
+        self.gained = float((change * (2 * self._cross.T - self._image)).sum())
 
-            def times(step: Float64) -> Float64:
-                made = _flat(self._forward(now, index, _back(step, old.shape)))
-                return _rows(self._adjoint(now, index, made @ self.gram))
+    def _read(self, index: int) -> tuple[Float64, Float64]:
+        """Return what a factor reads at each tap of those behind it.
 
-        curved = np.outer(np.diagonal(weighing), np.diagonal(seen))
-        count = max(int(mask.sum()), 1)
-        damping = self.ridge * float(curved[mask].sum()) / count
-        damping = max(damping, 1e-10 * float(curved.max(initial=0.0)))
-        wanted = wanted - damping * away
+        Returns:
+            The Gram matrix [behind, features, behind, features], with features the own
+            taps times the inputs of the factor; and products of what outputs still miss
+            with that, [outputs, behind, features].
+        """
+        own = [size > 1 for size in self._factors[index].taps]
+        later = [f.taps for f in self._factors[index + 1 :]]
+        after = [any(taps[axis] > 1 for taps in later) for axis in range(len(own))]
+        axes = range(len(own))
+        order = [axis for axis in axes if after[axis]]
+        order += [axis for axis in axes if own[axis]]
+        order += [axis for axis in axes if not (after[axis] or own[axis])]
+        outer = math.prod(self._taps[axis] for axis in axes if after[axis])
+        inner = math.prod(self._taps[axis] for axis in axes if own[axis])
+        inputs = self._before.shape[-1]
+        before = _rows(compose(self.now[:index])) if index else None
 
-        def damped(step: Float64) -> Float64:
-            return np.where(mask, times(step) + damping * step, 0.0)
+        def read(array: Float64) -> Float64:
+            """Turn [rows, inputs * taps] into [rows, behind * features]."""
+            apart = array.reshape(-1, inputs, *self._taps)
+            apart = apart.transpose(0, *(axis + 2 for axis in order), 1)
+            apart = apart.reshape(len(array) * outer * inner, -1)
+            made = apart if before is None else apart @ before.T
+            return made.reshape(len(array), -1)
+
+        rest = read(self._cross.T - self._image)
+        seen = read(read(self._gram).T.copy())
+        width = seen.shape[1] // outer
+        return seen.reshape(outer, width, outer, width), rest.reshape(-1, outer, width)
+
+    def _last(self, seen: Float64, rest: Float64, mask: Mask, away: Float64) -> Float64:
+        """Return a step of the factor whose outputs are those of all: exact."""
+        dead = _dead(seen[None])[0]
+        wanted = (rest - _damping(seen, dead, self._ridge) * away).T.copy()
+        counts = mask.sum(axis=1)
+        if mask.all() or counts.max(initial=0) > _FEW:
+            return _fitted(seen, wanted, mask, dead, self._ridge)
+        matrix, _ = _damped(seen, dead, self._ridge)
+        step = np.zeros(mask.shape)
+        for row in np.flatnonzero(counts):
+            at = np.flatnonzero(mask[row])
+            _, found, _ = lapack.dposv(matrix[np.ix_(at, at)], wanted[at, row], lower=1)
+            step[row, at] = found
+        return step
+
+    def _inner(
+        self,
+        seen: Float64,
+        weighing: Float64,
+        wanted: Float64,
+        mask: Mask,
+        away: Float64,
+    ) -> Float64:
+        """Return a step of a factor that others are behind.
+
+        It lowers ``sum_ab tr(M_ab D K_ab D^T) - 2 tr(D C)``, where ``a`` and ``b`` are
+        taps of the factors behind, ``M_ab`` products of those, and ``K_ab`` of what the
+        factor reads.
+        """
+        taps = range(len(seen))
+        blocks = np.ascontiguousarray(seen.transpose(0, 2, 1, 3))
+        diagonal = sum(
+            np.outer(np.diagonal(weighing[tap, tap]), np.diagonal(blocks[tap, tap]))
+            for tap in taps
+        )
+        curved = np.asarray(diagonal)
+        damping = self._ridge * float(curved[mask].mean())
+        damping = max(damping, 1e-10 * float(curved[mask].max()), 1e-300)
+        wanted = np.where(mask, wanted - damping * away, 0.0)
+        if mask.sum() <= _DIRECT:
+            return _direct(blocks, weighing, wanted, mask, damping)
+
+        def times(step: Float64) -> Float64:
+            made = damping * step
+            for one in taps:
+                for two in taps:
+                    made += weighing[one, two] @ (step @ blocks[one, two].T)
+            return np.where(mask, made, 0.0)
 
         precondition: Callable[[Float64], Float64]
         if mask.all():
-            precondition = _kronecker(weighing, seen, damping)
+            means = [part[taps, taps].mean(axis=0) for part in (weighing, blocks)]
+            precondition = _kronecker(len(seen) * means[0], means[1], damping)
         else:
-            scale = (
-                np.where(mask, 1 / (curved + damping), 0.0) if damping else mask * 1.0
-            )
 
             def precondition(step: Float64) -> Float64:
-                return np.asarray(scale * step)
+                return np.asarray(np.where(mask, step / (curved + damping), 0.0))
 
-        step = _conjugate(damped, np.where(mask, wanted, 0.0), precondition)
-        return old + _back(step, old.shape)
+        return _conjugate(times, wanted, precondition)
 
-    def _reading(self, before: list[Float64], own: tuple[int, ...]) -> Float64:
-        """Return what a factor reads as a matrix times the inputs.
 
-        Returns:
-            [own taps * channels, inputs * taps].
-        """
-        inputs = self.before.shape[-1]
-        there = compose(before) if before else np.eye(inputs)[(None,) * len(self.taps)]
-        channels = there.shape[-2]
-        wide = _listed(np.broadcast_to(there, (*self.taps, channels, inputs)))
-        which = np.zeros(len(wide), np.int64)  # tap of the factor for each of all
-        for axis, size in enumerate(own):
-            if size > 1:
-                stride = math.prod(self.taps[axis + 1 :])
-                which = which * size + np.arange(len(wide)) // stride % size
-        made = np.zeros((math.prod(own), channels, inputs, len(wide)))
-        for tap, matrix in enumerate(wide):
-            made[which[tap], :, :, tap] = matrix
-        return made.reshape(-1, inputs * len(wide))
-
-    def _forward(self, now: list[Float64], index: int, step: Float64) -> Float64:
-        made = compose([*now[:index], step, *now[index + 1 :]])
-        return np.broadcast_to(made, self.before.shape)
-
-    def _adjoint(self, now: list[Float64], index: int, given: Float64) -> Float64:
-        """Return the transpose of ``_forward``, for [outputs, inputs * taps]."""
-        outputs, inputs = self.before.shape[-2:]
-        whole = given.reshape(outputs, inputs, *self.taps)
-        whole = np.moveaxis(whole, (0, 1), (-2, -1))
-        if index + 1 < len(now):
-            whole = np.swapaxes(compose(now[index + 1 :]), -1, -2) @ whole
-        if index:
-            whole = whole @ np.swapaxes(compose(now[:index]), -1, -2)
-        own = self.factors[index].taps
-        axes = tuple(axis for axis, size in enumerate(own) if size == 1)
-        return np.asarray(whole.sum(axis=axes, keepdims=True))
+def _direct(
+    blocks: Float64, weighing: Float64, wanted: Float64, mask: Mask, damping: float
+) -> Float64:
+    """Solve for few free entries by their normal matrix."""
+    rows, columns = np.nonzero(mask)
+    normal = np.zeros((len(rows), len(rows)))
+    for one in range(len(blocks)):
+        for two in range(len(blocks)):
+            by_row = weighing[one, two][rows[:, None], rows]
+            normal += by_row * blocks[one, two][columns[:, None], columns]
+    normal = (normal + normal.T) / 2
+    normal[np.diag_indices_from(normal)] += damping
+    extra = 1e-12 * float(np.trace(normal)) / max(len(normal), 1)
+    step = np.zeros(mask.shape)
+    while True:
+        _, found, failed = lapack.dposv(normal, wanted[rows, columns], lower=1)
+        if not failed:
+            step[rows, columns] = found
+            return step
+        normal[np.diag_indices_from(normal)] += extra
+        extra *= 10
 
 
 def _rows(values: Array) -> Array:
@@ -720,7 +765,7 @@ def _conjugate(
     direction = towards.copy()
     size = first = float((rest * towards).sum())
     for _ in range(STEPS):
-        if not size > 1e-16 * first:
+        if not size > _CLOSE * first:
             break
         image = times(direction)
         bend = float((direction * image).sum())

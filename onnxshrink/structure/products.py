@@ -312,22 +312,28 @@ def _composed(layers: Sequence[LinearWeight]) -> ConvWindow | str:
     label = layers[-1].name
     if any(len(window.kernel) != axes for window in windows):
         return f"the convolutions in front of {label} have different ranks"
-    if any(window.auto_pad not in ("NOTSET", "VALID") for window in windows):
-        return f"the padding in front of {label} follows from the size of its output"
     kernel, stride, spread = [1] * axes, [1] * axes, [1] * axes
     begins, ends = [0] * axes, [0] * axes
+    automatic = set()
     for window in windows:
         pads = window.pads or (0,) * (2 * axes)
         for axis in range(axes):
             low, high = pads[axis], pads[axes + axis]
-            if window.kernel[axis] > 1:
-                if kernel[axis] > 1:
-                    return f"two kernels in front of {label} reach along the same axis"
+            is_long = window.kernel[axis] > 1
+            if is_long and kernel[axis] > 1:
+                return f"two kernels in front of {label} reach along the same axis"
+            if is_long:
                 kernel[axis] = window.kernel[axis]
                 spread[axis] = window.spreads[axis] * stride[axis]
+                automatic.add(window.auto_pad)
+            is_padded = low or high or (is_long and window.auto_pad.startswith("SAME"))
+            if is_padded and (stride[axis] > 1 or not is_long):
+                return f"what is padded in front of {label} is not its input"
             if low or high:
-                if stride[axis] > 1 or window.kernel[axis] == 1:
-                    return f"what is padded in front of {label} is not its input"
                 begins[axis], ends[axis] = low, high
             stride[axis] *= window.steps[axis]
-    return ConvWindow(tuple(kernel), tuple(stride), (*begins, *ends), tuple(spread))
+    mode = next((m for m in automatic if m.startswith("SAME")), "NOTSET")
+    if mode != "NOTSET" and len(automatic) > 1:
+        return f"the convolutions in front of {label} are padded in different ways"
+    pads = (*begins, *ends) if mode == "NOTSET" else ()
+    return ConvWindow(tuple(kernel), tuple(stride), pads, tuple(spread), auto_pad=mode)
