@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from onnxshrink.model.model import External, Model, Storage, SupportsModelProto
+from onnxshrink.model.model import Model
+from onnxshrink.model.reading import SupportsModelProto
+from onnxshrink.model.saving import External, Storage
 from onnxshrink.model.topology import (
     Constant,
     Function,

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import stat
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 
-from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
-from onnxshrink.files import followed, sync, write_file
+from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.files import followed, write_file
 from onnxshrink.lineage import Lineage
-from onnxshrink.model import versions
+from onnxshrink.model import saving, versions
 from onnxshrink.model.clone import clone_graph
 from onnxshrink.model.encodings import recognise
 from onnxshrink.model.exporter import (
-    Export,
-    Piece,
     export,
     is_function,
     stray_constants,
 )
 from onnxshrink.model.importer import Importer, check_functions, check_order
+from onnxshrink.model.reading import SupportsModelProto, read_source
+from onnxshrink.model.saving import External, Storage
 from onnxshrink.model.topology import (
     Constant,
-    Function,
     FunctionList,
     Graph,
     Node,
@@ -45,48 +40,15 @@ from onnxshrink.model.topology import (
     own,
     returned_by,
     subgraphs_of,
-    tensor_of,
 )
 from onnxshrink.model.weight import ValueInfo, Weight
-from onnxshrink.package import (
-    MAGIC,
-    SUFFIX,
-    Package,
-    Part,
-    is_package,
-    pack_model,
-)
-from onnxshrink.tensors import ArrayTensor, LazyTensor, refer_to
-from onnxshrink.tensors.wire import read_skeleton
+from onnxshrink.tensors import ArrayTensor, LazyTensor
 
-__all__ = [
-    "Constant",
-    "Function",
-    "Graph",
-    "Model",
-    "Node",
-    "SupportsModelProto",
-    "Variable",
-]
+__all__ = ["Model"]
 
-INLINE_LIMIT = 2**31 - 2**24
-"""Bytes of weights from which a file must use external data (protobuf's 2 GiB)."""
-_EXTERNAL_MINIMUM = 1024
-_ALIGNMENT = 4096
 _LARGE = 1024
 _LONGEST = 1000
 """Identity nodes and calls that ``constant`` looks through before it gives up."""
-
-Storage = Literal["auto", "plain", "tiny"]
-External = Literal["auto", "never", "always"]
-
-
-class SupportsModelProto(Protocol):
-    """Anything that carries a ModelProto, such as a framework's export result."""
-
-    @property
-    def model_proto(self) -> Any:
-        """The proto, or a method that returns it."""
 
 
 class Model:
@@ -139,22 +101,7 @@ class Model:
         Raises:
             ModelError: It is not a valid ONNX model, or its external data is refused.
         """
-        path: Path | None = None
-        ranges: Mapping[int, tuple[int, int]] = {}
-        package: Package | None = None
-        if isinstance(source, (str, os.PathLike)):
-            path = Path(source)
-            package = _package(path)
-            proto, ranges = package.skeleton() if package else _read_path(path)
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            data = bytes(source)
-            if data[: len(MAGIC) - 1] == MAGIC[:-1]:
-                package = Package(data)
-                proto, ranges = package.skeleton()
-            else:
-                proto = _parse(data, "the given bytes")
-        else:
-            proto = _proto_of(source)
+        proto, ranges, package, path = read_source(source)
         label = str(path) if path is not None else "the model"
         if not proto.HasField("graph"):
             raise ModelError(f"{label} is not an ONNX model: it has no graph")
@@ -761,59 +708,13 @@ class Model:
                 graph.value_info.extend(infos)
         return proto, kept
 
-    def _encoded(
-        self, storage: Storage, max_decode_ratio: float | None = None
-    ) -> Export:
-        if storage == "plain":
-            return export(self)
-        if storage == "tiny":
-            raise UsageError("storage 'tiny' is for packages; write a .onnxz file")
-        if storage != "auto":
-            raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
-        from onnxshrink.storage import MAX_DECODE_RATIO, Encoder
-
-        ratio = MAX_DECODE_RATIO if max_decode_ratio is None else max_decode_ratio
-        if not ratio > 0:
-            raise UsageError(f"max_decode_ratio is greater than 0, not {ratio}")
-        lent: set[str] = set()
-        self.lineage.forget([self.fresh("")])  # notes the names that are there
-        numbers = dict(self._numbers)
-
-        def fresh(name: str) -> str:
-            lent.add(unused := self.fresh(name))
-            return unused
-
-        encoder = Encoder(opset=self.opset, fresh=fresh, max_decode_ratio=ratio)
-
-        def encode(
-            constant: gs.Constant,
-        ) -> tuple[list[onnx.NodeProto], list[Piece]] | None:
-            origin = getattr(constant, "origin", None)
-            if isinstance(origin, onnx.TensorProto) and (
-                origin.doc_string or origin.metadata_props
-            ):
-                return None  # decoder nodes have no place for these
-            found = encoder.encode(constant.name, tensor_of(constant))
-            if found is None:
-                return None
-            return list(found.nodes), [Piece(proto) for proto in found.initializers]
-
-        try:
-            return export(self, encode)
-        finally:
-            # The model itself does not hold them: the next save uses them again.
-            if self._names is not None:
-                self._names -= lent
-            self.lineage.forget(lent)
-            self._numbers = numbers
-
     def to_proto(self, storage: Storage = "plain") -> onnx.ModelProto:
         """Return the model as one proto with all data inline.
 
         Raises:
             ModelError: It would exceed protobuf's 2 GiB.
         """
-        return self._encoded(storage).proto()
+        return saving.encoded(self, storage).proto()
 
     def to_bytes(self, storage: Storage = "plain") -> bytes:
         """Return the bytes of ``to_proto(storage)``."""
@@ -852,65 +753,34 @@ class Model:
             OutputError: It cannot be written, or it would overwrite its own input.
             ModelError: It does not fit into one file and ``external`` is ``never``.
         """
-        self.check_target(path)
-        target = followed(path)
-        if target.suffix == SUFFIX:
-            return self._save_package(target, storage, external)
-        parts = self._encoded(storage, max_decode_ratio)
-        total = sum(piece.data_bytes for piece in parts.pieces)
-        is_text = target.suffix == ".onnxtxt"
-        outside = external == "always" or (
-            external == "auto" and (self.external or total >= INLINE_LIMIT)
-        )
-        if is_text and outside and total < INLINE_LIMIT and external == "auto":
-            outside = False
-        if is_text and outside:
-            raise OutputError(f"cannot write {target}: ONNX text has no external data")
-        if not outside and total >= INLINE_LIMIT:
-            raise ModelError(
-                f"{total / 2**30:.1f} GiB of weights do not fit into one file; "
-                "use external='auto'"
-            )
-        old = _external_files(target)
-        data = None
-        if is_text:
-            write_file(target, [_text(parts.proto())], self.source)
-        else:
-            if outside:
-                data = self._write_external(target, parts)
-            write_file(target, parts.stream(), self.source)
-        self._remove_stale(old - {data})
-        return (target, data) if data is not None else (target,)
+        return saving.save(self, path, storage, external, max_decode_ratio)
 
-    def _save_package(
-        self, target: Path, storage: Storage, external: External
+    def check_target(self, target: str | os.PathLike[str]) -> None:
+        """Refuse an output that cannot be written, before any work is done.
+
+        Raises:
+            OutputError: It is the input itself, a folder, a device, or its folder is
+                missing.
+        """
+        saving.check_target(self, target)
+
+    def publish(
+        self, files: Sequence[Path], target: str | os.PathLike[str]
     ) -> tuple[Path, ...]:
-        """Write a package: one file, whatever ``external`` says about what is in it."""
-        if storage not in ("auto", "plain", "tiny"):
-            raise UsageError(f"storage is 'auto', 'plain' or 'tiny', not {storage!r}")
-        parts = export(self)
-        total = sum(piece.data_bytes for piece in parts.pieces)
-        if external == "never" and total >= INLINE_LIMIT:
-            raise ModelError(
-                f"{total / 2**30:.1f} GiB of weights do not fit into one protobuf, "
-                "not even inside a package; use external='auto'"
-            )
-        files: list[tuple[str, Sequence[Part]]] = []
-        if external == "always" or total >= INLINE_LIMIT:
-            spans = self._external_spans(parts)
-            data = list(_with_gaps(spans))
-            checksum = 0
-            for part in data:
-                for chunk in [part] if isinstance(part, bytes) else part.raw_chunks():
-                    checksum = zlib.crc32(chunk, checksum)
-            name = f"{target.stem}.onnx.{checksum:08x}.data"
-            _point_at(spans, name)
-            files.append((name, data))
-        content = pack_model(list(parts.parts()), files, tiny=storage == "tiny")
-        old = _external_files(target)
-        write_file(target, content, self.source)
-        self._remove_stale(old)
-        return (target,)
+        """Move what ``save`` wrote elsewhere on the same file system to its place.
+
+        Args:
+            files: What ``save`` returned; the model was saved under the target's name.
+            target: Where the model goes; data files go beside it, before it.
+
+        Raises:
+            OutputError: It cannot be moved there.
+        """
+        return saving.publish(self, files, target)
+
+    def is_unchanged(self) -> bool:
+        """Whether the model is still what its source file holds."""
+        return saving.is_unchanged(self)
 
     def write_beside(
         self, path: str | os.PathLike[str], content: Iterable[bytes | memoryview]
@@ -926,138 +796,6 @@ class Model:
         """
         self.check_target(path)
         return write_file(followed(path), content, self.source)
-
-    def _external_spans(self, parts: Export) -> list[tuple[Piece, int]]:
-        """Return the large pieces, and where each is to lie in a file of their own."""
-        spans: list[tuple[Piece, int]] = []
-        offset = 0
-        for index, piece in enumerate(parts.pieces):
-            source = piece.tensor
-            if source is None and piece.header.HasField("raw_data"):
-                from onnxshrink.tensors import ProtoTensor
-
-                source = ProtoTensor(piece.header)
-            if source is None or source.nbytes < _EXTERNAL_MINIMUM:
-                continue
-            header = onnx.TensorProto()
-            header.CopyFrom(piece.header)
-            header.ClearField("raw_data")
-            piece = Piece(header, source, piece.constant)
-            parts.pieces[index] = piece
-            offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
-            spans.append((piece, offset))
-            offset += source.nbytes
-        return spans
-
-    def _write_external(self, target: Path, parts: Export) -> Path | None:
-        """Write large pieces to a file of their own and point the headers at it."""
-        spans = self._external_spans(parts)
-        if not spans:
-            return None
-        checksum = 0
-
-        def content() -> Iterator[bytes | memoryview]:
-            nonlocal checksum
-            for part in _with_gaps(spans):
-                for chunk in [part] if isinstance(part, bytes) else part.raw_chunks():
-                    checksum = zlib.crc32(chunk, checksum)
-                    yield chunk
-
-        # The name follows from the content: replacing a model never changes the data
-        # under the old graph, so a crash between the two renames breaks neither.
-        data = write_file(
-            target.with_name(f"{target.name}.data"),
-            content(),
-            self.source,
-            lambda: target.with_name(f"{target.name}.{checksum:08x}.data"),
-        )
-        _point_at(spans, data.name)
-        return data
-
-    def check_target(self, target: str | os.PathLike[str]) -> None:
-        """Refuse an output that cannot be written, before any work is done.
-
-        Raises:
-            OutputError: It is the input itself, a folder, a device, or its folder is
-                missing.
-        """
-        if "\0" in str(target):
-            raise OutputError(f"cannot write {str(target)!r}: it is no file name")
-        try:
-            final = followed(target)
-            if final.is_dir():
-                raise OutputError(f"cannot write {target}: it is a folder")
-            if not final.parent.is_dir():
-                raise OutputError(f"cannot write {target}: there is no such folder")
-            exists = final.exists()
-            if exists and not final.is_file():
-                raise OutputError(f"cannot write {target}: it is not a regular file")
-            own = exists and any(
-                file.exists() and os.path.samefile(final, file) for file in self._files
-            )
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error.strerror}") from error
-        if own:
-            raise OutputError(
-                f"{target} is the input itself, which is never overwritten; "
-                "choose another output"
-            )
-
-    def publish(
-        self, files: Sequence[Path], target: str | os.PathLike[str]
-    ) -> tuple[Path, ...]:
-        """Move what ``save`` wrote elsewhere on the same file system to its place.
-
-        Args:
-            files: What ``save`` returned; the model was saved under the target's name.
-            target: Where the model goes; data files go beside it, before it.
-
-        Raises:
-            OutputError: It cannot be moved there.
-        """
-        self.check_target(target)
-        place = followed(target)
-        old = _external_files(place)
-        moved = []
-        try:
-            mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else None
-            for file in [*files[1:], files[0]]:
-                final = place if file is files[0] else place.with_name(file.name)
-                if mode is not None:
-                    os.chmod(file, mode)
-                os.replace(file, final)
-                moved.append(final)
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error.strerror}") from error
-        sync(place.parent)
-        self._remove_stale(old - set(moved))
-        return (moved[-1], *moved[:-1])
-
-    def _remove_stale(self, files: set[Path | None]) -> None:
-        """Delete data files of the model that was replaced, but none of our own."""
-        for file in files:
-            if file is None:
-                continue
-            with contextlib.suppress(OSError):
-                if not any(os.path.samefile(file, own) for own in self._files):
-                    file.unlink()
-
-    def is_unchanged(self) -> bool:
-        """Whether the model is still what its source file holds."""
-        if self.source is None:
-            return False
-        try:
-            fresh = Model.load(self.source, check=False)
-        except ModelError:
-            return False
-        ours, theirs = export(self), export(fresh)
-        return (
-            ours.template == theirs.template
-            and ours.head == theirs.head
-            and ours.tail == theirs.tail
-            and len(ours.pieces) == len(theirs.pieces)
-            and all(a.same(b) for a, b in zip(ours.pieces, theirs.pieces, strict=True))
-        )
 
     # --- bookkeeping --------------------------------------------------------------
 
@@ -1213,156 +951,3 @@ def _disconnect(*nodes: gs.Node) -> None:
     for node in gone.values():
         list.clear(node.inputs)
         list.clear(node.outputs)
-
-
-# --- files ------------------------------------------------------------------------
-
-
-def _package(path: Path) -> Package | None:
-    """Return the package that a path leads to, if it is one."""
-    try:
-        if path.is_file() and is_package(path):
-            return Package(path.absolute())
-    except (OSError, ValueError):
-        pass  # said by what reads it next
-    return None
-
-
-def _with_gaps(spans: Sequence[tuple[Piece, int]]) -> Iterator[Part]:
-    """Yield what a data file is made of: values, and zeros that align them."""
-    at = 0
-    for piece, start in spans:
-        if start > at:
-            yield bytes(start - at)
-        assert piece.tensor is not None
-        yield piece.tensor
-        at = start + piece.tensor.nbytes
-
-
-def _point_at(spans: Sequence[tuple[Piece, int]], name: str) -> None:
-    """Make pieces refer to a data file."""
-    for piece, start in spans:
-        assert piece.tensor is not None
-        refer_to(piece.header, name, start, piece.tensor.nbytes)
-        piece.tensor = None
-
-
-def _read_path(path: Path) -> tuple[onnx.ModelProto, dict[int, tuple[int, int]]]:
-    try:
-        if not path.exists():
-            raise ModelError(f"{path} does not exist")
-        if not path.is_file():
-            raise ModelError(f"{path} is not a regular file")
-        if path.suffix == ".onnxtxt":
-            return _parse_text(path.read_bytes(), str(path)), {}
-        return read_skeleton(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"cannot read {str(path)!r}: {error}") from error
-
-
-def _parse_text(data: bytes, label: str) -> onnx.ModelProto:
-    try:
-        return onnx.parser.parse_model(data.decode())
-    except (onnx.parser.ParseError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{label} is not ONNX text: {reason[:300]}") from error
-
-
-def _parse(data: bytes, label: str) -> onnx.ModelProto:
-    if not data:
-        raise ModelError(f"{label} are empty; expected an ONNX model")
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except DecodeError as error:
-        raise ModelError(f"{label} are not an ONNX model or are truncated") from error
-    return proto
-
-
-def _proto_of(source: object) -> onnx.ModelProto:
-    for name in ("model_proto", "to_model_proto", "to_proto", "proto"):
-        found = getattr(source, name, None)
-        if callable(found) and not isinstance(found, onnx.ModelProto):
-            found = found()
-        if isinstance(found, onnx.ModelProto):
-            return found
-    if isinstance(source, onnx.ModelProto):
-        return source
-    raise ModelError(
-        f"cannot load a model from {type(source).__name__}; expected a path, bytes, "
-        "a ModelProto or an object with model_proto"
-    )
-
-
-def _text(proto: onnx.ModelProto) -> bytes:
-    """Return ONNX text that reads back as the same nodes and weights.
-
-    Raises:
-        OutputError: The text form cannot hold this model.
-    """
-    reason = "it reads back differently"
-    try:
-        text = onnx.printer.to_text(proto)
-        back = onnx.parser.parse_model(text)
-        if _essence(back.graph) == _essence(proto.graph):
-            return str(text).encode()
-    except (onnx.parser.ParseError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-    raise OutputError(
-        f"ONNX text cannot hold this model ({reason}); write a .onnx file instead"
-    )
-
-
-def _essence(graph: onnx.GraphProto) -> list[Any]:
-    """Return what a graph computes, without notes and without how data is stored."""
-
-    def tensor(proto: onnx.TensorProto) -> tuple[Any, ...]:
-        values = onnx.numpy_helper.to_array(proto)
-        data = values.tolist() if values.dtype == object else values.tobytes()
-        return proto.data_type, tuple(proto.dims), data
-
-    def attr(proto: onnx.AttributeProto) -> tuple[Any, ...]:
-        if proto.type == onnx.AttributeProto.TENSOR:
-            return proto.name, tensor(proto.t)
-        if proto.type == onnx.AttributeProto.GRAPH:
-            return proto.name, _essence(proto.g)
-        plain = onnx.AttributeProto()
-        plain.CopyFrom(proto)
-        plain.ClearField("doc_string")
-        return proto.name, plain.SerializeToString(deterministic=True)
-
-    return [
-        [
-            (
-                node.op_type,
-                node.domain,
-                list(node.input),
-                list(node.output),
-                [attr(a) for a in node.attribute],
-            )
-            for node in graph.node
-        ],
-        [info.name for info in graph.input],
-        [info.name for info in graph.output],
-        {t.name: tensor(t) for t in graph.initializer},
-        len(graph.sparse_initializer),
-    ]
-
-
-def _external_files(path: Path) -> set[Path | None]:
-    """Return the data files beside a model that it refers to and that we named."""
-    try:
-        if not path.is_file():
-            return set()
-        proto, _ = read_skeleton(path)
-    except (ModelError, OSError):
-        return set()
-    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
-    return {
-        path.with_name(entry.value)
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location" and ours.fullmatch(entry.value)
-    }

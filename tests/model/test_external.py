@@ -443,7 +443,7 @@ def test_a_source_that_changes_during_the_save_leaves_no_output(tmp_path: Path) 
 def test_weights_above_the_limit_go_outside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxshrink.model.model.INLINE_LIMIT", 100_000)
+    monkeypatch.setattr("onnxshrink.model.saving.INLINE_LIMIT", 100_000)
     model = Model.load(matmul())
     assert len(model.save(tmp_path / "m.onnx", storage="plain")) == 2
     with pytest.raises(ModelError, match="do not fit into one file"):

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxshrink
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import MAX_IR_VERSION, Model, Variable
+from onnxshrink.model.saving import encoded
 from onnxshrink.model.topology import domain_key, is_onnx
 from onnxshrink.tensors import ProtoTensor
 
@@ -49,7 +50,7 @@ def canonical(proto: onnx.ModelProto) -> bytes:
 
 
 def streamed(model: Model) -> bytes:
-    return b"".join(bytes(piece) for piece in model._encoded("plain").stream())
+    return b"".join(bytes(piece) for piece in encoded(model, "plain").stream())
 
 
 def assert_round_trip(proto: onnx.ModelProto) -> Model:

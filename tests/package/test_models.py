@@ -139,7 +139,7 @@ def test_a_package_is_not_written_over_itself(model: Path) -> None:
 def test_weights_beyond_a_protobuf_are_external_inside_the_package(
     model: Path, external: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxshrink.model.model.INLINE_LIMIT", 50_000)
+    monkeypatch.setattr("onnxshrink.model.saving.INLINE_LIMIT", 50_000)
     target = model.with_name("large.onnxz")
     assert Model.load(model).save(target, external=external) == (target,)
     names = [file.name for file in Package(target).files]
