@@ -159,7 +159,7 @@ def example_package(tmp_path: Path) -> Path:
     source = tmp_path / "source"
     (source / "your_package").mkdir(parents=True)
     (source / "your_package" / "__init__.py").touch()
-    (source / "your_package" / "grid.py").write_text(fenced("python"), encoding="utf-8")
+    (source / "your_package" / "thin.py").write_text(fenced("python"), encoding="utf-8")
     (source / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\n'
         'build-backend = "setuptools.build_meta"\n\n'
@@ -192,40 +192,39 @@ def test_a_pass_of_an_installed_package_runs_from_the_command_line(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "grid" in run("passes")
-    assert "Distance between two values" in run("passes", "grid")
-    run("model.onnx", "--passes", "grid:step=0.5,skip=fc2_weight", "-o", "out.onnx")
+    assert "thin" in run("passes")
+    assert "Columns of the first factor" in run("passes", "thin")
+    run("model.onnx", "--passes", "thin:rank=2,skip=fc2_weight", "-o", "out.onnx")
     before, after = Model.load(model), Model.load(tmp_path / "out.onnx")
-    assert len(set(after.weight("fc1_weight").read().ravel())) <= 5
+    assert {2, 16} == set(after.weight("fc1_weight").shape)
     kept = before.weight("fc2_weight").read() == after.weight("fc2_weight").read()
     assert kept.all()
 
 
 @pytest.fixture
-def grid(example_package: Path, monkeypatch: pytest.MonkeyPatch) -> type:
+def thin(example_package: Path, monkeypatch: pytest.MonkeyPatch) -> type:
     monkeypatch.syspath_prepend(example_package)
     monkeypatch.delitem(sys.modules, "your_package", raising=False)
-    from your_package.grid import Grid
+    from your_package.thin import Thin
 
-    found: type = Grid
+    found: type = Thin
     return found
 
 
-def test_the_example_pass_does_what_its_page_says(grid: type, tmp_path: Path) -> None:
+def test_the_example_pass_does_what_its_page_says(thin: type, tmp_path: Path) -> None:
     path = tmp_path / "case.onnxtxt"
     path.write_text(fenced(""), encoding="utf-8")
-    assert Case.read(path).pipeline == "grid:step=0.5"
-    check_case(path, {"grid": grid})
+    assert Case.read(path).pipeline == "thin:rank=1"
+    check_case(path, {"thin": thin})
 
 
 @pytest.mark.parametrize("name", example_models())
-def test_the_example_pass_keeps_the_laws(grid: type, name: str) -> None:
-    check_laws(grid, {name: example_models()[name]})
+def test_the_example_pass_keeps_the_laws(thin: type, name: str) -> None:
+    check_laws(thin, {name: example_models()[name]})
 
 
-def test_pipelines_take_the_example_pass(grid: type) -> None:
-    pipeline = Pipeline.parse("grid:step=0.5", {"grid": grid})
+def test_pipelines_take_the_example_pass(thin: type) -> None:
+    pipeline = Pipeline.parse("thin:rank=1", {"thin": thin})
     model = Model.load(example_models()["perceptron"])
-    after, context = apply(pipeline.passes[0], model)
-    assert len(set(after.weight("fc1_weight").read().ravel())) <= 5
-    assert ("fc1_weight", "rounded to 5 values") in context.done
+    _, context = apply(pipeline.passes[0], model)
+    assert ("fc1_weight", "a product of rank 1") in context.done
