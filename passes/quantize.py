@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxshrink import base
+from onnxshrink.activations.gathering import fingerprint, values_digest
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.measuring.costs import LayerCosts
@@ -28,11 +29,12 @@ from onnxshrink.quantization import (
     weightonly,
 )
 from onnxshrink.quantization.calibration import Method
+from onnxshrink.quantization.coding import Coding, CodingTask, code_weight
 from onnxshrink.quantization.placement import Planner
 from onnxshrink.quantization.processors import Processor
 from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
 from onnxshrink.quantization.static import Recipe
-from onnxshrink.solvers.rounding import Fit, Grid, adaround, nearest
+from onnxshrink.solvers.rounding import Grid
 from onnxshrink.structure import layers
 from onnxshrink.structure.layers import LinearWeight
 
@@ -71,6 +73,8 @@ _TYPES = {
     "uint16": _T.UINT16,
     "int16": _T.INT16,
 }
+_TOGETHER = 8
+"""Layers that are rounded at a time."""
 SMALLEST = 1024
 """Weights of fewer entries save less than the nodes around them cost."""
 
@@ -334,7 +338,7 @@ class Quantize(SitePass):
             recipe = self._recipe(processor)
             if recipe.activation.opset > model.opset:
                 model.require_opset(MIN_OPSET[recipe.activation.data_type])
-            left = static.write(model, names["static"], recipe, ctx)
+            left = static.quantize_static(model, names["static"], recipe, ctx)
             for name, why in left.items():
                 ctx.skipped(name, f"not static: {why}")
             names["none"] += [
@@ -399,20 +403,57 @@ class Quantize(SitePass):
             for layer in layers.find(model, roles=("weight", "table"))
             if layer.name in wanted
         ]
-        pairs = processor.saturation != "never"
-        for layer, gram in self._with_grams(model, chosen, ctx):
-            matrices = layer.layout.matrices(layer.weight.read())
-            rows = np.ascontiguousarray(matrices, np.float32)
-            rows = rows.reshape(-1, matrices.shape[2])
-            if layer.name in names["dynamic"]:
-                grid, codes = dynamic.quantized(rows, gram=gram, pairs=pairs)
-                done = dynamic.rewrite(model, layer, grid, codes)
-            elif weightonly.why_not(layer):
-                continue
-            else:
-                grid, codes = self._coded(rows, gram)
-                done = weightonly.rewrite(model, layer, grid, codes)
-            ctx.did(layer.name, done)
+        codings = {
+            name: self._coding(form, processor)
+            for form in ("dynamic", "none")
+            for name in names[form]
+        }
+        usable = [
+            layer
+            for layer in chosen
+            if codings[layer.name].form == "dynamic" or not weightonly.why_not(layer)
+        ]
+        for layer, grid, codes in self._coded(model, usable, codings, ctx):
+            is_dynamic = codings[layer.name].form == "dynamic"
+            write = dynamic.rewrite if is_dynamic else weightonly.rewrite
+            ctx.did(layer.name, write(model, layer, grid, codes))
+
+    def _coding(self, form: Literal["dynamic", "none"], processor: Processor) -> Coding:
+        """Return how the weights of a form become codes."""
+        return Coding(
+            form,
+            self._weights,
+            self.block if self._in_blocks else 0,
+            self.granularity == "tensor",
+            self.rounding,
+            processor.saturation != "never",
+        )
+
+    def _coded(
+        self,
+        model: Model,
+        chosen: Sequence[LinearWeight],
+        codings: Mapping[str, Coding],
+        ctx: Context,
+    ) -> Iterator[tuple[LinearWeight, Grid, NDArray[Any]]]:
+        """Yield layers with their codes; each is worked out once in a step.
+
+        Where rounding looks at inputs, a part of the layers at a time is watched, and
+        the next part in the model as it is by then.
+        """
+        by_inputs = self.rounding in ("auto", "learned", "gptq", "adaround")
+        wants = by_inputs and self._has_data(ctx)
+        left = {layer.name: layer for layer in chosen}
+        for group in inputs.groups(chosen) if wants else ():
+            seen_in = (fingerprint(model), ctx.samples.calibration)
+            part = _Part(group, codings, ctx, seen_in)
+            seen, _ = inputs.input_grams(model, part.missing, ctx, cache=self.cache)
+            grams = {name: one.gram for name, one in seen.items()}
+            del seen
+            yield from part.coded(grams)
+            for layer in group:
+                del left[layer.name]
+        yield from _Part(list(left.values()), codings, ctx).coded({})
 
     def _raise_opset(self, model: Model, names: Sequence[str], ctx: Context) -> None:
         """Let large matrices stay packed at run time, if that is a matter of opset."""
@@ -428,50 +469,73 @@ class Quantize(SitePass):
         except ModelError as error:
             ctx.skipped("model", f"large matrices are decoded at load: {error}")
 
-    def _coded(
-        self, rows: NDArray[Any], gram: NDArray[np.float64] | None
-    ) -> tuple[Grid, NDArray[np.int32]]:
-        """Choose the codes of a weight that is decoded before it is used."""
-        levels = weightonly.LEVELS[self._weights]
-        wanted = self.block if self._in_blocks else 0
-        block = weightonly.block_of(rows.shape[1], wanted)
-        method: Fit = "hqq" if self.rounding == "hqq" else "mse"
-        if self.rounding == "nearest":
-            method = "minmax"
-        if self.granularity == "tensor":
-            grid, codes = weightonly.quantized(
-                rows, levels, method=method, gram=gram, shared=True
-            )
-            by_rounding = self.rounding == "adaround" and levels.step == 1
-            if by_rounding and gram is not None:
-                return grid, adaround(rows, gram, grid)
-            return grid, codes
-        if self.rounding == "learned" and gram is not None:
-            grid, _ = weightonly.quantized(
-                rows, levels, block=block, method="learned", gram=gram
-            )
-            return grid, nearest(rows, grid)
-        if self.rounding != "adaround" or levels.step != 1:
-            return weightonly.quantized(
-                rows, levels, block=block, method=method, gram=gram
-            )
-        grid, codes = weightonly.quantized(rows, levels, block=block)
-        return grid, codes if gram is None else adaround(rows, gram, grid)
 
-    def _with_grams(
-        self, model: Model, chosen: Sequence[LinearWeight], ctx: Context
-    ) -> Iterator[tuple[LinearWeight, NDArray[np.float64] | None]]:
-        """Yield layers with the Gram matrix of their inputs where rounding wants it."""
-        by_inputs = self.rounding in ("auto", "learned", "gptq", "adaround")
-        wants = by_inputs and self._has_data(ctx)
-        left = {layer.name: layer for layer in chosen}
-        for group in inputs.groups(chosen) if wants else ():
-            seen_by, _ = inputs.input_grams(model, group, ctx, cache=self.cache)
-            for name, seen in seen_by.items():
-                layer = left.pop(name)
-                yield layer, seen.gram
-        for layer in left.values():
-            yield layer, None
+class _Part:
+    """Layers that are coded together, and what the step knows of their codes."""
+
+    def __init__(
+        self,
+        layers: Sequence[LinearWeight],
+        codings: Mapping[str, Coding],
+        ctx: Context,
+        seen_in: tuple[Hashable, ...] | None = None,
+    ) -> None:
+        """Look up what is known.
+
+        Args:
+            layers: The layers.
+            codings: How they become codes, by the name of the weight.
+            ctx: Memory and executor.
+            seen_in: Where their inputs were seen, if rounding looks at these.
+        """
+        self.layers, self.codings, self.ctx = layers, codings, ctx
+        self.keys: dict[str, Hashable] = {
+            layer.name: (
+                "quantize",
+                seen_in,
+                layer.name,
+                values_digest(layer.weight.tensor),
+                layer.layout,
+                codings[layer.name],
+            )
+            for layer in layers
+        }
+        known = {name: ctx.memory.get(key) for name, key in self.keys.items()}
+        self.known = {name: one for name, one in known.items() if one is not None}
+
+    @property
+    def missing(self) -> list[LinearWeight]:
+        """Layers whose codes are not known yet."""
+        return [layer for layer in self.layers if layer.name not in self.known]
+
+    def coded(
+        self, grams: dict[str, NDArray[np.float64] | None]
+    ) -> Iterator[tuple[LinearWeight, Grid, NDArray[Any]]]:
+        """Yield each layer with its codes, some at a time.
+
+        Args:
+            grams: Of the inputs of layers that are missing; those that were used are
+                taken out and make room.
+        """
+        for start in range(0, len(self.layers), _TOGETHER):
+            some = self.layers[start : start + _TOGETHER]
+            tasks = {
+                layer.name: CodingTask(
+                    layer.weight.tensor,
+                    layer.layout,
+                    self.codings[layer.name],
+                    grams.pop(layer.name, None),
+                )
+                for layer in some
+                if layer.name not in self.known
+            }
+            results = self.ctx.map(code_weight, tasks.values(), "rounding")
+            for name, one in zip(tasks, results, strict=True):
+                self.known[name] = one
+                self.ctx.memory.put(self.keys[name], one)
+            for layer in some:
+                grid, codes = self.known.pop(layer.name)
+                yield layer, grid, codes
 
 
 def _quantized_already(model: Model) -> str:

@@ -21,7 +21,8 @@ from onnxshrink import Budget, Model, PassManager, Pipeline, Samples, Splits
 from onnxshrink.activations import gathering
 from onnxshrink.base import Memory
 from onnxshrink.engine import make_context
-from onnxshrink.passes import prune
+from onnxshrink.passes import prune, quantize
+from onnxshrink.quantization import static
 
 Array = np.ndarray[Any, Any]
 
@@ -140,6 +141,36 @@ def test_each_weight_is_studied_once_in_a_step(
     assert calls["studied"] >= 2 * once["studied"]
 
 
+@pytest.mark.parametrize(
+    ("passes", "sqnr"),
+    [
+        ("quantize:activations=static", 40.0),
+        ("quantize:activations=none,weights=int4", 19.0),
+        ("quantize:activations=none,weights=int4,rounding=hqq", 19.0),
+    ],
+)
+def test_each_weight_is_rounded_once_in_a_step(
+    passes: str, sqnr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {
+        "rounded": (quantize, "code_weight"),
+        "rounded in static": (static, "round_weight"),
+        "calibrated": (gathering, "_run"),
+    }
+    monkeypatch.setattr(quantize, "SMALLEST", 16)
+    calls = _counted(monkeypatch, places)
+    model, splits, budget = _dense(), _dense_splits(), Budget(min_sqnr=sqnr)
+    shared = _shrunk(model, passes, splits, budget)
+    assert calls["rounded"] + calls["rounded in static"] == 3
+    once = calls.copy()
+    calls.clear()
+    _forget(monkeypatch)
+    alone = _shrunk(model, passes, splits, budget)
+    assert shared == alone
+    assert calls["calibrated"] >= 2 * once["calibrated"]
+    assert sum(calls.values()) > 2 * sum(once.values())
+
+
 # --- in other processes ---------------------------------------------------------------
 
 
@@ -167,11 +198,20 @@ def _applied(text: str, model: Model, splits: Splits, executor: Any) -> bytes:
         "prune:sparsity=0.8,importance=wanda",
         "prune:sparsity=0.8,importance=magnitude",
         "prune:pattern=2:4",
+        "quantize:activations=static",
+        "quantize:activations=static,rounding=adaround",
+        "quantize:activations=static,rounding=learned",
+        "quantize:activations=dynamic",
+        "quantize:activations=none,weights=int4",
+        "quantize:activations=none,weights=int2,rounding=learned",
+        "quantize:activations=none,weights=int4,rounding=adaround",
+        "quantize:activations=none,weights=int4,rounding=hqq",
     ],
 )
 def test_other_processes_give_the_same_bytes(
-    text: str, processes: ProcessPoolExecutor
+    text: str, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 16)
     model, splits = _dense(), _dense_splits()
     serial = _applied(text, model, splits, None)
     assert _applied(text, model, splits, processes) == serial

@@ -24,7 +24,7 @@ from onnxshrink.tensors import LazyTensor, numpy_type
 if TYPE_CHECKING:
     from onnxshrink.base import Context
 
-__all__ = ["fingerprint", "gather", "unavailable"]
+__all__ = ["fingerprint", "gather", "unavailable", "values_digest"]
 
 After = Callable[[Iterable[str], int], None]
 
@@ -286,7 +286,7 @@ def fingerprint(model: Model) -> str:
         for tensor in (*graph.inputs, *graph.outputs):
             digest.update(f"i{tensor.name}\0".encode())
         for name, constant in graph.initializers.items():
-            digest.update(f"w{name}\0".encode() + _digest(constant._values))
+            digest.update(f"w{name}\0".encode() + values_digest(constant._values))
         for node in graph.nodes:
             words = [node.domain or "", node.op]
             words += [t.name for t in node.inputs] + ["="]
@@ -296,7 +296,7 @@ def fingerprint(model: Model) -> str:
                 value = node.attrs[key]
                 digest.update(f"a{key}\0".encode())
                 if isinstance(value, gs.Constant):
-                    digest.update(_digest(value._values))
+                    digest.update(values_digest(value._values))
                 elif isinstance(value, gs.Graph):
                     visit(value)
                 elif isinstance(value, np.ndarray):
@@ -311,7 +311,8 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _digest(values: Any) -> bytes:
+def values_digest(values: Any) -> bytes:
+    """Return a digest of type, shape and values; of a tensor, read once in its life."""
     if not isinstance(values, LazyTensor):
         return hashlib.blake2b(
             np.ascontiguousarray(values).tobytes(), digest_size=16

@@ -33,6 +33,7 @@ from onnxshrink.structure.layers import LinearWeight, Use
 
 __all__ = [
     "OPSET",
+    "largest_pair",
     "pays",
     "quantized",
     "rewrite",
@@ -117,12 +118,12 @@ def safe_scale(weight: Array, *, pairs: bool = True) -> Float32:
     rows = np.asarray(weight, np.float64)
     scale = np.abs(rows).max(axis=1, initial=0.0) / _TOP
     if pairs:
-        scale = np.maximum(scale, _largest_pair(rows).max(axis=1, initial=0.0) / PAIR)
+        scale = np.maximum(scale, largest_pair(rows).max(axis=1, initial=0.0) / PAIR)
     return np.where(scale > 0, np.maximum(scale, _TINY), 1.0).astype(np.float32)
 
 
-def _largest_pair(rows: Array) -> Array:
-    """Return the sums of one sign in neighbouring columns, as [outputs, pairs]."""
+def largest_pair(rows: Array) -> Array:
+    """Return the larger sum of one sign in neighbouring columns, [outputs, pairs]."""
     odd = rows.shape[1] % 2
     padded = np.pad(rows, ((0, 0), (0, odd))) if odd else rows
     pairs = padded.reshape(len(rows), -1, 2)
@@ -138,7 +139,7 @@ def safe_codes(codes: Int32) -> Int32:
     """
     safe = codes.copy()
     while True:
-        rows, pairs = np.nonzero(_largest_pair(safe) > PAIR)
+        rows, pairs = np.nonzero(largest_pair(safe) > PAIR)
         if not rows.size:
             return safe
         first, second = 2 * pairs, np.minimum(2 * pairs + 1, codes.shape[1] - 1)

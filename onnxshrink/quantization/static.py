@@ -32,11 +32,20 @@ from onnxshrink.quantization.processors import Processor
 from onnxshrink.quantization.schemes import Scheme, affine
 from onnxshrink.solvers import rounding
 from onnxshrink.solvers.rounding import Fit, Grid
+from onnxshrink.solvers.threads import one_thread
 from onnxshrink.statistics import Range, Statistic, Stored
 from onnxshrink.structure.inputs import InputStatistics
-from onnxshrink.structure.layers import LinearWeight
+from onnxshrink.structure.layers import Layout, LinearWeight
+from onnxshrink.tensors import LazyTensor
 
-__all__ = ["LEVELS", "Recipe", "write"]
+__all__ = [
+    "LEVELS",
+    "Recipe",
+    "RoundedWeight",
+    "RoundingTask",
+    "quantize_static",
+    "round_weight",
+]
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
@@ -94,21 +103,23 @@ class Recipe:
         return self.rounding if self.rounding in ("mse", "hqq", "learned") else "minmax"
 
 
-def write(
+def quantize_static(
     model: Model, chosen: Sequence[str], recipe: Recipe, ctx: Context
 ) -> dict[str, str]:
     """Let layers run on codes.
+
+    Ranges of activations and codes of weights are worked out once in a step.
 
     Args:
         model: The model; changed.
         chosen: Names of weights.
         recipe: How.
-        ctx: Samples, cache and notes.
+        ctx: Samples, memory and notes.
 
     Returns:
         Weights that were left alone, and why.
     """
-    return _Static(model, frozenset(chosen), recipe, ctx).write()
+    return _StaticForm(model, frozenset(chosen), recipe, ctx).write()
 
 
 @dataclass(frozen=True)
@@ -126,24 +137,9 @@ class _Seen:
     why_not: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class _Rounded:
-    """A layer's codes.
-
-    Attributes:
-        codes: The weight.
-        shift: What to add to the bias, float32 [outputs].
-        narrowed: Outputs whose codes were narrowed for the processor.
-    """
-
-    codes: Codes
-    shift: NDArray[np.float32] | None
-    narrowed: int
-
-
 @dataclass(eq=False)
-class _Static:
-    """One run of ``write``."""
+class _StaticForm:
+    """The layers of a model that get the static form together."""
 
     model: Model
     names: frozenset[str]
@@ -156,7 +152,8 @@ class _Static:
         self.planner = Planner(self.model)
         self.chosen = [o for o in self.planner.linear if o.layer.name in self.names]
         self.left.update((n, w) for n, w in self.planner.left if n in self.names)
-        # Codes of the same model and recipe are the same, whatever else is left out.
+        # Codes of the same model and recipe are the same, whatever else is left out,
+        # so that every attempt of a step finds what the first one worked out.
         self.mark = ("quantize", fingerprint(self.model), self.ctx.samples.calibration)
 
     def write(self) -> dict[str, str]:
@@ -175,33 +172,33 @@ class _Static:
 
     # What activations look like.
 
-    def _known(self, tensor: gs.Tensor) -> _Seen | None:
-        found = self.ctx.cache.get(self._range_key(tensor.name))
-        return found if isinstance(found, _Seen) else None
-
     def _range_key(self, name: str) -> tuple[Any, ...]:
         recipe = self.recipe
         levels = recipe.activation.high - recipe.activation.low + 1
         how = (recipe.method, recipe.percentile, levels, recipe.activation.symmetric)
-        return (*self.mark, name, *how)
+        return (*self.mark, "range", name, *how)
 
     def _ranges(
         self, plan: Plan, watched: Sequence[LinearWeight]
     ) -> dict[gs.Tensor, _Seen]:
         """Return what calibration saw; ``watched`` are watched in the same run."""
+        memory = self.ctx.memory
         tensors = [tensor for group in plan.ranges.values() for tensor in group]
+        keys = {tensor.name: self._range_key(tensor.name) for tensor in tensors}
+        seen = {name: memory.get(key) for name, key in keys.items()}
         simple = self.recipe.method == "minmax"
         unknown: dict[str, Stored] = {
-            tensor.name: Range() if simple else calibration.observer()
-            for tensor in tensors
-            if self._known(tensor) is None
+            name: Range() if simple else calibration.observer()
+            for name, one in seen.items()
+            if one is None
         }
         if unknown:
             self._grams, found = self._watch(watched, unknown)
             for name, statistic in found.items():
-                self.ctx.cache[self._range_key(name)] = self._seen(statistic)
+                seen[name] = self._seen(statistic)
+                memory.put(keys[name], seen[name])
         unseen = _Seen(0, 0, "its values cannot be watched")
-        return {tensor: self._known(tensor) or unseen for tensor in tensors}
+        return {tensor: seen[tensor.name] or unseen for tensor in tensors}
 
     def _seen(self, statistic: Statistic) -> _Seen:
         apart = 0
@@ -270,15 +267,16 @@ class _Static:
         plan: Plan,
         coded: Mapping[str, Coded],
         groups: Sequence[Sequence[LinearWeight]],
-    ) -> dict[str, _Rounded]:
-        """Return the codes of every layer of a plan, from the cache where known."""
+    ) -> dict[str, RoundedWeight]:
+        """Return the codes of every layer of a plan, from the memory where known."""
+        memory = self.ctx.memory
         todo = {one.layer.name: one for one in plan.linear}
         keys = {
-            name: (*self.mark, self.recipe, name, float(coded[name].scale))
+            name: (*self.mark, "codes", self.recipe, name, float(coded[name].scale))
             for name in todo
         }
-        cached = {name: self.ctx.cache.get(key) for name, key in keys.items()}
-        found = {n: one for n, one in cached.items() if isinstance(one, _Rounded)}
+        known = {name: memory.get(key) for name, key in keys.items()}
+        found = {name: one for name, one in known.items() if one is not None}
         watched = {layer.name for group in groups for layer in group}
         others = [one.layer for name, one in todo.items() if name not in watched]
         for group in (*groups, others):
@@ -291,10 +289,14 @@ class _Static:
             for start in range(0, len(missing), _TOGETHER):
                 part = missing[start : start + _TOGETHER]
                 # Matrices that were used make room for what rounding needs.
-                tasks = [(todo[n], coded[n], grams.pop(n, None)) for n in part]
-                results = self.ctx.map(self._round, tasks, "rounding")
+                tasks = [
+                    self._task(todo[n], float(coded[n].scale), grams.pop(n, None))
+                    for n in part
+                ]
+                results = self.ctx.map(round_weight, tasks, "rounding")
                 for name, one in zip(part, results, strict=True):
-                    found[name] = self.ctx.cache[keys[name]] = one
+                    found[name] = one
+                    memory.put(keys[name], one)
         return found
 
     def _of_group(self, group: Sequence[LinearWeight]) -> dict[str, InputStatistics]:
@@ -311,72 +313,27 @@ class _Static:
             self.model, group, self.ctx, beside, cache=self.recipe.cache
         )
 
-    def _round(self, task: tuple[Linear, Coded, InputStatistics | None]) -> _Rounded:
-        """Choose the codes of one weight."""
-        one, coded, seen = task
+    def _task(
+        self, one: Linear, scale: float, seen: InputStatistics | None
+    ) -> RoundingTask:
+        """Describe how a weight is rounded whose inputs have this scale."""
         layer, recipe = one.layer, self.recipe
-        groups, outputs, columns = layer.layout.matrices_shape
-        matrices = layer.layout.matrices(layer.weight.read())
-        rows = np.ascontiguousarray(matrices).reshape(groups * outputs, columns)
-        gram: Float64 | None = None
-        mean: Float64 | None = None
-        if seen is not None and seen.gram is not None:
-            gram, mean, count = seen.gram, seen.mean, seen.count
-            if recipe.bias_correction and self._takes_bias(one):
-                gram = gram - count * mean[:, :, None] * mean[:, None, :]
-            else:
-                mean = None
-        grid, narrowed = self._grid(one, rows, gram)
-        grid = self._raised(grid, one, coded)
-        if gram is not None and recipe.rounding == "gptq":
-            codes = rounding.gptq(rows, gram, grid)
-        elif gram is not None and recipe.rounding == "adaround":
-            codes = rounding.adaround(rows, gram, grid)
-        else:
-            codes = rounding.nearest(rows, grid)
-        if self._clips(layer):
-            order = processors.kernel_order(layer)
-            codes[:, order] = dynamic.safe_codes(codes[:, order])
-        shift = None
-        if mean is not None:
-            change = (rounding.decode(codes, grid) - rows).reshape(matrices.shape)
-            moved = -np.einsum("goi,gi->go", change.astype(np.float64), mean)
-            shift = moved.reshape(-1).astype(np.float32)
-        return _Rounded(self._codes(one, codes, grid), shift, narrowed)
-
-    @staticmethod
-    def _takes_bias(one: Linear) -> bool:
-        """Whether a node has a place for a bias, and the weight to itself."""
-        return one.node.op != "MatMul" and len(one.layer.uses) == 1
-
-    def _grid(self, one: Linear, rows: Array, gram: Float64 | None) -> tuple[Grid, int]:
-        """Choose scales; narrow the codes of outputs whose sums could clip."""
-        _, low, high = LEVELS[self.recipe.weights]
-        grid = rounding.fit(
-            rows,
-            low,
-            high,
-            method=self.recipe.fit,
-            gram=gram if self.recipe.fit in ("mse", "learned") else None,
+        least = None
+        if one.bias is not None:
+            least = placement.smallest_scale(one.bias.read(), scale)
+        # A shift needs a node that takes a bias, and a weight that no other node reads.
+        shifts = one.node.op != "MatMul" and len(layer.uses) == 1
+        known = seen is not None and seen.gram is not None
+        return RoundingTask(
+            layer.weight.tensor,
+            layer.layout,
+            layer.output_axis,
+            recipe,
+            seen if known else None,
+            recipe.bias_correction and shifts,
+            least,
+            processors.kernel_order(layer) if self._clips(layer) else None,
         )
-        used = np.asarray(rows.any(axis=1))[:, None]
-        scale: Array = np.where(used, grid.scale, np.float32(0))
-        if not self.recipe.per_channel:
-            scale = np.full_like(scale, scale.max(initial=0))
-        if not scale.any():
-            return grid, 0
-        # A row of zeros has any scale; a small one keeps its bias exact.
-        positive: Array = np.greater(scale, 0)
-        scale = np.where(positive, scale, scale[positive].min())
-        grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
-        factor = self._headroom(one.layer, rows, grid)
-        if not self.recipe.per_channel:
-            factor = np.full_like(factor, factor.min(initial=1))
-        # Whole codes, so that the largest of them is reached exactly.
-        wide = np.maximum(np.floor(high * factor) / high, 1 / high)
-        scale = grid.scale / wide[:, None]
-        grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
-        return grid, int((factor < 1).sum())
 
     def _clips(self, layer: LinearWeight) -> bool:
         """Whether sums of two products could clip on the processor."""
@@ -384,52 +341,13 @@ class _Static:
         narrow = self.recipe.processor.saturation != "never"
         return wide and narrow and processors.adds_pairs(layer)
 
-    def _headroom(self, layer: LinearWeight, rows: Array, grid: Grid) -> Float64:
-        """Return how far to narrow each output's codes: 1 leaves them as they are.
-
-        The bound over all activations there could be costs less than a bit, which
-        rounding wins back; so no later input can make a sum clip either.
-        """
-        if not self._clips(layer):
-            return np.ones(len(rows))
-        codes = rounding.nearest(rows, grid)
-        matrices = codes.reshape(layer.layout.matrices_shape)
-        found = processors.saturation(layer, layer.layout.array(matrices))
-        return processors.headroom(found.peak)
-
-    def _raised(self, grid: Grid, one: Linear, coded: Coded) -> Grid:
-        """Raise scales so that the bias fits int32."""
-        bias = one.bias
-        if bias is None:
-            return grid
-        least = placement.smallest_scale(bias.read(), float(coded.scale))
-        raised = np.maximum(grid.scale, least[:, None]).astype(np.float32)
-        if not self.recipe.per_channel:
-            raised = np.full_like(raised, raised.max(initial=0))
-        return dataclasses.replace(grid, scale=raised)
-
-    def _codes(self, one: Linear, codes: Array, grid: Grid) -> Codes:
-        """Give codes the shape and type of the weight."""
-        layer = one.layer
-        data_type, low, high = LEVELS[self.recipe.weights]
-        axis = layer.output_axis
-        whole = not self.recipe.per_channel
-        scheme = Scheme(data_type, low, high, True, None if whole else axis)
-        shaped = layer.layout.array(codes.reshape(layer.layout.matrices_shape))
-        scale, zero = grid.scale[:, 0], grid.zero[:, 0].astype(scheme.dtype)
-        if whole:
-            scale, zero = scale[0], zero[0]
-        return Codes(
-            scheme, shaped.astype(scheme.dtype), np.asarray(scale), np.asarray(zero)
-        )
-
     # Writing.
 
     def _put(
         self,
         plan: Plan,
         activations: Mapping[gs.Tensor, Coded],
-        rounded: Mapping[str, _Rounded],
+        rounded: Mapping[str, RoundedWeight],
     ) -> None:
         weights = {name: one.codes for name, one in rounded.items()}
         biases = {}
@@ -458,6 +376,153 @@ class _Static:
                 f"codes of {narrowed} of {outputs} outputs narrowed so that sums of "
                 "two products fit 16 bits, whatever the activations",
             )
+
+
+# --- one weight -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class RoundingTask:
+    """One weight to round, with all that this takes.
+
+    Attributes:
+        tensor: The weight.
+        layout: How it is matrices [groups, outputs, inputs].
+        axis: Its axis of outputs.
+        recipe: How it is rounded.
+        seen: What the layer reads, with Gram matrices, if that is known.
+        shifts: Whether a bias takes up the shift of the mean.
+        least: float64 [groups * outputs]: how small scales may be for the bias to fit.
+        order: int [inputs]: the inputs in the order of the kernel, if that adds
+            products of neighbours in 16 bits.
+    """
+
+    tensor: LazyTensor
+    layout: Layout
+    axis: int | None
+    recipe: Recipe
+    seen: InputStatistics | None
+    shifts: bool
+    least: Float64 | None
+    order: NDArray[np.intp] | None
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedWeight:
+    """A layer's codes.
+
+    Attributes:
+        codes: The weight.
+        shift: What to add to the bias, float32 [outputs].
+        narrowed: Outputs whose codes were narrowed for the processor.
+    """
+
+    codes: Codes
+    shift: NDArray[np.float32] | None
+    narrowed: int
+
+
+@one_thread
+def round_weight(task: RoundingTask) -> RoundedWeight:
+    """Choose the codes of one weight."""
+    recipe, seen = task.recipe, task.seen
+    groups, outputs, columns = task.layout.matrices_shape
+    matrices = task.layout.matrices(task.tensor.read())
+    rows = np.ascontiguousarray(matrices).reshape(groups * outputs, columns)
+    gram: Float64 | None = None
+    mean: Float64 | None = None
+    if seen is not None and seen.gram is not None:
+        gram = seen.gram
+        if task.shifts:
+            mean = seen.mean
+            gram = gram - seen.count * mean[:, :, None] * mean[:, None, :]
+    grid, narrowed = _grid(task, rows, gram)
+    grid = _raised(task, grid)
+    if gram is not None and recipe.rounding == "gptq":
+        codes = rounding.gptq(rows, gram, grid)
+    elif gram is not None and recipe.rounding == "adaround":
+        codes = rounding.adaround(rows, gram, grid)
+    else:
+        codes = rounding.nearest(rows, grid)
+    if task.order is not None:
+        codes[:, task.order] = dynamic.safe_codes(codes[:, task.order])
+    shift = None
+    if mean is not None:
+        change = (rounding.decode(codes, grid) - rows).reshape(matrices.shape)
+        moved = -np.einsum("goi,gi->go", change.astype(np.float64), mean)
+        shift = moved.reshape(-1).astype(np.float32)
+    return RoundedWeight(_shaped(task, codes, grid), shift, narrowed)
+
+
+def _grid(task: RoundingTask, rows: Array, gram: Float64 | None) -> tuple[Grid, int]:
+    """Choose scales; narrow the codes of outputs whose sums could clip."""
+    recipe = task.recipe
+    _, low, high = LEVELS[recipe.weights]
+    grid = rounding.fit(
+        rows,
+        low,
+        high,
+        method=recipe.fit,
+        gram=gram if recipe.fit in ("mse", "learned") else None,
+    )
+    used = np.asarray(rows.any(axis=1))[:, None]
+    scale: Array = np.where(used, grid.scale, np.float32(0))
+    if not recipe.per_channel:
+        scale = np.full_like(scale, scale.max(initial=0))
+    if not scale.any():
+        return grid, 0
+    # A row of zeros has any scale; a small one keeps its bias exact.
+    positive: Array = np.greater(scale, 0)
+    scale = np.where(positive, scale, scale[positive].min())
+    grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
+    factor = _headroom(task, rows, grid)
+    if not recipe.per_channel:
+        factor = np.full_like(factor, factor.min(initial=1))
+    # Whole codes, so that the largest of them is reached exactly.
+    wide = np.maximum(np.floor(high * factor) / high, 1 / high)
+    scale = grid.scale / wide[:, None]
+    grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
+    return grid, int((factor < 1).sum())
+
+
+def _headroom(task: RoundingTask, rows: Array, grid: Grid) -> Float64:
+    """Return how far to narrow each output's codes: 1 leaves them as they are.
+
+    The bound over all activations there could be costs less than a bit, which rounding
+    wins back; so no later input can make a sum clip either.
+    """
+    if task.order is None:
+        return np.ones(len(rows))
+    codes = rounding.nearest(rows, grid)[:, task.order]
+    pairs = dynamic.largest_pair(codes).max(axis=1, initial=0)
+    return processors.headroom(255.0 * pairs)
+
+
+def _raised(task: RoundingTask, grid: Grid) -> Grid:
+    """Raise scales so that the bias fits int32."""
+    if task.least is None:
+        return grid
+    raised = np.maximum(grid.scale, task.least[:, None]).astype(np.float32)
+    if not task.recipe.per_channel:
+        raised = np.full_like(raised, raised.max(initial=0))
+    return dataclasses.replace(grid, scale=raised)
+
+
+def _shaped(task: RoundingTask, codes: Array, grid: Grid) -> Codes:
+    """Give codes the shape and type of the weight."""
+    data_type, low, high = LEVELS[task.recipe.weights]
+    whole = not task.recipe.per_channel
+    scheme = Scheme(data_type, low, high, True, None if whole else task.axis)
+    shaped = task.layout.array(codes.reshape(task.layout.matrices_shape))
+    scale, zero = grid.scale[:, 0], grid.zero[:, 0].astype(scheme.dtype)
+    if whole:
+        scale, zero = scale[0], zero[0]
+    return Codes(
+        scheme, shaped.astype(scheme.dtype), np.asarray(scale), np.asarray(zero)
+    )
+
+
+# --- layers and their inputs ----------------------------------------------------------
 
 
 def _layers(plan: Plan) -> list[LinearWeight]:

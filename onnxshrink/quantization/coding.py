@@ -1,0 +1,109 @@
+"""Codes of weights whose activations get no scale beforehand, one weight at a time.
+
+``code_weight`` is what takes long in the forms ``dynamic`` and ``weightonly``: a pure
+function of a task that any process can take. What stands for how is a ``Coding``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxshrink.quantization import dynamic, weightonly
+from onnxshrink.solvers.rounding import Fit, Grid, adaround, nearest
+from onnxshrink.solvers.threads import one_thread
+from onnxshrink.structure.layers import Layout
+from onnxshrink.tensors import LazyTensor
+
+__all__ = ["Coding", "CodingTask", "Rounding", "code_weight"]
+
+Rounding = Literal["auto", "nearest", "mse", "hqq", "learned", "gptq", "adaround"]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a weight becomes codes.
+
+    Attributes:
+        form: ``dynamic``: int8 codes that an integer kernel multiplies; ``none``: codes
+            that are decoded before they are used.
+        weights: Key of ``weightonly.LEVELS``, for the form ``none``.
+        block: Columns that share a scale, about; 0: all of a row.
+        shared: All rows have one scale.
+        rounding: How weights are rounded; ``auto`` is GPTQ where there is a Gram matrix
+            and the scales of least squared error where there is none.
+        pairs: As for ``dynamic.safe_scale``.
+    """
+
+    form: Literal["dynamic", "none"]
+    weights: str = "int8"
+    block: int = 0
+    shared: bool = False
+    rounding: Rounding = "auto"
+    pairs: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class CodingTask:
+    """One weight to code, with all that this takes.
+
+    Attributes:
+        tensor: The weight.
+        layout: How it is matrices [groups, outputs, inputs].
+        coding: How it becomes codes.
+        gram: float64 [groups, inputs, inputs] of the layer's inputs, if rounding is to
+            look at them.
+    """
+
+    tensor: LazyTensor
+    layout: Layout
+    coding: Coding
+    gram: NDArray[np.float64] | None = None
+
+
+@one_thread
+def code_weight(task: CodingTask) -> tuple[Grid, Array]:
+    """Choose the grid and the codes of one weight.
+
+    Returns:
+        Scales and zero points of its rows, and the codes [groups * outputs, inputs],
+        int8 or uint8.
+    """
+    matrices = task.layout.matrices(task.tensor.read())
+    rows = np.ascontiguousarray(matrices, np.float32).reshape(-1, matrices.shape[2])
+    coding = task.coding
+    if coding.form == "dynamic":
+        grid, codes = dynamic.quantized(rows, gram=task.gram, pairs=coding.pairs)
+    else:
+        grid, codes = _coded(rows, coding, task.gram)
+    return grid, codes.astype(np.int8 if grid.low < 0 else np.uint8)
+
+
+def _coded(
+    rows: Array, coding: Coding, gram: NDArray[np.float64] | None
+) -> tuple[Grid, NDArray[np.int32]]:
+    """Choose the codes of a weight that is decoded before it is used."""
+    levels = weightonly.LEVELS[coding.weights]
+    block = weightonly.block_of(rows.shape[1], coding.block)
+    method: Fit = "hqq" if coding.rounding == "hqq" else "mse"
+    if coding.rounding == "nearest":
+        method = "minmax"
+    by_learning = coding.rounding == "adaround" and levels.step == 1
+    if coding.rounding == "learned" and gram is not None and not coding.shared:
+        grid, _ = weightonly.quantized(
+            rows, levels, block=block, method="learned", gram=gram
+        )
+        return grid, nearest(rows, grid)
+    if by_learning and not coding.shared:
+        grid, codes = weightonly.quantized(rows, levels, block=block)
+    else:
+        grid, codes = weightonly.quantized(
+            rows, levels, block=block, method=method, gram=gram, shared=coding.shared
+        )
+    if by_learning and gram is not None:
+        codes = adaround(rows, gram, grid)
+    return grid, codes
