@@ -3,8 +3,6 @@
 Passes hand such functions to ``Context.map``, which has a thread or a process for each
 processor. Two BLAS threads on busy cores burn many times the CPU time, and sums in
 another order would make the bytes of a model depend on how many jobs there are.
-
-Tested in tests/test_steps.py.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 __all__ = ["one_thread"]
 
@@ -31,7 +29,7 @@ class _Limit:
     """Holds BLAS to one thread as long as anyone is inside.
 
     The limit is one for the whole process: who leaves while others are inside must not
-    lift it.
+    lift it, and who leaves last may be another thread than entered first.
     """
 
     def __init__(self) -> None:
@@ -42,6 +40,7 @@ class _Limit:
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
+                _let_any_thread_set_limits()
                 self.limiter = _controller().limit(limits=1)
             self.inside += 1
 
@@ -49,8 +48,20 @@ class _Limit:
         with self.lock:
             self.inside -= 1
             if not self.inside:
+                _let_any_thread_set_limits()
                 self.limiter.restore_original_limits()
                 self.limiter = None
+                _let_any_thread_set_limits()
+
+
+def _let_any_thread_set_limits() -> None:
+    """Undo that from threadpoolctl 3.8 on only the thread that set a limit may again.
+
+    Others are ignored in silence while that thread lives, and a pool's thread lives on.
+    """
+    release = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if release is not None:
+        release(force=True)
 
 
 _LIMIT = _Limit()
