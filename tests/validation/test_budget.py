@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onnxshrink.errors import UsageError
+from onnxshrink.samples import Samples, Splits
 from onnxshrink.validation import Budget, MetricChange, OutputMetrics, grown
 from onnxshrink.validation.budget import amplitude
 
@@ -64,6 +66,50 @@ def test_the_limit_that_is_used_most_is_named():
     assert share == pytest.approx(10 ** (6 / 20))
     assert words == "SQNR of 'a' is 14.0 dB, less than 20"
     assert Budget().used(outputs, None) == (0.0, "")
+
+
+def test_what_nothing_measured_uses_nothing_up():
+    silent = {"y": OutputMetrics(sqnr_db=3)}
+    everything = Budget(max_drop=0, min_agreement=1.0)
+    assert everything.used(silent, None) == (0.0, "")
+    drop = MetricChange("top1", 90, 10)
+    assert Budget(min_agreement=0.5).used(silent, drop) == (0.0, "")
+
+
+@pytest.mark.parametrize("agreement", [-0.5, 101, 1.5])
+def test_a_percentage_is_suggested_only_where_one_was_meant(agreement: float):
+    with pytest.raises(UsageError) as caught:
+        Budget(min_agreement=agreement)
+    assert ("did you mean" in str(caught.value)) == (1 < agreement <= 100)
+
+
+def test_limits_that_can_be_meant_are_taken():
+    budget = Budget(max_drop=0, min_agreement=1, min_sqnr=-3, max_latency_ratio=0.5)
+    assert budget.to_json() == {
+        "max_drop": 0,
+        "min_agreement": 1,
+        "min_sqnr": -3,
+        "max_latency_ratio": 0.5,
+        "automatic": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("random", "labels", "limits"),
+    [
+        (True, False, (None, None, None)),
+        (False, False, (None, 0.98, 20.0)),
+        (False, True, (1.0, 0.98, 20.0)),
+    ],
+)
+def test_the_default_asks_for_what_may_be_measured(
+    random: bool, labels: bool, limits: tuple[float | None, ...]
+):
+    data = {"x": np.zeros((3, 2)), **({"labels": np.zeros(3)} if labels else {})}
+    splits = Splits(evaluation=Samples.of(data), random=random)
+    found = Budget.default(splits)
+    assert found.automatic
+    assert (found.max_drop, found.min_agreement, found.min_sqnr) == limits
 
 
 def test_nothing_allowed_is_used_up_by_anything():
