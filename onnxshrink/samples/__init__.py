@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from onnxshrink.samples.samples import (
-    Samples,
-    Splits,
-)
+from onnxshrink.samples.samples import Samples
+from onnxshrink.samples.splits import Splits
 
-__all__ = [
-    "Samples",
-    "Splits",
-]
+__all__ = ["Samples", "Splits"]

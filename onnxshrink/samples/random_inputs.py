@@ -1,7 +1,4 @@
-"""Seeded random inputs: right dtypes, right shapes, indices inside their tables.
-
-Tested in tests/samples/test_samples.py.
-"""
+"""Seeded random inputs: right dtypes, right shapes, indices inside their tables."""
 
 from __future__ import annotations
 

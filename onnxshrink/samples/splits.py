@@ -1,0 +1,183 @@
+"""Splits: disjoint samples, so that what calibrates or trains never measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxshrink.errors import UsageError
+from onnxshrink.samples.samples import Samples
+
+if TYPE_CHECKING:
+    from onnxshrink.model import Model
+
+__all__ = ["Splits"]
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Disjoint samples: what calibrates or trains a pass never measures it.
+
+    Attributes:
+        calibration: For statistics of activations.
+        training: For gradients.
+        validation: For choices inside a pass, such as a learning rate.
+        evaluation: For the validator only.
+        random: Whether all of it is random: then a verdict is a smoke test.
+        how: How the samples were divided, in words.
+    """
+
+    calibration: Samples | None = None
+    training: Samples | None = None
+    validation: Samples | None = None
+    evaluation: Samples | None = None
+    random: bool = False
+    how: str = ""
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        data: Any = None,
+        evaluation: Any = None,
+        *,
+        labels: str | None = None,
+        seed: int = 0,
+        calibration_size: int = 512,
+        evaluation_size: int | None = None,
+        evaluation_share: float = 0.4,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> Splits:
+        """Divide data by a seeded permutation.
+
+        Samples given as ``evaluation`` measure, and ``data`` serves the rest. Of
+        ``data`` alone, a share is held out to measure. Without either, seeded random
+        inputs serve as a smoke test.
+
+        Args:
+            model: The model to feed.
+            data: What ``Samples.of`` takes.
+            evaluation: The same.
+            labels: Key of the labels; ``None`` takes ``labels`` if there is such.
+            seed: Seed of the permutation or of the random inputs.
+            calibration_size: Most samples for calibration.
+            evaluation_size: Most samples for evaluation; ``None`` takes all.
+            evaluation_share: Share of ``data`` held out where ``evaluation`` is not
+                given.
+            shapes: Shapes of random inputs by name.
+
+        Raises:
+            UsageError: The data does not fit the model; says what would.
+            ModelError: The data cannot be read.
+        """
+        if calibration_size < 1 or (
+            evaluation_size is not None and evaluation_size < 1
+        ):
+            raise UsageError("the size of a split is at least 1")
+        if not 0.0 < evaluation_share < 1.0:
+            raise UsageError(
+                f"the share held out is between 0 and 1, not {evaluation_share}"
+            )
+        if data is None and evaluation is None:
+            both = Samples.random_for(model, seed=seed, count=12, shapes=shapes)
+            return cls(
+                calibration=both.take(slice(0, 8)),
+                evaluation=both.take(slice(8, 12)),
+                random=True,
+                how="no data was given: seeded random inputs, a smoke test only",
+            )
+        if shapes:
+            raise UsageError(
+                "--shape sets the shapes of random inputs; with --data "
+                "they come from the data"
+            )
+        inputs = model.inputs
+        random = np.random.default_rng(seed)
+        held: Samples | None = None
+        if evaluation is not None:
+            held = Samples.of(evaluation, labels).bind(inputs)
+            how = "evaluation is exactly what was given for it"
+            if evaluation_size is not None and len(held) > evaluation_size:
+                order = np.sort(random.permutation(len(held))[:evaluation_size])
+                held = held.take(order)
+                how = f"evaluation is {evaluation_size} of what was given for it"
+        pool: Samples | None = None
+        if data is not None:
+            pool = Samples.of(data, labels).bind(inputs)
+            pool = pool.take(random.permutation(len(pool)))
+        if pool is not None and held is None:
+            unit = pool.batch or 1
+            count = max(1, round(len(pool) * evaluation_share / unit)) * unit
+            count = min(count, evaluation_size or count, len(pool))
+            held, pool = pool.take(slice(0, count)), pool.take(slice(count, None))
+            how = (
+                f"evaluation is {count} of {count + len(pool)} samples, held out by a "
+                f"permutation with seed {seed}"
+            )
+        parts = _divide(pool, calibration_size)
+        return cls(
+            calibration=parts[0],
+            training=parts[1],
+            validation=parts[2],
+            evaluation=held,
+            how=how,
+        )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether what measures has labels."""
+        return self.evaluation is not None and self.evaluation._labels is not None
+
+    def describe(self) -> tuple[str, ...]:
+        """Say which samples serve what, and what was adapted, a line each."""
+        if self.random:
+            return (self.how,)
+        parts = [
+            f"{name} {len(samples):,}"
+            for name, samples in self._named()
+            if samples is not None
+        ]
+        lines = [f"samples: {', '.join(parts)}; {self.how}"]
+        for _, samples in self._named():
+            lines += [] if samples is None else [f"data: {n}" for n in samples.notes]
+        return tuple(dict.fromkeys(lines))
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts for a report."""
+        facts: dict[str, object] = {
+            name: None if samples is None else samples.to_json()
+            for name, samples in self._named()
+        }
+        return {**facts, "random": self.random, "how": self.how}
+
+    def _named(self) -> list[tuple[str, Samples | None]]:
+        return [
+            ("calibration", self.calibration),
+            ("training", self.training),
+            ("validation", self.validation),
+            ("evaluation", self.evaluation),
+        ]
+
+
+def _divide(
+    pool: Samples | None, calibration_size: int
+) -> tuple[Samples | None, Samples | None, Samples | None]:
+    """Divide the samples that passes learn from.
+
+    Calibration gets at most half, so that training is not left without samples. A fifth
+    of the rest, at most 5,000, is for validation. Sizes are multiples of a fixed batch.
+    """
+    if pool is None or len(pool) < (pool.batch or 1):
+        return None, None, None
+    unit = pool.batch or 1
+    total = len(pool) // unit
+    first = min(max(1, calibration_size // unit), -(-total // 2))
+    rest = total - first
+    last = min(rest // 5, max(1, 5000 // unit))
+    ends = [first * unit, (total - last) * unit]
+    training = pool.take(slice(ends[0], ends[1])) if rest - last else None
+    validation = pool.take(slice(ends[1], total * unit)) if last else None
+    return pool.take(slice(0, ends[0])), training, validation
