@@ -131,7 +131,7 @@ class _TriedPass:
 
     @property
     def label(self) -> str:
-        return f"step {self.index + 1} ({self.pass_.name})"
+        return _label(self.index, self.pass_)
 
 
 class PassManager:
@@ -223,7 +223,7 @@ class PassManager:
         with self._executor() as executor:
             current = model.copy()
             changed: list[str] = []
-            for pass_ in self.pipeline:
+            for index, pass_ in enumerate(self.pipeline):
                 splits = self._splits(model)
                 ctx = self._context(model, splits, executor, costs)
                 current = self._prepared(current, pass_)
@@ -231,10 +231,12 @@ class PassManager:
                 if changed:
                     note = f"planned without the effect of {', '.join(changed)}"
                 sites: tuple[Site, ...] | None = None
-                if isinstance(pass_, SitePass):
-                    sites = tuple(pass_.sites(current, ctx))
+                with _naming(index, pass_, ctx):
+                    if isinstance(pass_, SitePass):
+                        sites = tuple(pass_.sites(current, ctx))
+                    if pass_.promise is Promise.SAME:
+                        pass_.apply(current, ctx)
                 if pass_.promise is Promise.SAME:
-                    pass_.apply(current, ctx)
                     done = tuple(f"{where}: {what}" for where, what in ctx.done)
                     note = "; ".join([*done, *([note] if note else [])])
                 else:
@@ -525,8 +527,9 @@ class _PipelineRun:
         assert isinstance(pass_, SitePass)
         prepared = self.manager._prepared(accepted.model, pass_)
         if plan is None:
-            sites = pass_.sites(prepared, self._context(first.index))
-            plan = backoff.nothing(sites)
+            ctx = self._context(first.index)
+            with _naming(first.index, pass_, ctx):
+                plan = backoff.nothing(pass_.sites(prepared, ctx))
         best: list[_TriedPass] | None = None
         low, high = 0.0, 1.0
         for number in range(_REPAIRS):
@@ -671,19 +674,8 @@ class _PipelineRun:
         started = time.perf_counter()
         pass_ = self.manager.pipeline.passes[index]
         ctx = self._context(index, tag)
-        label = f"step {index + 1} ({pass_.name})"
-        try:
+        with _naming(index, pass_, ctx):
             attempt = self._attempt(index, pass_, before, before_path, ctx, plan, tag)
-        except OnnxshrinkError as error:
-            raise type(error)(f"{label}: {error}") from error
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except Exception as error:
-            where = ctx.done[-1][0] if ctx.done else "the start"
-            raise PromiseError(
-                f"{label} failed after {where}: {type(error).__name__}: {error}; "
-                "the model before this step is unharmed and nothing was written"
-            ) from error
         seconds = time.perf_counter() - started
         return _TriedPass(index, pass_, attempt, seconds, attempt.verdict.ok)
 
@@ -807,9 +799,15 @@ class _PipelineRun:
 
     def _backed_off(self, failed: _TriedPass, accepted: _Accepted) -> _TriedPass | None:
         """Give way until the budget holds: choose on validation samples, then judge."""
+        ctx = self._context(failed.index)
+        with _naming(failed.index, failed.pass_, ctx):
+            return self._least_weakened(failed, accepted, ctx)
+
+    def _least_weakened(
+        self, failed: _TriedPass, accepted: _Accepted, ctx: Context
+    ) -> _TriedPass | None:
         index, pass_ = failed.index, failed.pass_
         assert isinstance(pass_, SitePass)
-        ctx = self._context(index)
         prepared = self.manager._prepared(accepted.model, pass_)
         sites = list(pass_.sites(prepared, ctx))
         listed = list(ctx.skips)
@@ -1011,6 +1009,28 @@ class _PipelineRun:
         )
         written.source = self.target
         return Result(written, report, files if self.target is not None else ())
+
+
+@contextlib.contextmanager
+def _naming(index: int, pass_: Pass, ctx: Context) -> Iterator[None]:
+    """Let an error say which step it comes from; any but our own is a bug in a pass."""
+    label = _label(index, pass_)
+    try:
+        yield
+    except OnnxshrinkError as error:
+        raise type(error)(f"{label}: {error}") from error
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except Exception as error:
+        where = ctx.done[-1][0] if ctx.done else "the start"
+        raise PromiseError(
+            f"{label} failed after {where}: {type(error).__name__}: {error}; "
+            "the model before this step is unharmed and nothing was written"
+        ) from error
+
+
+def _label(index: int, pass_: Pass) -> str:
+    return f"step {index + 1} ({pass_.name})"
 
 
 def _judged_by(pass_: Pass) -> Promise:

@@ -343,6 +343,43 @@ def test_a_resume_that_does_not_fit_keeps_the_interrupted_state(tmp_path: Path) 
     assert state.read_bytes() == before
 
 
+@dataclass(frozen=True, kw_only=True)
+class FailsWeakened(Swap):
+    """Fails at a single site, as back-off asks for."""
+
+    name: ClassVar[str] = "test-fails"
+
+    def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
+        if len(sites) < 2:
+            raise ZeroDivisionError("a bug")
+        super().rewrite_all(model, sites, ctx)
+
+
+def test_a_bug_that_shows_while_a_pass_backs_off_names_the_step() -> None:
+    model = classifier()
+    with pytest.raises(PromiseError, match=r"step 2 \(test-fails\) failed.*Zero"):
+        manager(Scale(), FailsWeakened(), model=model).run(model)
+
+
+def test_a_plan_that_fails_names_the_step() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needs(Swap):
+        name: ClassVar[str] = "test-needs"
+
+        def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
+            ctx.need_data("to see what layers read")
+            return ()
+
+    model = classifier()
+    without = {"splits": Splits.build(model), "budget": Budget()}
+    made = manager(Scale(), Needs(), model=model, **without)
+    wanted = r"step 2 \(test-needs\): calibration samples are needed to see.*--data"
+    with pytest.raises(UsageError, match=wanted):
+        made.plan(model)
+    with pytest.raises(UsageError, match=wanted):
+        made.run(model)
+
+
 def test_a_site_pass_whose_sites_share_a_name_is_refused() -> None:
     class Twice(Swap):
         def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
