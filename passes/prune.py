@@ -245,7 +245,9 @@ class Prune(SitePass):
         roles += ["bias"] if "biases" in self.also else []
         found = []
         seen = False
-        for layer in layers.find(model, only=self.only, skip=self.skip, roles=roles):
+        for layer in layers.find(
+            model, only=self.only, skip=self.skip, roles=roles, fused=True
+        ):
             seen = True
             why = layer.why_not or self._unfit(layer) or _unusable(layer.weight)
             if why:
@@ -469,7 +471,9 @@ class Prune(SitePass):
 
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
         """Zero the least important entries of several weights."""
-        found = {layer.name: layer for layer in layers.find(model, roles=_ROLES)}
+        found = {
+            layer.name: layer for layer in layers.find(model, roles=_ROLES, fused=True)
+        }
         chosen = [site for site in sites if isinstance(site, PruneSite)]
         plans: dict[str, list[LinearWeight]] = {}
         for site in chosen:

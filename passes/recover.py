@@ -952,7 +952,9 @@ class _Finder:
             return Scale(scale, (), has_bias)
         if int(attribute(node, "group", 1)) > 1 and node.op == "ConvTranspose":
             return None
-        axis = _output_axis(node) % len(decoder.shape)
+        axis = use.output_axis or 0
+        if axis == len(use.layout.shape) - 1:
+            axis = len(decoder.shape) - 1  # codes in blocks have another axis
         outputs = decoder.shape[axis]
         if decoder.axis is not None and not decoder.block:
             fits = decoder.axis == axis and scale.size == outputs
@@ -1068,14 +1070,6 @@ def _outputs(model: Model, node: Node) -> list[gs.Tensor]:
             if len(rest) == 1 and model.constant(rest[0]) is not None:
                 found.append(readers[0].outputs[0])
     return found
-
-
-def _output_axis(node: Node) -> int:
-    """Return the axis of a weight, the second input, that is the outputs."""
-    if node.op == "ConvTranspose":
-        return 1
-    straight = node.op == "Conv" or bool(attribute(node, "transB", 0))
-    return 0 if straight else -1
 
 
 def _readers(tensors: Iterable[gs.Tensor]) -> Iterator[Node]:

@@ -21,9 +21,10 @@ __all__ = ["Bias", "bias_at", "is_shift", "takes_bias"]
 
 Array = NDArray[np.float64]
 
-_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _WITH_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 """Operators that add a bias themselves, their third input."""
+_FUSED_WITH_BIAS = frozenset({"FusedConv", "FusedGemm"})
+"""The same of com.microsoft; what is behind them is not linear any more."""
 _CODED = frozenset({"DequantizeLinear", "QuantizeLinear"})
 _STEPS = 4
 """Nodes between an operator and the Add behind it at most."""
@@ -117,27 +118,34 @@ def bias_at(model: Model, node: Node, channels: int, axis: int) -> Bias | None:
 
     Args:
         model: The model.
-        node: A Conv, ConvTranspose, Gemm or MatMul.
+        node: A Conv, ConvTranspose, Gemm or MatMul, or one of these that is fused.
         channels: Channels of what it gives.
         axis: Axis of these, counted from the end: negative.
     """
-    if node.op not in _LINEAR or not is_onnx(node.domain):
+    if _adds_bias(node) and len(node.inputs) > 2 and node.inputs[2].name:
+        is_gemm = node.op in ("Gemm", "FusedGemm")
+        factor = float(attribute(node, "beta", 1.0)) if is_gemm else 1.0
+        return _described(model, node, 2, channels, axis if is_gemm else -1, factor)
+    is_known = is_onnx(node.domain) or node.domain == "com.microsoft"
+    if not is_known or node.op not in (*_WITH_BIAS, "MatMul", "FusedMatMul"):
         return None
-    if node.op in _WITH_BIAS and len(node.inputs) > 2 and node.inputs[2].name:
-        factor = float(attribute(node, "beta", 1.0)) if node.op == "Gemm" else 1.0
-        along = axis if node.op == "Gemm" else -1
-        return _described(model, node, 2, channels, along, factor)
     found = _add_behind(model, node)
     return None if found is None else _described(model, *found, channels, axis)
 
 
 def takes_bias(model: Model, node: Node) -> bool:
     """Whether a node has an input for a bias that nothing is connected to."""
-    if node.op not in _WITH_BIAS or not is_onnx(node.domain):
+    if not _adds_bias(node):
         return False
     if node.op == "Gemm" and model.opset < 11:  # C is optional from there on
         return False
     return len(node.inputs) < 3 or not node.inputs[2].name
+
+
+def _adds_bias(node: Node) -> bool:
+    if node.domain == "com.microsoft":
+        return node.op in _FUSED_WITH_BIAS
+    return node.op in _WITH_BIAS and is_onnx(node.domain)
 
 
 def _add_behind(model: Model, node: Node) -> tuple[Node, int] | None:

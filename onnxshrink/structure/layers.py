@@ -26,7 +26,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.statistics import (
@@ -72,6 +71,8 @@ _THROUGH = frozenset(
     {"Cast", "DequantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 """Operators a weight may pass through on its way to a layer."""
+_FUSED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
+"""Products of com.microsoft that onnxruntime's optimizer writes, and what they are."""
 _DECODING = 8
 """Nodes between codes and the layer that multiplies what they stand for, at most."""
 
@@ -130,6 +131,11 @@ class Use:
         """Operator type of the node."""
         return str(self.node.op)
 
+    @property
+    def product(self) -> str:
+        """The same in operators of ONNX: Conv of a FusedConv."""
+        return _product_of(self.node)
+
     # --- the weight ---------------------------------------------------------------
 
     @property
@@ -139,8 +145,8 @@ class Use:
         ``None`` for a vector, which has one output, and for a bias.
         """
         rank = len(self.layout.shape)
-        if self.kind in ("Conv", "ConvTranspose") and self.role == "weight":
-            return 0 if self.kind == "Conv" else 1
+        if self.product in ("Conv", "ConvTranspose") and self.role == "weight":
+            return 0 if self.product == "Conv" else 1
         if self.role == "bias" or rank < 2:
             return None
         return rank - 1 if self.is_transposed else rank - 2
@@ -152,8 +158,8 @@ class Use:
         A kernel's axes follow those of outputs and inputs. Of a bias: the last axis.
         """
         rank = len(self.layout.shape)
-        if self.kind in ("Conv", "ConvTranspose") and self.role == "weight":
-            return 1 if self.kind == "Conv" else 0
+        if self.product in ("Conv", "ConvTranspose") and self.role == "weight":
+            return 1 if self.product == "Conv" else 0
         if self.role == "bias" or rank < 2:
             return rank - 1
         return rank - 2 if self.is_transposed else rank - 1
@@ -171,17 +177,18 @@ class Use:
     @property
     def channels(self) -> int:
         """Channels of what the node gives."""
-        if self.kind == "ConvTranspose" and self.role == "weight":
+        if self.product == "ConvTranspose" and self.role == "weight":
             return self.layout.shape[1] * self.groups
-        if self.kind == "Conv" and self.role == "weight":
+        if self.product == "Conv" and self.role == "weight":
             return self.layout.shape[0]
         axis = self.output_axis
         return 1 if axis is None else self.layout.shape[axis]
 
     @property
     def alpha(self) -> float:
-        """What the node multiplies the product with: alpha of Gemm."""
-        return float(attribute(self.node, "alpha", 1.0)) if self.kind == "Gemm" else 1.0
+        """What the node multiplies the product with: alpha of Gemm, FusedMatMul."""
+        has = self.product == "Gemm" or self.kind in _FUSED
+        return float(attribute(self.node, "alpha", 1.0)) if has else 1.0
 
     # --- the activations ----------------------------------------------------------
 
@@ -204,15 +211,15 @@ class Use:
 
     @property
     def output(self) -> gs.Tensor:
-        """What the node gives, a bias behind it not counted."""
+        """What the node gives: a bias behind it not counted, what is fused applied."""
         return self.node.outputs[0]
 
     @property
     def output_channels(self) -> int:
         """Axis of ``output`` along which its channels lie."""
-        if self.kind in ("Conv", "ConvTranspose"):
+        if self.product in ("Conv", "ConvTranspose"):
             return 1
-        return -2 if self.kind in ("Gemm", "MatMul") and self.index == 0 else -1
+        return -2 if self.product in ("Gemm", "MatMul") and self.index == 0 else -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,7 +319,7 @@ class LinearWeight:
         found = []
         for use in self.uses:
             tensor = use.input
-            is_stack = use.kind == "MatMul" and use.groups > 1
+            is_stack = use.product == "MatMul" and use.groups > 1
             if tensor is None or is_stack:
                 return None
             found.append((tensor, _statistic(use, what, samples)))
@@ -332,6 +339,7 @@ def find(
     skip: Sequence[str] = (),
     roles: Sequence[Role] = ("weight",),
     codes: bool = False,
+    fused: bool = False,
 ) -> Iterator[LinearWeight]:
     """Yield the layers of a model, each weight once, in file order.
 
@@ -346,9 +354,12 @@ def find(
         roles: Which readings make a weight a layer.
         codes: Whether weights that are stored as codes are wanted with what decodes
             them. Otherwise they have no uses, and ``why_not`` says what they are.
+        fused: Whether products of com.microsoft count, which onnxruntime's optimizer
+            writes: FusedConv, FusedGemm and FusedMatMul. An activation may be part of
+            them, so that what they give is not linear in the weight.
     """
     for weight in model.weights():
-        found = _layer(model, weight, roles, codes)
+        found = _layer(model, weight, roles, codes, fused)
         if found is None:
             continue
         layer, names = found
@@ -391,7 +402,11 @@ def _held(model: Model, tensor: gs.Tensor, codes: bool) -> Weight | None:
 
 
 def _layer(
-    model: Model, weight: Weight, roles: Sequence[Role], codes: bool
+    model: Model,
+    weight: Weight,
+    roles: Sequence[Role],
+    codes: bool,
+    fused: bool = False,
 ) -> tuple[LinearWeight, list[str]] | None:
     """Return the layer of a weight and all its names; ``None`` if it is none."""
     if len(weight.shape) == 0 or weight.size == 0:
@@ -401,7 +416,7 @@ def _layer(
         uses, others = _readings_of_codes(model, decoder)
         behind: list[tuple[str, Node]] = []
     else:
-        uses, others, behind = _readings(weight)
+        uses, others, behind = _readings(weight, fused)
     wanted = [use for use in uses if use.role in roles]
     if not wanted and not (behind and "weight" in roles):
         return None
@@ -421,14 +436,14 @@ def _decoder(model: Model, weight: Weight) -> Decoder | None:
 
 
 def _readings(
-    weight: Weight,
+    weight: Weight, fused: bool
 ) -> tuple[list[Use], list[Node], list[tuple[str, Node]]]:
     """Sort what reads a weight: layers, other nodes, layers behind another node."""
     uses: list[Use] = []
     others: list[Node] = []
     behind: list[tuple[str, Node]] = []
     for node, index in weight.uses:
-        use = _use(node, index, weight.shape)
+        use = _use(node, index, weight.shape, fused)
         if use is not None:
             uses.append(use)
             continue
@@ -541,9 +556,11 @@ def _why_not(
     return ""
 
 
-def _use(node: Node, index: int, shape: tuple[int, ...]) -> Use | None:
+def _use(
+    node: Node, index: int, shape: tuple[int, ...], fused: bool = False
+) -> Use | None:
     """Describe how a node reads a weight, or ``None`` if it is no layer."""
-    if not is_onnx(node.domain):
+    if not _product_of(node) or (node.op in _FUSED and not fused):
         return None
     layout = _weight_layout(node, index, shape)
     if layout is not None:
@@ -556,19 +573,25 @@ def _use(node: Node, index: int, shape: tuple[int, ...]) -> Use | None:
     return None
 
 
+def _product_of(node: Node) -> str:
+    """Return the operator of ONNX that a node is, or that it is made of; or nothing."""
+    if is_onnx(node.domain):
+        return str(node.op)
+    return _FUSED.get(node.op, "") if node.domain == "com.microsoft" else ""
+
+
 def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
     """Return what a use multiplies the weight with, and the axis of its channels."""
     node, index = use.node, use.index
     if use.role != "weight":
         return None
-    if node.op in {"Conv", "ConvTranspose"}:
+    if use.product in {"Conv", "ConvTranspose"}:
         return node.inputs[0], 1
-    if node.op == "Gemm":
-        transposed = bool(attribute(node, "transA" if index else "transB", 0))
+    if use.product in {"Gemm", "MatMul"}:
+        if len(use.layout.shape) == 1:
+            return node.inputs[1 - index], -1
+        transposed = _is_transposed(node, 1 - index)
         return node.inputs[1 - index], -1 if transposed != bool(index) else -2
-    if node.op == "MatMul":
-        axis = -1 if index or len(use.layout.shape) == 1 else -2
-        return node.inputs[1 - index], axis
     if index == 1:
         return node.inputs[0], -1
     if use.groups == 1 and node.outputs and node.outputs[0].name:
@@ -577,10 +600,17 @@ def _multiplied(use: Use) -> tuple[gs.Tensor, int] | None:
     return None
 
 
+def _is_transposed(node: Node, index: int) -> bool:
+    """Whether Gemm or FusedMatMul transposes an input; MatMul has no such attribute."""
+    if node.op == "MatMul":
+        return False
+    return bool(attribute(node, "transB" if index else "transA", 0))
+
+
 def _statistic(use: Use, what: Literal["gram", "norm"], samples: int) -> Statistic:
     # ConvTranspose: what one input pixel gives each output pixel is an output of its
     # own; that outputs of neighbours overlap is left out of account.
-    if use.node.op == "Conv":
+    if use.product == "Conv":
         window = ConvWindow.of(use.node.attrs, use.layout.shape)
         if what == "gram":
             needed = -(-ROWS * use.layout.matrices_shape[2] // max(samples, 1))
@@ -604,25 +634,8 @@ def free_bias(layer: LinearWeight) -> Bias | None:
     return bias if is_plain and bias.channels == groups * outputs else None
 
 
-def gram(layer: LinearWeight, seen: Any) -> tuple[Array, Array, int]:
-    """Return Gram matrix, mean and rows of what ``ctx.inputs`` says; goes soon."""
-    from onnxshrink.structure.inputs import InputStatistics
-
-    known = seen if isinstance(seen, InputStatistics) else None
-    known = known or InputStatistics.of(layer, seen)
-    if known.gram is None:
-        raise ModelError(f"there is no Gram matrix of the inputs of {layer.name}")
-    return known.gram, known.mean, known.count
-
-
-def bias_of(model: Model, layer: LinearWeight) -> Weight | None:
-    """Return the weight of ``free_bias``; goes soon."""
-    bias = free_bias(layer)
-    return None if bias is None else bias.weight
-
-
 def _is_bias(node: Node, index: int) -> bool:
-    if node.op in {"Conv", "ConvTranspose", "Gemm"}:
+    if _product_of(node) in {"Conv", "ConvTranspose", "Gemm"}:
         return index == 2
     if node.op in RECURRENT:
         return index == 3
@@ -635,29 +648,24 @@ def _is_bias(node: Node, index: int) -> bool:
 
 
 def _weight_layout(node: Node, index: int, shape: tuple[int, ...]) -> Layout | None:
-    rank = len(shape)
-    if node.op == "Conv" and index == 1 and rank >= 3:
-        group = int(attribute(node, "group", 1))
-        if group < 1 or shape[0] % group:
-            return None
-        return Layout(shape, (group, shape[0] // group, math.prod(shape[1:])))
-    if node.op == "ConvTranspose" and index == 1 and rank >= 3:
+    rank, product = len(shape), _product_of(node)
+    if product in ("Conv", "ConvTranspose") and index == 1 and rank >= 3:
         group = int(attribute(node, "group", 1))
         if group < 1 or shape[0] % group:
             return None
         split = (group, shape[0] // group, math.prod(shape[1:]))
-        return Layout(shape, split, (0, 2, 1))
-    if node.op == "Gemm" and index in (0, 1) and rank == 2:
-        transposed = bool(attribute(node, "transB" if index else "transA", 0))
-        # [outputs, inputs] is B transposed, or A as it is.
-        straight = transposed == bool(index)
-        matrix = (1, shape[0], shape[1])
-        return Layout(shape, matrix, (0, 1, 2) if straight else (0, 2, 1))
-    if node.op == "MatMul" and index in (0, 1):
-        if rank == 1:
+        return Layout(shape, split, (0, 1, 2) if product == "Conv" else (0, 2, 1))
+    if product in ("Gemm", "MatMul") and index in (0, 1):
+        if rank == 1 and product == "MatMul":
             return Layout(shape, (1, 1, shape[0]))
+        if rank < 2 or (product == "Gemm" and rank > 2):
+            return None
+        if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+            return None
+        # [outputs, inputs] is the right factor transposed, or the left as it is.
+        straight = _is_transposed(node, index) == bool(index)
         stacked = (math.prod(shape[:-2]), shape[-2], shape[-1])
-        return Layout(shape, stacked, (0, 2, 1) if index else (0, 1, 2))
+        return Layout(shape, stacked, (0, 1, 2) if straight else (0, 2, 1))
     if node.op in RECURRENT and index in (1, 2) and rank == 3:
         return Layout(shape, (shape[0], shape[1], shape[2]))
     return None

@@ -30,7 +30,7 @@ def built(
 ) -> Model:
     """Return a model; weights given by shape are seeded random."""
     proto = onnx.parser.parse_model(
-        f'<ir_version: 8, opset_import: ["" : {opset}]> '
+        f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]> '
         f"g ({inputs}) => (float[] y) {{ {nodes} }}"
     )
     for name, value in weights.items():
@@ -41,6 +41,10 @@ def built(
     proto.graph.output[0].type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     proto.graph.output[0].CopyFrom(inferred.graph.output[0])
+    kind = proto.graph.output[0].type.tensor_type
+    if not kind.HasField("shape"):  # onnx does not know com.microsoft
+        for _ in proto.graph.input[0].type.tensor_type.shape.dim:
+            kind.shape.dim.add()
     return Model.load(proto)
 
 
@@ -72,15 +76,48 @@ PRODUCTS = {
     "MatMul": ("y = MatMul (x, w)", (3, 5), (2, 4, 3), {}),
     "MatMul on the left": ("y = MatMul (w, x)", (5, 3), (2, 3, 4), {}),
     "stack": ("y = MatMul (x, w)", (2, 3, 5), (2, 4, 3), {}),
+    "FusedMatMul": ("y = com.microsoft.FusedMatMul (x, w)", (3, 5), (2, 4, 3), {}),
+    "FusedMatMul transB": (
+        "y = com.microsoft.FusedMatMul <transB = 1> (x, w)",
+        (5, 3),
+        (2, 4, 3),
+        {},
+    ),
+    "FusedMatMul transA": (
+        "y = com.microsoft.FusedMatMul <transA = 1> (x, w)",
+        (3, 5),
+        (2, 3, 4),
+        {},
+    ),
+    "FusedMatMul on the left": (
+        "y = com.microsoft.FusedMatMul <transA = 1, transB = 1> (w, x)",
+        (3, 5),
+        (2, 4, 3),
+        {},
+    ),
+    "FusedGemm": (
+        "y = com.microsoft.FusedGemm <alpha = 1.0, beta = 1.0, transA = 0, "
+        'transB = 1, activation = "LeakyRelu", activation_alpha = 0.1> (x, w, c)',
+        (5, 3),
+        (2, 3),
+        {"c": np.zeros(5, np.float32)},
+    ),
+    "FusedConv": (
+        'y = com.microsoft.FusedConv <activation = "LeakyRelu", '
+        "activation_params = [0.1]> (x, w)",
+        (4, 3, 2, 2),
+        (2, 3, 5, 5),
+        {},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_slices_along_the_axes_are_channels_of_outputs_and_inputs(name: str) -> None:
-    nodes, shape, given, _ = PRODUCTS[name]
+    nodes, shape, given, more = PRODUCTS[name]
     inputs = f"float[{','.join(map(str, given))}] x"
-    model = built(nodes, {"w": shape}, inputs)
-    layer, x = the_layer(model), samples(given)
+    model = built(nodes, {"w": shape, **more}, inputs)
+    layer, x = the_layer(model, only=["w"], fused=True), samples(given)
     (use,) = layer.uses
     assert use.input is not None
     assert (use.input.name, use.output.name) == ("x", "y")
@@ -99,7 +136,7 @@ def test_slices_along_the_axes_are_channels_of_outputs_and_inputs(name: str) -> 
     # An input that is zero does what a zero slice of its weight does.
     x2 = x.copy()
     np.moveaxis(x2, use.input_channels, 0)[0] = 0
-    model = built(nodes, {"w": shape}, inputs)
+    model = built(nodes, {"w": shape, **more}, inputs)
     silenced = run(model, x2)["y"]
     values = model.weight("w").read().copy()
     at = (slice(None),) * layer.input_axis
@@ -139,12 +176,21 @@ def test_a_recurrent_weight_has_inputs_last() -> None:
     assert [(one.output_axis, one.input_axis) for one in (given, own)] == [(1, 2)] * 2
 
 
-def test_alpha_is_that_of_gemm() -> None:
-    model = built("y = Gemm <alpha = 0.5> (x, w)", {"w": (3, 2)})
-    (use,) = the_layer(model).uses
+@pytest.mark.parametrize("op", ["Gemm", "com.microsoft.FusedMatMul"])
+def test_alpha_is_that_of_the_node(op: str) -> None:
+    model = built(f"y = {op} <alpha = 0.5> (x, w)", {"w": (3, 2)})
+    (use,) = the_layer(model, fused=True).uses
     assert use.alpha == 0.5
     model = built("y = MatMul (x, w)", {"w": (3, 2)})
     assert the_layer(model).uses[0].alpha == 1.0
+
+
+def test_fused_products_are_layers_if_asked_for() -> None:
+    model = built("y = com.microsoft.FusedMatMul (x, w)", {"w": (3, 2)})
+    assert list(find(model)) == []
+    assert the_layer(model, fused=True).kind == "FusedMatMul"
+    batch = "y = com.microsoft.FusedMatMul <transBatchB = 1> (x, w)"
+    assert list(find(built(batch, {"w": (3, 4, 2)}), fused=True)) == []
 
 
 # --- bias -----------------------------------------------------------------------------
@@ -200,6 +246,17 @@ BIASES = {
         {"w": (3, 2)},
         "",
     ),
+    "of FusedConv": (
+        'y = com.microsoft.FusedConv <activation = "LeakyRelu", '
+        "activation_params = [1.0]> (x, w, b)",
+        {"w": (2, 3, 1, 1), "b": (2,)},
+        IMAGE,
+    ),
+    "behind FusedMatMul": (
+        "h = com.microsoft.FusedMatMul (x, w) y = Add (h, b)",
+        {"w": (3, 2), "b": (2,)},
+        "",
+    ),
     "one for one": ("h = MatMul (x, w) y = Add (h, b)", {"w": (3, 1), "b": ()}, ""),
     "codes": (
         "b = DequantizeLinear <axis = 0> (q, s) y = Gemm (x, w, b)",
@@ -219,7 +276,7 @@ def test_what_is_added_to_a_bias_is_added_to_the_outputs(name: str) -> None:
     nodes, weights, inputs = BIASES[name]
     model = built(nodes, weights, inputs or "float[2,3] x")
     x = samples([int(n) for n in (inputs or "float[2,3] x")[6:-3].split(",")])
-    layer = the_layer(model, only=["Conv", "ConvTranspose", "Gemm", "MatMul"])
+    layer = the_layer(model, only=["w"], fused=True)
     bias = layer.bias
     assert bias is not None
     assert bias.why_not == ""
