@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from onnxshrink._version import __version__
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Pass, Promise
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.lineage import Origin
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
 from onnxshrink.training import (
@@ -117,10 +118,11 @@ class Distill(Pass):
             default 0.5 where labels fit, else 0.
         loss: How outputs are taught: ``auto``, ``soft`` for scores along the last axis,
             ``mse``, or ``cosine`` for directions along the last axis.
-        match: Tensors inside that are to be alike: ``student:teacher`` by name, or one
-            name for both; ``:cosine``, ``:attention`` or ``:mse``, the default, may
-            follow, and ``:weight``. ``auto`` takes ends of blocks that both have.
-            Repeat it for more.
+        match: Tensors inside that are to be alike: ``student:teacher`` by name, or the
+            name of one, which is taught what it was in the teacher, by lineage.
+            ``:cosine``, ``:attention`` or ``:mse``, the default, may follow, and
+            ``:weight``. ``auto`` takes ends of blocks that both have. Repeat it for
+            more.
         match_weight: Weight in the loss of pairs that state none.
         epochs: Times that every training sample is seen.
         lr: Highest learning rate; by default short runs look for one.
@@ -275,12 +277,17 @@ class Distill(Pass):
             if count:
                 ctx.did("norms", f"folded {count} into the layers in front of them")
         with tempfile.TemporaryDirectory(prefix="onnxshrink-") as folder:
-            run = _Run(self, model, ctx, training, Path(folder))
+            run = _Training(self, model, ctx, training, Path(folder))
             outcome, judge = run.train()
         self._report(model, ctx, run, outcome, judge)
 
     def _report(
-        self, model: Model, ctx: Context, run: _Run, outcome: Outcome, judge: _Judge
+        self,
+        model: Model,
+        ctx: Context,
+        run: _Training,
+        outcome: Outcome,
+        judge: _Judge,
     ) -> None:
         where, notes = "training", list(run.notes)
         if outcome.ending == "diverged":
@@ -318,7 +325,7 @@ class Distill(Pass):
             ctx.did(where, words)
 
 
-class _Run:
+class _Training:
     """One training: what is taught, by whom, on which samples."""
 
     def __init__(
@@ -425,8 +432,9 @@ class _Run:
             raise UsageError("match needs inputs whose first axis counts the samples")
         mine, theirs = values_of(self.model), self.teacher.values
         named = [text for text in options.match if text != AUTO]
+        origins = self._origins(mine, theirs)
         try:
-            found = pairs(named, mine, theirs, options.match_weight)
+            found = pairs(named, mine, theirs, options.match_weight, origins)
         except UsageError as error:
             if options.teacher is None:
                 raise
@@ -435,13 +443,17 @@ class _Run:
             ) from error
         chosen: list[str] = []
         if AUTO in options.match:
-            chosen = blocks(self.model, set(mine) & set(theirs))
+            chosen = blocks(self.model, origins)
             if not chosen:
                 raise UsageError(
                     "match=auto finds no ends of blocks that the model and its teacher "
-                    "have by the same names; name pairs with match=student:teacher"
+                    "both have; name pairs with match=student:teacher"
                 )
-            found += [Pair(name, name, weight=options.match_weight) for name in chosen]
+            weight = options.match_weight
+            found += [
+                Pair(name, origins[name].name, weight=weight, origin=origins[name])
+                for name in chosen
+            ]
         one = teacher.answers(
             self.model,
             self.few,
@@ -459,7 +471,8 @@ class _Run:
                     f"match: {pair.student!r} is {ours.dtype}, not float32"
                 )
             try:
-                links.append(link(pair, len(links), ours, two[pair.teacher][""]))
+                wanted = pair.wanted(two[pair.teacher][""])
+                links.append(link(pair, len(links), ours, wanted))
             except UsageError as error:
                 if pair.student not in chosen:
                     raise
@@ -468,6 +481,22 @@ class _Run:
             taken = [name for name in chosen if name in {o.pair.student for o in links}]
             self.notes.append(f"match=auto: {', '.join(taken) or 'nothing fits'}")
         return links
+
+    def _origins(self, mine: Sequence[str], theirs: Sequence[str]) -> dict[str, Origin]:
+        """Return what values of the model are in the teacher, as far as it is known.
+
+        A teacher that is the model the run started from is known by lineage, another
+        one by names.
+        """
+        known = set(theirs)
+        found = {}
+        for name in mine:
+            origin: Origin | None = Origin(name)
+            if self.teacher.is_reference:
+                origin = self.model.lineage.origin(name)
+            if origin is not None and not origin.is_part and origin.name in known:
+                found[name] = origin
+        return found
 
     def _alpha(self) -> float:
         """Return the share of the labels; read them if there is one."""
@@ -679,7 +708,7 @@ def _are_whole(labels: Array) -> bool:
 class _Feed:
     """What a training step is fed with."""
 
-    def __init__(self, run: _Run, lookup: Lookup) -> None:
+    def __init__(self, run: _Training, lookup: Lookup) -> None:
         self._run, self._lookup = run, lookup
 
     def __call__(
@@ -705,7 +734,7 @@ class _Feed:
                 rows = head.mixed(rows, *mixing)
             made.update((head.target(part), array) for part, array in rows.items())
         for one in run.links:
-            made[one.target] = answers[one.pair.teacher][""]
+            made[one.target] = one.pair.wanted(answers[one.pair.teacher][""])
         if run.labels is not None and run._labelled is not None:
             made[_LABELS] = labels = run.labels[positions]
             if mixing:
@@ -717,7 +746,7 @@ class _Feed:
 class _Judge:
     """The loss of weights on samples that are held out."""
 
-    def __init__(self, run: _Run, samples: Samples, lookup: Lookup) -> None:
+    def __init__(self, run: _Training, samples: Samples, lookup: Lookup) -> None:
         self._run, self._samples, self._lookup = run, samples, lookup
         labels = samples.labels if run.labels is not None else None
         self._labels = None if labels is None else labels.reshape(-1).astype(np.int64)

@@ -36,6 +36,7 @@ class FileTeacher:
         recorded: The file.
         shared: What the file calls each output of the model that it has.
         classes: How many classes outputs have.
+        is_reference: Whether it is known to be the model that the run started from.
         notes: What one should know of the file.
     """
 
@@ -49,6 +50,7 @@ class FileTeacher:
         self.recorded = teacher.read(path)
         self.notes: list[str] = []
         whose = self.recorded.whose(ctx.reference)
+        self.is_reference = whose == teacher.REFERENCE
         if whose:
             self.notes.append(f"{path} holds answers of {whose}")
         known, names = self.recorded.names, teacher.float_outputs(model)
@@ -97,8 +99,11 @@ class ModelTeacher:
     """The model that the run started from.
 
     Attributes:
+        is_reference: That it is that.
         notes: What one should know of it.
     """
+
+    is_reference = True
 
     def __init__(self, ctx: Context, folder: Path) -> None:
         """Know the model, and a folder for answers that are many."""

@@ -61,6 +61,8 @@ SHARE_FLOOR = 1e-7
 """Least probability whose logarithm is taken."""
 _PARTS = ("values", "indices", "rest")
 """Arrays of an output of which only the largest scores are kept."""
+REFERENCE = "the model that this run started from"
+"""What ``Recorded.whose`` says of that model."""
 _CHECKSUMS = "_checksums"
 _ABOUT = "_about"
 
@@ -502,7 +504,7 @@ class Recorded:
         if not isinstance(theirs, str):
             return ""
         if theirs == digest(model):
-            return "the model that this run started from"
+            return REFERENCE
         called = f"{name}, " if isinstance(name, str) and name else ""
         return f"another model, {called}SHA-256 {theirs[:12]}"
 

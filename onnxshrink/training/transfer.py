@@ -16,6 +16,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from onnxshrink.errors import UsageError, nearest
+from onnxshrink.lineage import Origin
 from onnxshrink.model import Model, Variable
 from onnxshrink.training.gradients import GradContext, Tensor
 from onnxshrink.training.losses import attention, cosine, mse
@@ -57,12 +58,19 @@ class Pair:
         teacher: Name of a value of the teacher.
         kind: How they are compared.
         weight: What that is multiplied with in the loss.
+        origin: What the model's value was, if that is the teacher's value: of a model
+            that lost channels, the channels that are left are compared.
     """
 
     student: str
     teacher: str
     kind: Kind = "mse"
     weight: float = 1.0
+    origin: Origin | None = None
+
+    def wanted(self, rows: Array) -> Array:
+        """Return what the model's value should be, from the teacher's."""
+        return rows if self.origin is None else self.origin.take(rows)
 
 
 def pairs(
@@ -70,22 +78,25 @@ def pairs(
     students: Sequence[str],
     teachers: Sequence[str],
     weight: float,
+    origins: Mapping[str, Origin] | None = None,
 ) -> list[Pair]:
     """Read pairs written as ``student:teacher``, ``...:kind`` or ``...:kind:weight``.
 
-    One name alone stands for the value of that name on both sides. Names may hold
-    colons: the text is cut where both sides are known.
+    One name alone stands for a value of the model and what that was in the teacher.
+    Names may hold colons: the text is cut where both sides are known.
 
     Args:
         texts: The pairs.
         students: Names of the model's values.
         teachers: Names of the teacher's.
         weight: Weight of those that state none.
+        origins: What values of the model were in the teacher.
 
     Raises:
         UsageError: A pair names no value, or its kind or weight cannot be.
     """
     found = []
+    known = dict(origins or {})
     for text in texts:
         words = text.split(":")
         kind, number = "mse", weight
@@ -95,8 +106,11 @@ def pairs(
                 number = _weight(text, words[-1]) if length == 2 else weight
                 words = words[:-length]
                 break
-        student, teacher = _cut(text, words, students, teachers)
-        found.append(Pair(student, teacher, cast("Kind", kind), number))
+        student, teacher = _cut(text, words, students, teachers, known)
+        origin = known.get(student)
+        if origin is not None and origin.name != teacher:
+            origin = None
+        found.append(Pair(student, teacher, cast("Kind", kind), number, origin))
     return found
 
 
@@ -111,9 +125,15 @@ def _weight(text: str, word: str) -> float:
 
 
 def _cut(
-    text: str, words: Sequence[str], students: Sequence[str], teachers: Sequence[str]
+    text: str,
+    words: Sequence[str],
+    students: Sequence[str],
+    teachers: Sequence[str],
+    origins: Mapping[str, Origin],
 ) -> tuple[str, str]:
     whole = ":".join(words)
+    if whole in origins:
+        return whole, origins[whole].name
     if whole in students and whole in teachers:
         return whole, whole
     cuts = [(":".join(words[:at]), ":".join(words[at:])) for at in range(1, len(words))]
@@ -249,7 +269,7 @@ def link(pair: Pair, number: int, mine: Array, theirs: Array) -> Link:
         pair: Their names and how to compare them.
         number: The place of the pair among all.
         mine: The student's values for some samples, the first axis.
-        theirs: The teacher's values for the same samples.
+        theirs: What the teacher's values say they should be, for the same samples.
 
     Raises:
         UsageError: They differ in more than the number of channels or features.

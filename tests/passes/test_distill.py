@@ -184,7 +184,7 @@ def test_what_is_minimised_is_what_is_judged(
     options = Distill(alpha=alpha, batch=120)
     training = ctx.samples.training
     assert training is not None
-    made = distill._Run(options, damaged(model), ctx, training, tmp_path)
+    made = distill._Training(options, damaged(model), ctx, training, tmp_path)
     lookup = made.teacher.lookup(training, ["y"])
     feed = distill._Feed(made, lookup)
     step = made._step(120, feed)
@@ -458,7 +458,7 @@ def test_with_shift_the_teacher_sees_the_moved_image() -> None:
     ctx = context(model, images)
     training = ctx.samples.training
     assert training is not None
-    made = distill._Run(Distill(shift=1), model, ctx, training, Path())
+    made = distill._Training(Distill(shift=1), model, ctx, training, Path())
     session = runtime.session(model, threads=1)
     feed = distill._Feed(made, made._lookup())
     fed = feed(np.arange(8), np.random.default_rng(0))
@@ -490,13 +490,15 @@ def seeing(width: int = 3, end: str = "y = MatMul(p, w2)") -> Model:
     )
 
 
-def run_of(student: Model, ctx: Context, **options: Any) -> distill._Run:
+def run_of(student: Model, ctx: Context, **options: Any) -> distill._Training:
     training = ctx.samples.training
     assert training is not None
-    return distill._Run(Distill(**options), student, ctx, training, Path())
+    return distill._Training(Distill(**options), student, ctx, training, Path())
 
 
-def fed(run: distill._Run, count: int = 8) -> tuple[distill._Feed, dict[str, Array]]:
+def fed(
+    run: distill._Training, count: int = 8
+) -> tuple[distill._Feed, dict[str, Array]]:
     feed = distill._Feed(run, run._lookup())
     return feed, feed(np.arange(count), np.random.default_rng(0))
 
@@ -557,7 +559,7 @@ def test_a_subclass_may_augment_as_it_likes() -> None:
     ctx = context(model, IMAGES)
     training = ctx.samples.training
     assert training is not None
-    made = distill._Run(Inverted(), model, ctx, training, Path())
+    made = distill._Training(Inverted(), model, ctx, training, Path())
     _, given = fed(made)
     np.testing.assert_array_equal(given["x"], -IMAGES[:8])
     answer = runtime.session(model, threads=1).run({"x": -IMAGES[:8]})["y"]
@@ -645,6 +647,78 @@ def test_auto_takes_values_of_the_same_name() -> None:
     )
     with pytest.raises(UsageError, match="match=auto finds no ends of blocks"):
         run(other, context(model), match=("auto",))
+
+
+def test_a_thinner_value_is_taught_the_channels_that_are_left() -> None:
+    model, student = seeing(7), seeing(3)
+    for value in ("c", "p"):
+        student.lineage.keep(value, 1, [6, 0, 2])
+    made = run_of(student, context(model, IMAGES), match=("c", "p:cosine"), alpha=0.0)
+    assert not any(one.is_projected for one in made.links)
+    feed, given = fed(made, 48)
+    for number, name in enumerate("cp"):
+        np.testing.assert_allclose(
+            given[f"match/{number}/teacher"],
+            inner(model, name, IMAGES[:48])[:, [6, 0, 2]],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    plain = run_of(student, context(model, IMAGES), alpha=0.0)
+    plain_feed, plain_given = fed(plain, 48)
+    found = made._step(48, feed)(given, 0.0) - plain._step(48, plain_feed)(
+        plain_given, 0.0
+    )
+    one, two = (inner(m, "c", IMAGES[:48]) for m in (student, model))
+    two = two[:, [6, 0, 2]]
+    expected = float(np.square(one - two).mean() / two.var())
+    one, two = (inner(m, "p", IMAGES[:48]) for m in (student, model))
+    two = two[:, [6, 0, 2]]
+    size = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+    expected += 1 - float(((one * two).sum(1) / size).mean())
+    assert found == pytest.approx(expected, rel=2e-4)
+
+
+def test_what_stands_for_another_value_is_taught_that() -> None:
+    model, student = classifier(), damaged(classifier())
+    student.lineage.replace("r", "h")
+    made = run_of(student, context(model), match=("h", "h:h"), alpha=0.0)
+    assert [(one.pair.student, one.pair.teacher) for one in made.links] == [
+        ("h", "r"),
+        ("h", "h"),
+    ]
+    student.lineage.add("r")  # the only end of a block: nothing like it was there
+    with pytest.raises(UsageError, match="match=auto finds no ends of blocks"):
+        run_of(student, context(model), match=("auto", "h"), alpha=0.0)
+
+
+def test_factors_of_a_layer_that_was_split_are_trained() -> None:
+    model = classifier()
+    student = model.copy()
+    node = next(n for n in student.graph.nodes if n.op == "Gemm")
+    weight = student.constant(node.inputs[1])
+    assert weight is not None
+    matrix = weight.read().T if node.attrs.get("transB", 0) else weight.read()
+    left, values, right = np.linalg.svd(matrix)
+    rank = len(values) // 2
+    one = student.add_weight("one", (left[:, :rank] * values[:rank]).astype(np.float32))
+    node.attrs.pop("transB", None)
+    made = student.add_node("MatMul", [node.inputs[0], one], before=node)
+    node.inputs[0] = made.outputs[0]
+    student.set_weight(weight, right[:rank].astype(np.float32))
+    student.lineage.split(weight.name, ["one", weight.name])
+    wanted = runtime.session(model, threads=1).run({"x": X})["y"]
+
+    off = []
+    before = {name: student.weight(name).read() for name in ("one", weight.name)}
+    for epochs in (0, 20):
+        if epochs:
+            run(student, context(model), epochs=epochs, lr=0.02, match=("auto",))
+        found = runtime.session(student, threads=1).run({"x": X})["y"]
+        off.append(np.square(found - wanted).mean())
+
+    assert off[1] < 0.7 * off[0]
+    for name, values in before.items():
+        assert (student.weight(name).read() != values).mean() > 0.9
 
 
 def test_auto_leaves_out_what_cannot_be_compared() -> None:
@@ -889,9 +963,9 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = []
-    real = distill._Run._step
+    real = distill._Training._step
 
-    def step(self: distill._Run, size: int, feed: Any) -> Any:
+    def step(self: distill._Training, size: int, feed: Any) -> Any:
         sizes.append(size)
         if size > 4:
             raise ModelError(
@@ -899,7 +973,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(
             )
         return real(self, size, feed)
 
-    monkeypatch.setattr(distill._Run, "_step", step)
+    monkeypatch.setattr(distill._Training, "_step", step)
     model = classifier()
     said = run(damaged(model), context(model), epochs=1)
     assert sizes == [16, 8, 4]
