@@ -50,7 +50,7 @@ class Case:
     follow the first:
 
     - ``# skipped w: is shared``: the pass says so of ``w``;
-    - ``# calibration: {"x": [[1, 0], [0, 1]]}``: the samples the pass sees.
+    - ``# calibration: {"x": [[1, 0], [0, 1]]}``: the samples the passes see.
 
     Attributes:
         path: The file.
@@ -119,8 +119,10 @@ def check_case(
     # If the expected model cannot run, the case itself is wrong.
     runtime.session(Model.load(wanted), threads=1)
     skipped: list[tuple[str, str]] = []
+    start = model
     for pass_ in Pipeline.parse(case.pipeline, passes):
-        model, context = apply(pass_, model, splits=_samples(case, model))
+        samples = _samples(case, model)
+        model, context = apply(pass_, model, splits=samples, reference=start)
         skipped += context.skips
     expected, found = normalised(wanted), normalised(model.to_proto())
     if expected != found:

@@ -39,6 +39,7 @@ def apply(
     *,
     seed: int = 0,
     splits: Splits | None = None,
+    reference: Model | None = None,
 ) -> tuple[Model, Context]:
     """Apply a pass to a copy, as the manager does, without judging the outcome.
 
@@ -47,6 +48,8 @@ def apply(
         model: The model; it is not changed.
         seed: Seed of the context and of the random samples.
         splits: Samples to use instead of random ones.
+        reference: The model that a run of several passes started from; by default
+            ``model``.
 
     Returns:
         The rewritten copy, and the context with what was done and left alone.
@@ -56,7 +59,7 @@ def apply(
     """
     copy = model.copy()
     copy.require_opset(pass_.opset)
-    context = context_of(model, seed, splits)
+    context = context_of(reference or model, seed, splits)
     pass_.apply(copy, context)
     return copy, context
 
