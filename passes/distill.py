@@ -147,6 +147,8 @@ class Distill(Pass):
             training samples (Wu and Johnson 2021).
         ties: Whether equal values of a matrix or kernel of at most 256 distinct ones
             stay equal.
+        reassign: Whether an entry of such a weight may go over to another of its
+            values, up to 64, as training moves it.
         only: Train only these weights: names of weights or nodes, glob patterns or op
             types.
         skip: Leave these weights alone: names, glob patterns or op types.
@@ -177,6 +179,7 @@ class Distill(Pass):
     scales: Scales = "auto"
     norms: Norms = "freeze"
     ties: bool = True
+    reassign: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -370,6 +373,7 @@ class _Training:
             ctx.skipped,
             scales=options.scales,
             ties=options.ties,
+            reassign=options.reassign,
         )
         self.norms: list[str] = []
         if options.norms == "estimate":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
+_T = onnx.TensorProto
 Note = Callable[[str, str], None]
 
 _READ: dict[str, tuple[int, ...]] = {
@@ -71,6 +73,10 @@ _TABLE = 256
 """A weight with no more distinct values than this is stored by index."""
 _REPEATS = 16
 """Entries there are at least for each value of such a weight."""
+_ASSIGNED = 64
+"""Values up to which an entry may be assigned to another: all are compared."""
+_STRAIGHT = 2.0**24
+"""Masters are rounded to this part of 1 where only their gradient is wanted."""
 _LOW_BITS = 16
 """Levels up to which ``scales=auto`` learns the scale of a weight."""
 _TINY = float(np.finfo(np.float32).tiny)
@@ -147,6 +153,89 @@ class Tied(Trainable):
     def write(self, model: Model, trained: Array) -> None:
         """Write every entry."""
         model.set_weight(self.name, trained[self.index])
+
+
+@dataclass(frozen=True, eq=False)
+class Assigned(Tied):
+    """A weight of few values in which an entry may go over to another value.
+
+    Trained is a float master beside the table, in one flat parameter. In the graph
+    each entry is the value of the table that is nearest to its master; its gradient
+    goes to that value, and straight through to the master (as the gradient of a rounded
+    weight does: Bengio, Leonard and Courville 2013). Zeros stay zero, but an entry may
+    become one.
+
+    Attributes:
+        start: Masters, flat, and behind them the table, ascending.
+        index: Position in the table of each entry at the start, int32 of the weight's
+            shape.
+    """
+
+    @property
+    def _count(self) -> int:
+        return int(self.index.size)
+
+    @property
+    def held(self) -> int:
+        """How many zeros stay zero."""
+        return int((self.start[: self._count] == 0).sum())
+
+    def attach(self, model: Model) -> gs.Tensor:
+        """Look each entry up by its master."""
+        model.set_weight(self.name, self.start)
+        whole = Trainable.attach(self, model)
+        make = partial(_node, model, self.name)
+        count, total = self._count, self.start.size
+        # The weight's readers are to read what is made of it, and that reads it.
+        made = make("Add", [whole, whole])
+        model.replace_uses(whole, made)
+        ends = [_vector(model, at) for at in (0, count, total)]
+        master = make("Slice", [whole, ends[0], ends[1]])
+        table = make("Slice", [whole, ends[1], ends[2]])
+        below = make("Slice", [whole, ends[1], _vector(model, total - 1)])
+        above = make("Slice", [whole, _vector(model, count + 1), ends[2]])
+        half = model.add_weight("half", np.array(0.5, np.float32))
+        middles = make("Mul", [make("Add", [below, above]), half])
+        column = make("Reshape", [master, _vector(model, -1, 1)])
+        passed = make("Cast", [make("Greater", [column, middles])], to=_T.FLOAT)
+        index = make("ReduceSum", [passed, _vector(model, 1)], keepdims=0)
+        index = make("Cast", [index], to=_T.INT32)
+        found = make("Gather", [table, index])
+        # Nothing is added but the gradient: that of Round is zero.
+        large = model.add_weight("large", np.array(_STRAIGHT, np.float32))
+        small = model.add_weight("small", np.array(1 / _STRAIGHT, np.float32))
+        rounded = make("Mul", [make("Round", [make("Mul", [master, large])]), small])
+        found = make("Add", [found, make("Sub", [master, rounded])])
+        if self.keep is not None:
+            held = model.add_weight("held", self.keep[:count])
+            found = make("Mul", [found, held])
+        shape = _vector(model, *self.index.shape)
+        last = made.inputs[0]
+        last.inputs[0] = make("Reshape", [found, shape])
+        last.inputs[1] = model.add_weight("nothing", np.zeros((), np.float32))
+        return model.weight(self.name).value
+
+    def write(self, model: Model, trained: Array) -> None:
+        """Write the nearest value for every entry."""
+        count = self._count
+        master, table = trained[:count], trained[count:]
+        middles = (table[:-1] + table[1:]) * np.float32(0.5)
+        index = np.zeros(count, np.int32)
+        for middle in middles:
+            index += master > middle
+        values = table[index]
+        if self.keep is not None:
+            values = values * self.keep[:count]
+        model.set_weight(self.name, values.reshape(self.index.shape))
+
+
+def _node(model: Model, name: str, op: str, inputs: Any, **attrs: Any) -> gs.Tensor:
+    made = model.add_node(op, inputs, attrs=attrs, name=f"{name}_{op}")
+    return made.outputs[0]
+
+
+def _vector(model: Model, *values: int) -> gs.Tensor:
+    return model.add_weight("vector", np.array(values, np.int64))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -282,6 +371,7 @@ def find_trainable(
     *,
     scales: Scales = "auto",
     ties: bool = True,
+    reassign: bool = False,
 ) -> list[Trainable]:
     """List the weights that gradients of some outputs reach and that may change.
 
@@ -302,6 +392,8 @@ def find_trainable(
             ``auto`` those of weights of 16 levels or fewer.
         ties: Whether equal values of a matrix, kernel or table of at most 256 values
             stay equal.
+        reassign: Whether an entry of such a weight may go over to another of at most
+            64 values.
 
     Returns:
         Each to be a parameter of the training step; scales first.
@@ -334,7 +426,7 @@ def find_trainable(
         if why:
             note(weight.name, why)
             continue
-        made = _made(model, weight, ties)
+        made = _made(model, weight, ties, reassign)
         if isinstance(made, str):
             note(weight.name, made)
         else:
@@ -354,6 +446,8 @@ def attach(model: Model, chosen: Sequence[Trainable]) -> None:
     """
     if any(isinstance(one, Codes) and len(one.levels) > 256 for one in chosen):
         model.require_opset(21)
+    if any(isinstance(one, Assigned) for one in chosen):
+        model.require_opset(13)  # ReduceSum
     float_products(model)
     for one in chosen:
         one.attach(model)
@@ -511,7 +605,9 @@ def _why_not(weight: Weight, readers: Sequence[tuple[Node, int]]) -> str:
     return ""
 
 
-def _made(model: Model, weight: Weight, ties: bool) -> Trainable | str:
+def _made(
+    model: Model, weight: Weight, ties: bool, reassign: bool = False
+) -> Trainable | str:
     if weight.data_type != onnx.TensorProto.FLOAT:
         return _made_of_codes(model, weight)
     values = np.array(weight.read(), np.float32)
@@ -528,6 +624,10 @@ def _made(model: Model, weight: Weight, ties: bool) -> Trainable | str:
         (kept,) = np.nonzero(table == 0)
         index = np.searchsorted(table, values).astype(np.int32)
         keep = (table != 0).astype(np.float32) if kept.size else None
+        if reassign and len(table) <= _ASSIGNED:
+            start = np.concatenate([values.reshape(-1), table])
+            held = (start != 0).astype(np.float32) if kept.size else None
+            return Assigned(weight.name, start, held, index)
         return Tied(weight.name, table, keep, index)
     tables = _tables(values) if ties else None
     if tables is not None:

@@ -18,6 +18,7 @@ from onnxshrink.training.gradients import gradients
 from onnxshrink.training.preparation import prepare
 from onnxshrink.training.rules_quant import lsq_factor
 from onnxshrink.training.trainable import (
+    Assigned,
     Bias,
     Codes,
     Scale,
@@ -631,6 +632,26 @@ def test_tied_values_move_together_and_zeros_stay() -> None:
     free = found(model, ties=False)
     assert type(free[0]) is Trainable
     assert len(np.unique(trained(model, free, 32)[0].weight("w").read())) > 4
+
+
+def test_entries_go_over_to_other_values_and_zeros_stay() -> None:
+    values = np.array([-1, 0, 0.25, 0.5], np.float32)
+    index = np.random.default_rng(0).integers(0, 4, (8, 32))
+    model = model_of(
+        "g (float[N,8] x) => (float[N,32] y) { y = MatMul(x, w) }", w=values[index]
+    )
+    chosen = find_trainable(model, ["y"], (), (), lambda *_: None, reassign=True)
+    assert [type(one) for one in chosen] == [Assigned]
+    same_start(model, chosen, draw(2, 4, 8))
+    after, losses = trained(model, chosen, 32, steps=150, rate=0.03)
+    tied = found(model)
+    _, others = trained(model, tied, 32, steps=150, rate=0.03)
+    assert losses[-1] < 0.8 * others[-1]
+    now = after.weight("w").read()
+    assert len(np.unique(now)) <= 4
+    assert (now[index == 1] == 0).all()
+    # Some of what was one value is another now.
+    assert len(np.unique(now[index == 2])) > 1
 
 
 @pytest.mark.parametrize("kind", ["vectors", "parts"])
