@@ -146,6 +146,7 @@ class PassManager:
         metric: Metric = None,
         on_breach: OnBreach = "back-off",
         storage: Storage = "auto",
+        names: Literal["keep", "short"] = "keep",
         external: External = "auto",
         max_decode_ratio: float | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
@@ -169,6 +170,8 @@ class PassManager:
             metric: Task metric: a name, ``module:function`` or a callable.
             on_breach: What happens when a pass breaks the budget.
             storage: How weights are written, see ``Model.save``.
+            names: ``short`` gives what is inside the written model the shortest names
+                there are and leaves out the record of the run, for the smallest file.
             external: Whether weights go to a second file, see ``Model.save``.
             max_decode_ratio: Most memory that decoding one weight may take, see
                 ``Model.save``.
@@ -185,8 +188,10 @@ class PassManager:
                 after, in processes of their own.
 
         Raises:
-            UsageError: An unknown value for ``on_breach``.
+            UsageError: An unknown value for ``on_breach`` or ``names``.
         """
+        if names not in ("keep", "short"):
+            raise UsageError(f"names is keep or short, not {names!r}")
         if on_breach not in ("back-off", "rollback", "abort", "keep"):
             raise UsageError(
                 f"on_breach is back-off, rollback, abort or keep, not {on_breach!r}"
@@ -197,6 +202,7 @@ class PassManager:
         self.metric = metric
         self.on_breach = on_breach
         self.storage: Storage = storage
+        self.names = names
         self.external: External = external
         self.max_decode_ratio = max_decode_ratio
         self.providers = providers
@@ -901,6 +907,7 @@ class _PipelineRun:
                 "on_breach": manager.on_breach,
                 "storage": [
                     manager.storage,
+                    manager.names,
                     manager.external,
                     manager.max_decode_ratio,
                 ],
@@ -941,10 +948,9 @@ class _PipelineRun:
 
     # --- the end ------------------------------------------------------------------
 
-    def _finish(self, accepted: Model, baseline: Stats) -> Result:
+    def _note_run(self, written: Model) -> None:
+        """Let a model say what was done to it."""
         manager = self.manager
-        written = accepted.copy()
-        written.fit_runtime()
         written.metadata["onnxshrink.version"] = __version__
         written.metadata["onnxshrink.pipeline"] = str(manager.pipeline)
         written.metadata["onnxshrink.seed"] = str(manager.seed)
@@ -959,6 +965,15 @@ class _PipelineRun:
             ],
             sort_keys=True,
         )
+
+    def _finish(self, accepted: Model, baseline: Stats) -> Result:
+        manager = self.manager
+        written = accepted.copy()
+        written.fit_runtime()
+        if manager.names == "short":
+            written.shorten_names()
+        else:
+            self._note_run(written)
         staging = self.folder / "final"
         staging.mkdir(exist_ok=True)
         path = staging / self.name

@@ -141,6 +141,15 @@ onnxshrink model.onnx --recipe mine.toml --plan
     "for a package, with coders that decode slowly.",
 )
 @option(
+    "--names",
+    type=click.Choice(["keep", "short"]),
+    default="keep",
+    show_default=True,
+    section="Output",
+    help="Names inside the model: as they are, or as short as can be, without a record "
+    "of the run. Inputs and outputs keep theirs.",
+)
+@option(
     "--external",
     type=click.Choice(["auto", "never", "always"]),
     default="auto",
@@ -223,6 +232,7 @@ def shrink(
     on_breach: Any,
     output: Path | None,
     storage: Any,
+    names: Any,
     max_decode_ratio: float | None,
     external: Any,
     reports: tuple[Path, ...],
@@ -273,6 +283,7 @@ def shrink(
             metric=metric,
             on_breach=on_breach,
             storage=storage,
+            names=names,
             max_decode_ratio=max_decode_ratio,
             external=external,
             providers=providers or ("CPUExecutionProvider",),

@@ -530,6 +530,19 @@ class Model:
             }
         tensor.name = name
 
+    def shorten_names(self) -> int:
+        """Give what is inside the shortest names, and nodes none.
+
+        Inputs and outputs, of functions too, keep theirs; what is recorded of the
+        types and shapes of values inside goes. Annotations by name prevent it.
+
+        Returns:
+            How many names are new.
+        """
+        from onnxshrink.model.names import shorten
+
+        return shorten(self)
+
     def drop_metadata(self, prefix: str) -> int:
         """Drop what nodes and values say under keys that begin so.
 
