@@ -1,0 +1,708 @@
+"""What each operator ties: positions of its inputs to positions of its outputs.
+
+Tested in tests/structure/test_channels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxshrink.model import Node, attribute
+from onnxshrink.model.topology import is_onnx
+from onnxshrink.structure.symbolic import Dims, static
+from onnxshrink.structure.ties import MergedAxis, Role, Rule, Ties, UnknownError
+
+__all__ = ["RULES"]
+
+
+def _input(node: Node, index: int) -> gs.Tensor | None:
+    """Return an input, or ``None`` where it is left out."""
+    if index < len(node.inputs) and node.inputs[index].name:
+        tensor: gs.Tensor = node.inputs[index]
+        return tensor
+    return None
+
+
+def _outputs(node: Node) -> list[gs.Tensor]:
+    return [tensor for tensor in node.outputs if tensor.name]
+
+
+def _pointwise(ties: Ties, node: Node) -> None:
+    """Every input is broadcast to every output."""
+    for out in _outputs(node):
+        for tensor in node.inputs:
+            if tensor.name:
+                _align(ties, tensor, out)
+    role = _POINTWISE_ROLES.get(node.op)
+    if role is None:
+        return
+    for tensor in node.inputs:
+        for axis in range(len(ties.shape(tensor))):
+            ties.use(node, tensor, axis, role)
+
+
+def _align(ties: Ties, tensor: gs.Tensor, out: gs.Tensor) -> None:
+    """Tie the axes of an operand to those of the result, counted from the right."""
+    rank, whole = len(ties.shape(tensor)), len(ties.shape(out))
+    if rank > whole:
+        raise UnknownError(f"broadcasts {tensor.name!r} in a way that is not known")
+    for axis in range(rank):
+        ties.tie(tensor, axis, out, whole - rank + axis)
+
+
+def _same(ties: Ties, node: Node) -> None:
+    """The first input keeps its shape; further inputs are settings."""
+    x = node.inputs[0]
+    for out in _outputs(node):
+        _same_axes(ties, x, out, range(len(ties.shape(x))))
+    for tensor in node.inputs[1:]:
+        ties.fix(tensor, f"{node.op} takes it as a setting")
+
+
+def _same_axes(ties: Ties, x: gs.Tensor, y: gs.Tensor, axes: Iterable[int]) -> None:
+    if len(ties.shape(x)) != len(ties.shape(y)):
+        raise UnknownError("changes the rank in a way that is not known")
+    for axis in axes:
+        ties.tie(x, axis, y, axis)
+
+
+def _spatial(ties: Ties, node: Node, *tensors: gs.Tensor) -> None:
+    for tensor in tensors:
+        axes = range(2, len(ties.shape(tensor)))
+        if axes:
+            ties.fix(tensor, f"{node.op} moves along it", *axes)
+
+
+def _conv(ties: Ties, node: Node) -> None:
+    x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    is_transposed = node.op == "ConvTranspose"
+    group = int(attribute(node, "group", 1))
+    into, out = (0, 1) if is_transposed else (1, 0)
+    sizes = ties.sizes(x)[1], ties.sizes(y)[1]
+    if len(ties.shape(x)) < 3 or None in sizes or None in ties.sizes(w):
+        raise UnknownError("has channels whose number is unknown")
+    ties.tie(x, 0, y, 0)
+    _spatial(ties, node, x, y, w)
+    bias = _input(node, 2)
+    if bias is not None:
+        ties.tie(bias, 0, y, 1)
+        ties.use(node, bias, 0, "shift")
+    if group == 1:
+        ties.tie(x, 1, w, into)
+        ties.tie(w, out, y, 1)
+        ties.use(node, w, into, "consumer")
+        ties.use(node, w, out, "producer")
+        return
+    inputs, outputs = sizes
+    if group < 1 or not inputs or not outputs or inputs % group or outputs % group:
+        raise UnknownError("has groups that do not divide its channels")
+    # Whole groups go: their inputs, outputs and rows of the weight.
+    if is_transposed:
+        ties.tie(x, 1, w, 0)
+    else:
+        ties.tie(w, 0, y, 1)
+    ties.fix(w, f"{node.op} has {group} groups of it", 1)
+    ties.use(node, w, 0, "filter")
+    before, after = ties.axis(x, 1), ties.axis(y, 1)
+    assert before is not None
+    assert after is not None
+    heads = ties.positions(after)[:: outputs // group]
+    ties.join(ties.positions(before), np.repeat(heads, inputs // group))
+    ties.join(ties.positions(after), np.repeat(heads, outputs // group))
+    each = inputs // group
+
+    def edit(size: Callable[[int], int]) -> None:
+        if size(before) != inputs:
+            node.attrs["group"] = size(before) // each
+
+    ties.edits.append(edit)
+
+
+def _batch_norm(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    if len(_outputs(node)) > 1 or attribute(node, "training_mode", 0):
+        raise UnknownError("is in training mode")
+    if len(ties.shape(x)) < 2:
+        raise UnknownError("has no channels")
+    _same_axes(ties, x, y, range(len(ties.shape(x))))
+    roles: tuple[Role, ...] = ("scale", "shift", "shift", "variance")
+    for tensor, role in zip(node.inputs[1:], roles, strict=False):
+        ties.tie(tensor, 0, y, 1)
+        ties.use(node, tensor, 0, role)
+
+
+def _instance_norm(ties: Ties, node: Node) -> None:
+    _batch_norm(ties, node)
+    _spatial(ties, node, node.inputs[0])
+
+
+def _layer_norm(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    _same_axes(ties, x, y, range(rank))
+    for tensor in _outputs(node)[1:]:
+        ties.fix(tensor, f"{node.op} gives it out")
+    for axis in range(int(attribute(node, "axis", -1)) % rank, rank):
+        ties.mix(x, axis, f"{node.op} takes the variance along it")
+    roles: tuple[Role, ...] = ("scale", "shift")
+    for tensor, role in zip(node.inputs[1:], roles, strict=False):
+        if tensor.name:
+            _align(ties, tensor, y)
+            for axis in range(len(ties.shape(tensor))):
+                ties.use(node, tensor, axis, role)
+
+
+def _pool(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    _same_axes(ties, x, y, (0, 1))
+    _spatial(ties, node, x, y)
+    for tensor in _outputs(node)[1:]:
+        ties.fix(tensor, f"{node.op} counts positions in it")
+
+
+def _product(
+    ties: Ties, node: Node, a: gs.Tensor, b: gs.Tensor, axes: Sequence[int | None]
+) -> None:
+    """Tie a matrix product's axes.
+
+    Args:
+        ties: The ties.
+        node: The node, whose first output is the product.
+        a: Left operand.
+        b: Right operand.
+        axes: (row of a, inner of a, inner of b, column of b); ``None`` if there is none
+            because the operand is a vector.
+    """
+    row, left, right, column = axes
+    assert left is not None
+    assert right is not None
+    y = node.outputs[0]
+    last = len(ties.shape(y)) - 1
+    ties.tie(a, left, b, right)
+    if row is not None:
+        ties.tie(a, row, y, last if column is None else last - 1)
+        ties.use(node, a, row, "producer")
+    if column is not None:
+        ties.tie(b, column, y, last)
+        ties.use(node, b, column, "producer")
+    ties.use(node, a, left, "consumer")
+    ties.use(node, b, right, "consumer")
+    if ties.weight(a) is None and ties.weight(b) is None:
+        ties.mix(a, left, f"{node.op} sums products of two values along it")
+
+
+def _gemm(ties: Ties, node: Node) -> None:
+    a, b = node.inputs[0], node.inputs[1]
+    left = 0 if attribute(node, "transA", 0) else 1
+    right = 1 if attribute(node, "transB", 0) else 0
+    _product(ties, node, a, b, (1 - left, left, right, 1 - right))
+    bias = _input(node, 2)
+    if bias is not None:
+        _align(ties, bias, node.outputs[0])
+        for axis in range(len(ties.shape(bias))):
+            ties.use(node, bias, axis, "shift")
+
+
+def _matmul(ties: Ties, node: Node) -> None:
+    a, b, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    ranks = len(ties.shape(a)), len(ties.shape(b))
+    if 0 in ranks:
+        raise UnknownError("multiplies a scalar")
+    row = ranks[0] - 2 if ranks[0] > 1 else None
+    column = ranks[1] - 1 if ranks[1] > 1 else None
+    right = ranks[1] - 2 if ranks[1] > 1 else 0
+    _product(ties, node, a, b, (row, ranks[0] - 1, right, column))
+    matrix = (row is not None) + (column is not None)
+    batch = len(ties.shape(y)) - matrix
+    for tensor, rank in zip((a, b), ranks, strict=True):
+        for axis in range(rank - 2):
+            ties.tie(tensor, axis, y, batch - (rank - 2) + axis)
+            ties.use(node, tensor, axis, "producer")
+
+
+def _einsum(ties: Ties, node: Node) -> None:
+    equation = attribute(node, "equation", "")
+    text = equation.decode() if isinstance(equation, bytes) else str(equation)
+    left, arrow, right = text.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or "." in text or any(len(set(t)) < len(t) for t in [*terms, right]):
+        raise UnknownError("has an equation that is not followed")
+    places: dict[str, tuple[gs.Tensor, int]] = {
+        letter: (node.outputs[0], axis) for axis, letter in enumerate(right)
+    }
+    for tensor, term in zip(node.inputs, terms, strict=True):
+        for axis, letter in enumerate(term):
+            ties.tie(tensor, axis, *places.setdefault(letter, (tensor, axis)))
+            role: Role = "producer" if letter in right else "consumer"
+            ties.use(node, tensor, axis, role)
+    weighed = {
+        letter
+        for tensor, term in zip(node.inputs, terms, strict=True)
+        if ties.weight(tensor) is not None
+        for letter in term
+    }
+    for letter in set(left) - set(right) - weighed - {","}:
+        ties.mix(*places[letter], "Einsum sums products of two values along it")
+
+
+def _transpose(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    order = attribute(node, "perm", None) or list(range(rank))[::-1]
+    for axis, source in enumerate(order):
+        ties.tie(x, source, y, axis)
+
+
+def _concat(ties: Ties, node: Node) -> None:
+    y = node.outputs[0]
+    axis = int(attribute(node, "axis", 1)) % len(ties.shape(y))
+    _consecutive(ties, node, [t for t in node.inputs if t.name], y, axis)
+
+
+def _split(ties: Ties, node: Node) -> None:
+    x, parts = node.inputs[0], list(node.outputs)
+    axis = int(attribute(node, "axis", 0)) % len(ties.shape(x))
+    if any(not part.name for part in parts):
+        raise UnknownError("leaves out an output")
+    _consecutive(ties, node, parts, x, axis)
+    sizes = _input(node, 1)
+    if sizes is not None:
+        ties.fix(sizes, "Split takes it as sizes")
+    numbers = [ties.axis(part, axis) for part in parts]
+    known = [number for number in numbers if number is not None]
+    old = [ties.axes.sizes[number] for number in known]
+
+    def edit(size: Callable[[int], int]) -> None:
+        new = [size(number) for number in known]
+        if new == old:
+            return
+        node.attrs.pop("num_outputs", None)
+        if ties.model.opset < 13:
+            node.attrs["split"] = new
+            return
+        given = ties.model.add_weight(f"{parts[0].name}_sizes", np.array(new, np.int64))
+        list_inputs = [node.inputs[0], given]
+        node.inputs.clear()
+        node.inputs.extend(list_inputs)
+
+    ties.edits.append(edit)
+
+
+def _consecutive(
+    ties: Ties, node: Node, parts: Sequence[gs.Tensor], whole: gs.Tensor, axis: int
+) -> None:
+    """Tie parts of an axis to the whole, and all other axes one to one."""
+    rank = len(ties.shape(whole))
+    for part in parts:
+        _same_axes(ties, part, whole, (a for a in range(rank) if a != axis))
+    target = ties.axis(whole, axis)
+    sources = [ties.axis(part, axis) for part in parts]
+    if target is None or None in sources:
+        for tensor in (whole, *parts):
+            ties.fix(tensor, f"{node.op} has parts of unknown size", axis)
+        return
+    start = 0
+    positions = ties.positions(target)
+    for source in sources:
+        assert source is not None
+        size = ties.axes.sizes[source]
+        ties.join(ties.positions(source), positions[start : start + size])
+        start += size
+
+
+def _gather(ties: Ties, node: Node) -> None:
+    data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    rank, more = len(ties.shape(data)), len(ties.shape(indices))
+    axis = int(attribute(node, "axis", 0)) % max(rank, 1)
+    ties.fix(data, "Gather picks from it by number", axis)
+    ties.fix(indices, "Gather takes it as numbers")
+    for place in range(more):
+        ties.fix(y, "Gather makes it", axis + place)
+    for place in range(rank):
+        if place != axis:
+            ties.tie(data, place, y, place if place < axis else place + more - 1)
+            ties.use(node, data, place, "producer")
+
+
+def _constant_axes(
+    ties: Ties, node: Node, index: int, name: str = "axes"
+) -> list[int] | None:
+    """Return axes from an attribute or a constant input; ``None`` if absent."""
+    given = attribute(node, name, None)
+    if given is not None:
+        return [int(axis) for axis in given]
+    tensor = _input(node, index)
+    if tensor is None:
+        return None
+    ties.fix(tensor, f"{node.op} takes it as a setting")
+    weight = ties.weight(tensor)
+    if weight is None or weight.is_input:
+        raise UnknownError("computes its settings")
+    return [int(axis) for axis in weight.read().reshape(-1)]
+
+
+def _reduce(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    given = _constant_axes(ties, node, 1)
+    if not given and attribute(node, "noop_with_empty_axes", 0):
+        _same_axes(ties, x, y, range(rank))
+        return
+    axes = {axis % rank for axis in given} if given else set(range(rank))
+    keeps = bool(attribute(node, "keepdims", 1))
+    place = 0
+    for axis in range(rank):
+        if axis in axes:
+            ties.mix(x, axis, f"{node.op} runs along it")
+        else:
+            ties.tie(x, axis, y, axis if keeps else place)
+            place += 1
+
+
+def _softmax(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    axis = int(attribute(node, "axis", -1 if ties.model.opset >= 13 else 1)) % rank
+    _same_axes(ties, x, y, range(rank))
+    last = rank if ties.model.opset < 13 else axis + 1
+    ties.fix(x, f"{node.op} divides by the sum along it", *range(axis, last))
+
+
+def _pad(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    pads = _constant_axes(ties, node, 1, "pads")
+    if _input(node, 3) is not None or pads is None or len(pads) != 2 * rank:
+        raise UnknownError("has pads that are not followed")
+    for axis in range(rank):
+        if pads[axis] or pads[rank + axis]:
+            ties.fix(x, "Pad extends it", axis)
+            ties.fix(y, "Pad extends it", axis)
+        else:
+            ties.tie(x, axis, y, axis)
+
+
+def _slice(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    for tensor in node.inputs[1:]:
+        ties.fix(tensor, "Slice takes it as a setting")
+    starts = _constant_axes(ties, node, 1, "starts")
+    axes = _constant_axes(ties, node, 3)
+    cut = {a % rank for a in (range(len(starts or ())) if axes is None else axes)}
+    for axis in range(rank):
+        if axis in cut:
+            ties.fix(x, "Slice takes a part of it", axis)
+            ties.fix(y, "Slice takes a part of it", axis)
+        else:
+            ties.tie(x, axis, y, axis)
+
+
+def _resize(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    axes = attribute(node, "axes", None) or range(rank)
+    if _input(node, 3) is not None and min(axis % rank for axis in axes) < 2:
+        raise UnknownError("states sizes")
+    before, after = ties.sizes(x), ties.sizes(y)
+    if len(before) != len(after) or before[1] != after[1] or before[1] is None:
+        raise UnknownError("may change the number of channels")
+    ties.tie(x, 0, y, 0)
+    ties.tie(x, 1, y, 1)
+    _spatial(ties, node, x, y)
+    for tensor in node.inputs[1:]:
+        ties.fix(tensor, "Resize takes it as a setting")
+
+
+def _shape(ties: Ties, node: Node) -> None:
+    """Fix the axes whose sizes the graph reads; Gather and Slice tell which."""
+    x, y = node.inputs[0], node.outputs[0]
+    every = range(len(ties.shape(x)))
+    given = every[slice(attribute(node, "start", None), attribute(node, "end", None))]
+    ties.fix(y, "it holds sizes")
+    read: set[int] = set()
+    if any(y is tensor for tensor in ties.model.graph.outputs):
+        read.update(given)
+    for reader in y.outputs:
+        picked = _picked(ties, reader, y)
+        read.update(given if picked is None else np.take(given, picked, mode="wrap"))
+    if read:
+        ties.fix(x, "the graph reads off its size", *sorted(map(int, read)))
+
+
+def _picked(ties: Ties, node: Node, shape: gs.Tensor) -> list[int] | None:
+    """Return which entries of a shape a node picks; ``None`` if that is not known."""
+    if not is_onnx(node.domain) or node.inputs[0] is not shape:
+        return None
+    settings = []
+    for tensor in node.inputs[1:]:
+        weight = ties.weight(tensor)
+        if weight is None or weight.is_input:
+            return None
+        settings.append([int(value) for value in weight.read().reshape(-1)])
+    if node.op == "Gather":
+        return settings[0]
+    if node.op == "Slice" and len(settings) in (2, 3, 4):
+        step = settings[3][0] if len(settings) == 4 else 1
+        count = len(ties.shape(shape)) and ties.sizes(shape)[0]
+        return list(range(count or 0)[settings[0][0] : settings[1][0] : step])
+    return None
+
+
+def _expand(ties: Ties, node: Node) -> None:
+    """An axis keeps its size where Expand asks for size 1."""
+    x, y = node.inputs[0], node.outputs[0]
+    ties.fix(node.inputs[1], "Expand takes it as sizes")
+    wanted = ties.facts.value(node.inputs[1])
+    rank, whole = len(ties.shape(x)), len(ties.shape(y))
+    if wanted is None or len(wanted) > whole:
+        raise UnknownError("computes sizes that are not followed")
+    for axis in range(whole):
+        before, entry = axis - whole + rank, axis - whole + len(wanted)
+        if before >= 0 and (entry < 0 or wanted[entry] == 1):
+            ties.tie(x, before, y, axis)
+            continue
+        ties.fix(y, "Expand states its size", axis)
+        if before >= 0:
+            ties.fix(x, "Expand states its size", before)
+
+
+def _quantize(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    _same_axes(ties, x, y, range(rank))
+    axis = int(attribute(node, "axis", 1))
+    for tensor in node.inputs[1:]:
+        if not tensor.name or not ties.shape(tensor):
+            continue
+        if len(ties.shape(tensor)) > 1 or attribute(node, "block_size", 0):
+            raise UnknownError("has a scale for each block")
+        ties.tie(tensor, 0, y, axis % rank)
+
+
+# --- Reshape and its kin --------------------------------------------------------------
+
+
+def _reshape_kin(ties: Ties, node: Node) -> None:
+    """Flatten, Squeeze, Unsqueeze: the new shape follows from the old."""
+    for tensor in node.inputs[1:]:
+        ties.fix(tensor, f"{node.op} takes it as a setting")
+    _regroup(ties, node, node.inputs[0], node.outputs[0])
+
+
+def _reshape(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    ties.fix(node.inputs[1], "Reshape takes it as sizes")
+    pairs = _regroup(ties, node, x, y)
+    wanted = _Wanted.of(ties, node)
+    stated: list[tuple[int, int]] = []
+    for axis, size in enumerate(ties.sizes(y)):
+        if size is None or size == 1:
+            continue
+        entry = wanted.entries[axis] if wanted is not None else None
+        if entry == -1 or (entry == 0 and (axis, axis) in pairs):
+            continue  # Reshape works the size out from the others
+        number = ties.axis(y, axis)
+        if entry == size and number is not None:
+            stated.append((axis, number))
+        else:
+            ties.fix(y, f"Reshape ({node.name or y.name}) computes its size", axis)
+
+    def edit(size: Callable[[int], int]) -> None:
+        changes = {
+            axis: size(number)
+            for axis, number in stated
+            if size(number) != ties.axes.sizes[number]
+        }
+        if changes and wanted is not None:
+            wanted.change(ties, node, changes)
+
+    ties.edits.append(edit)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The shape that a Reshape asks for.
+
+    Attributes:
+        entries: What each entry states; ``None`` where it is computed.
+        parts: The inputs of the Concat that makes it, one for each entry; empty if it
+            is one constant.
+    """
+
+    entries: tuple[int | None, ...]
+    parts: tuple[gs.Tensor, ...] = ()
+
+    @staticmethod
+    def of(ties: Ties, node: Node) -> _Wanted | None:
+        tensor = node.inputs[1]
+        weight = ties.weight(tensor)
+        if weight is not None:
+            if weight.is_input or len(weight.shape) != 1:
+                return None
+            return _Wanted(tuple(int(v) for v in weight.read()))
+        if attribute(node, "allowzero", 0):
+            return None
+        maker = tensor.inputs[0] if tensor.inputs else None
+        if maker is None or maker.op != "Concat" or not is_onnx(maker.domain):
+            return None
+        entries: list[int | None] = []
+        for part in maker.inputs:
+            if static(ties.facts.shape(part)) != (1,) and ties.weight(part) is None:
+                return None
+            known = ties.weight(part)
+            if known is not None and known.shape != (1,):
+                return None
+            entries.append(
+                None if known is None or known.is_input else int(known.read()[0])
+            )
+        if len(entries) != len(ties.shape(node.outputs[0])):
+            return None
+        return _Wanted(tuple(entries), tuple(maker.inputs))
+
+    def change(self, ties: Ties, node: Node, sizes: Mapping[int, int]) -> None:
+        """Give the Reshape a shape of its own; other nodes may read the old one."""
+        model, label = ties.model, node.inputs[1].name
+        if not self.parts:
+            values = [sizes.get(axis, v) for axis, v in enumerate(self.entries)]
+            node.inputs[1] = model.add_weight(label, np.array(values, np.int64))
+            return
+        parts = list(self.parts)
+        for axis, size in sizes.items():
+            parts[axis] = model.add_weight(
+                f"{label}_{axis}", np.array([size], np.int64)
+            )
+        shape = model.add_node("Concat", parts, attrs={"axis": 0}, before=node)
+        node.inputs[1] = shape.outputs[0]
+
+
+def _regroup(
+    ties: Ties, node: Node, x: gs.Tensor, y: gs.Tensor
+) -> set[tuple[int, int]]:
+    """Tie the axes that a row-major regrouping keeps, splits or merges.
+
+    Where axes are merged or split, one is followed: see ``Ties._tie_merged``.
+
+    Returns:
+        The pairs of axes that are tied one to one.
+    """
+    before, after = ties.shape(x), ties.shape(y)
+    pairs: set[tuple[int, int]] = set()
+    i, j = len(before), len(after)
+    while (block := _block(before[:i], after[:j])) is not None:
+        _tie_block(ties, node, (x, range(block[0], i)), (y, range(block[1], j)), pairs)
+        i, j = block
+    start = 0
+    while start < min(i, j) and before[start] == after[start]:
+        ties.tie(x, start, y, start)
+        pairs.add((start, start))
+        start += 1
+    for tensor, end in ((x, i), (y, j)):
+        rest = range(start, end)
+        if rest:
+            ties.fix(tensor, f"{node.op} regroups sizes that are unknown", *rest)
+    return pairs
+
+
+def _block(before: Dims, after: Dims) -> tuple[int, int] | None:
+    """Return where the shortest last axes with equally many positions begin.
+
+    Returns:
+        The first of those axes in each of the two shapes, or ``None``.
+    """
+    i, j = len(before) - 1, len(after) - 1
+    if i < 0 or j < 0:
+        return None
+    one, two = before[i], after[j]
+    while True:
+        if not isinstance(one, int) or not isinstance(two, int) or 0 in (one, two):
+            return None
+        if one == two:
+            return i, j
+        if one < two:
+            i -= 1
+            one = one * before[i] if i >= 0 else 0
+        else:
+            j -= 1
+            two = two * after[j] if j >= 0 else 0
+
+
+def _tie_block(
+    ties: Ties,
+    node: Node,
+    one: tuple[gs.Tensor, range],
+    two: tuple[gs.Tensor, range],
+    pairs: set[tuple[int, int]],
+) -> None:
+    (x, before), (y, after) = one, two
+    ours = [a for a in before if ties.sizes(x)[a] != 1]
+    theirs = [a for a in after if ties.sizes(y)[a] != 1]
+    if not ours or not theirs:
+        return
+    if len(ours) == len(theirs) == 1:
+        ties.tie(x, ours[0], y, theirs[0])
+        pairs.add((ours[0], theirs[0]))
+        return
+    why = f"{node.op} merges or splits it with another axis"
+    if 1 not in (len(ours), len(theirs)):
+        ties.fix(x, why, *ours)
+        ties.fix(y, why, *theirs)
+        return
+    left = [ties.axis(x, axis) for axis in ours]
+    right = [ties.axis(y, axis) for axis in theirs]
+    whole, parts = (left, right) if len(left) == 1 else (right, left)
+    assert whole[0] is not None
+    known = tuple(axis for axis in parts if axis is not None)
+    ties.merged.append(MergedAxis(whole[0], known, why))
+
+
+_SAME = """
+    Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf
+    Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not
+    Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish
+    Tan Tanh ThresholdedRelu
+"""
+_POINTWISE = """
+    Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or
+    PRelu Pow Sub Sum Where Xor
+"""
+_POINTWISE_ROLES: dict[str, Role] = {"Add": "shift", "Mul": "scale", "Sub": "shift"}
+"""What a constant operand does."""
+_POOLS = """
+    AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool
+"""
+_REDUCTIONS = """
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
+    ReduceSum ReduceSumSquare
+"""
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME.split(), _same),
+    **dict.fromkeys(_POINTWISE.split(), _pointwise),
+    **dict.fromkeys(_POOLS.split(), _pool),
+    **dict.fromkeys(_REDUCTIONS.split(), _reduce),
+    **dict.fromkeys(["Conv", "ConvTranspose"], _conv),
+    **dict.fromkeys(["LayerNormalization", "RMSNormalization"], _layer_norm),
+    **dict.fromkeys(["LogSoftmax", "Softmax"], _softmax),
+    **dict.fromkeys(["Resize", "Upsample"], _resize),
+    **dict.fromkeys(["DequantizeLinear", "QuantizeLinear"], _quantize),
+    **dict.fromkeys(["Flatten", "Squeeze", "Unsqueeze"], _reshape_kin),
+    "BatchNormalization": _batch_norm,
+    "Concat": _concat,
+    "Einsum": _einsum,
+    "Expand": _expand,
+    "Gather": _gather,
+    "Gemm": _gemm,
+    "InstanceNormalization": _instance_norm,
+    "MatMul": _matmul,
+    "Pad": _pad,
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Slice": _slice,
+    "Split": _split,
+    "Transpose": _transpose,
+}
