@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from onnxshrink.activations.gathering import fingerprint
-from onnxshrink.base import Context, Promise, Savings, Site, SitePass
+from onnxshrink.base import Context, Cost, Costs, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.rewriting import splitting
@@ -26,8 +26,7 @@ from onnxshrink.statistics import Counts
 from onnxshrink.structure import layers
 from onnxshrink.structure.bias import takes_bias
 from onnxshrink.structure.layers import LinearWeight, Role
-from onnxshrink.structure.shapes import macs_by_value
-from onnxshrink.tensors import bits_of
+from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.training.importance import output_metrics
 
 __all__ = ["Lowrank"]
@@ -36,13 +35,17 @@ Array = NDArray[Any]
 Kind = Literal["product", "kernel", "transposed", "table", "recurrent"]
 Metric = Literal["outputs", "inputs", "weights"]
 Ranks = tuple[int, ...]
+Unit = Literal["values", "macs", "seconds"]
 
 HELD_BYTES = 256 << 20
 """Moments of inputs that are held while layers are studied together."""
 NARROW = 16
 """Layers with fewer inputs or outputs gain no time by being split."""
+NODE_SECONDS = 1e-6
+"""What one more node may take."""
 PAYS = 0.9
-"""Share of a layer's parameters from which on factors take as long as the layer."""
+"""Share of a layer's time from which on factors are not worth it; where the time is not
+known, of its parameters."""
 UNSEEN = 0.2
 """Share of the weight of a table that its rows have alike, however often they came."""
 MADE_BIAS = 0.1
@@ -212,6 +215,7 @@ class Lowrank(SitePass):
         keep: Share of the parameters that stay, of all layers that are split together
             or, in local scope, of each; 0.5 unless another amount is given.
         macs: The same of multiply-accumulates.
+        latency: The same of the time these layers take, as measured on this machine.
         energy: Instead: share of its output energy that each layer keeps, by the
             smallest rank that does.
         rank: Instead: a rank for all layers, or ``name:rank`` for single ones, with
@@ -234,6 +238,7 @@ class Lowrank(SitePass):
 
     keep: float | None = None
     macs: float | None = None
+    latency: float | None = None
     energy: float | None = None
     rank: tuple[str, ...] = ()
     scope: Literal["auto", "local", "global"] = "auto"
@@ -243,7 +248,8 @@ class Lowrank(SitePass):
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense, alone or together."""
-        given = [n for n in ("keep", "macs", "energy") if getattr(self, n) is not None]
+        shares = ("keep", "macs", "latency", "energy")
+        given = [name for name in shares if getattr(self, name) is not None]
         given += ["rank"] if self.rank else []
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} each say how much; give one")
@@ -286,16 +292,36 @@ class Lowrank(SitePass):
             UsageError: What is asked for needs data that is not there, or a rank is
                 given for a layer that has none of that size.
         """
-        places = self._places(model, ctx)
+        prices = self._prices(model, ctx)
+        places = []
+        for place in self._places(model, ctx):
+            why = "" if self.rank else prices.why_not(place)
+            if why:
+                ctx.skipped(place.where, why)
+            else:
+                places.append(place)
         studies = self._studies(model, places, ctx)
         places = self._shared(places, studies, ctx)
-        chosen = self._chosen(model, places, studies, ctx)
+        chosen = self._chosen(places, studies, prices, ctx)
         sites = []
         for place in places:
             ranks = chosen.get(place.where)
             if ranks is not None:
-                sites.append(_site(place, ranks, studies[place.where]))
+                savings = prices.savings(place, ranks)
+                sites.append(_site(place, ranks, studies[place.where], savings))
         return sites
+
+    def _prices(self, model: Model, ctx: Context) -> _Prices:
+        """Return what layers and factors cost, on one sample."""
+        samples = ctx.samples.calibration
+        shapes: Mapping[str, Sequence[int]] = {}
+        if samples is not None and samples.used:
+            feed = next(iter(samples.batches(1)))
+            sizes = {name: array.shape for name, array in feed.items()}
+            shapes = value_shapes(model, sizes)
+        costs = ctx.costs.measured() if self.latency is not None else ctx.costs
+        unit: Unit = "macs" if self.macs is not None else "values"
+        return _Prices(shapes, costs, "seconds" if self.latency is not None else unit)
 
     def _places(self, model: Model, ctx: Context) -> list[_Place]:
         roles: list[Role] = ["weight", *(["table"] if self.also else [])]  # type: ignore[list-item]
@@ -320,8 +346,7 @@ class Lowrank(SitePass):
 
     def _why_small(self, place: _Place) -> str:
         """Return why a place is not worth it, whatever its ranks."""
-        outputs, inputs, *kernel = place.shape
-        full = decompose.full_ranks(place.form, place.shape)
+        inputs = place.shape[1]
         if not place.choices:
             sizes = " x ".join(str(size) for size in place.shape)
             return f"{sizes} has no rank that saves parameters"
@@ -329,9 +354,6 @@ class Lowrank(SitePass):
             return ""
         if place.kind == "kernel" and inputs == 1 and place.groups > 1:
             return "each of its channels has a kernel of its own"
-        if min(outputs, inputs * math.prod(kernel)) < NARROW or min(full) < NARROW:
-            least = min(outputs, inputs, *full)
-            return f"it has only {least} channels; splitting pays from {NARROW} on"
         return ""
 
     def _shared(
@@ -370,38 +392,45 @@ class Lowrank(SitePass):
     @property
     def _amount(self) -> float:
         """The share asked for."""
-        if self.macs is not None:
-            return self.macs
-        return 0.5 if self.keep is None else self.keep
+        given = (self.macs, self.latency, self.keep)
+        return next((share for share in given if share is not None), 0.5)
 
     def _chosen(
         self,
-        model: Model,
         places: Sequence[_Place],
         studies: Mapping[str, _Study],
+        prices: _Prices,
         ctx: Context,
     ) -> dict[str, Ranks]:
         """Return the ranks of each place that is split, by name."""
         if self.rank:
             return self._as_named(places, ctx)
         if self.energy is not None:
-            return self._by_energy(places, studies, ctx)
+            return self._by_energy(places, studies, prices, ctx)
         local, shared = list(places), []
         if self.scope != "local":
             shared = [p for p in places if studies[p.where].by == "outputs"]
             local = [p for p in places if studies[p.where].by != "outputs"]
         found: dict[str, Ranks] = {}
         for place in local:
-            ranks = _at_share(place, self._amount, self.macs is not None)
-            if ranks is None:
-                what = "macs" if self.macs is not None else "keep"
-                ctx.skipped(place.where, f"no rank of it fits {what}={self._amount:g}")
-            elif place.parameters(ranks) > PAYS * place.dense:
-                ctx.skipped(place.where, _too_little(place, ranks))
+            fits = [
+                ranks
+                for ranks in place.choices
+                if prices.of(place, ranks) <= self._amount * prices.of(place)
+            ]
+            if not fits:
+                ctx.skipped(place.where, f"no rank of it fits {self._asked}")
+            elif not prices.pays(place, fits[-1]):
+                ctx.skipped(place.where, _too_little(place, fits[-1]))
             else:
-                found[place.where] = ranks
-        found.update(self._shared_out(model, shared, studies, ctx))
+                found[place.where] = fits[-1]
+        found.update(self._shared_out(shared, studies, prices, ctx))
         return found
+
+    @property
+    def _asked(self) -> str:
+        names = [n for n in ("macs", "latency") if getattr(self, n) is not None]
+        return f"{(names or ['keep'])[0]}={self._amount:g}"
 
     def _as_named(self, places: Sequence[_Place], ctx: Context) -> dict[str, Ranks]:
         known = {place.where: place for place in places}
@@ -448,7 +477,11 @@ class Lowrank(SitePass):
         return found
 
     def _by_energy(
-        self, places: Sequence[_Place], studies: Mapping[str, _Study], ctx: Context
+        self,
+        places: Sequence[_Place],
+        studies: Mapping[str, _Study],
+        prices: _Prices,
+        ctx: Context,
     ) -> dict[str, Ranks]:
         assert self.energy is not None
         found: dict[str, Ranks] = {}
@@ -464,7 +497,7 @@ class Lowrank(SitePass):
                 ctx.skipped(
                     place.where, f"no rank that saves parameters has {self.energy:.4g}"
                 )
-            elif place.parameters(fits[0]) > PAYS * place.dense:
+            elif not prices.pays(place, fits[0]):
                 ctx.skipped(place.where, _too_little(place, fits[0]))
             else:
                 found[place.where] = fits[0]
@@ -472,37 +505,37 @@ class Lowrank(SitePass):
 
     def _shared_out(
         self,
-        model: Model,
         places: Sequence[_Place],
         studies: Mapping[str, _Study],
+        prices: _Prices,
         ctx: Context,
     ) -> dict[str, Ranks]:
-        """Share a number of parameters out among places by what outputs lose."""
-        work = [float(place.dense) for place in places]
-        if self.macs is not None:
-            work = _macs(model, places, ctx)
-        items = []
-        for place, whole in zip(places, work, strict=True):
-            choices = [(whole, 0.0)]
-            for ranks, lost in zip(
-                place.choices, studies[place.where].lost, strict=True
-            ):
-                share = place.parameters(ranks) / place.dense
-                if share > PAYS:
-                    continue
-                cost = share if self.macs is None else place.macs_share(ranks)
-                choices.append((cost * whole, lost))
-            items.append(choices)
-        chosen = allocation.share_out(items, self._amount * sum(work))
-        found: dict[str, Ranks] = {}
-        for place, index in zip(places, chosen, strict=True):
-            if index:
-                usable = [
-                    ranks
-                    for ranks in place.choices
-                    if place.parameters(ranks) / place.dense <= PAYS
+        """Share an amount out among places by what outputs lose."""
+        items, usable = [], []
+        for place in places:
+            lost = studies[place.where].lost
+            pairs = zip(place.choices, lost, strict=True)
+            paying = [(r, loss) for r, loss in pairs if prices.pays(place, r)]
+            usable.append([ranks for ranks, _ in paying])
+            items.append(
+                [
+                    (prices.of(place), 0.0),
+                    *((prices.of(place, ranks), loss) for ranks, loss in paying),
                 ]
-                found[place.where] = usable[index - 1]
+            )
+        whole = sum(prices.of(place) for place in places)
+        chosen = allocation.share_out(items, self._amount * whole)
+        spent = sum(item[index][0] for item, index in zip(items, chosen, strict=True))
+        if spent > self._amount * whole:
+            ctx.skipped(
+                self.name,
+                f"{self._asked} is out of reach: the lowest ranks come to "
+                f"{spent / whole:.3g}",
+            )
+        found: dict[str, Ranks] = {}
+        for place, index, ranks in zip(places, chosen, usable, strict=True):
+            if index:
+                found[place.where] = ranks[index - 1]
             else:
                 ctx.skipped(
                     place.where,
@@ -845,16 +878,10 @@ def _unusable(layer: LinearWeight) -> str:
     return ""
 
 
-def _at_share(place: _Place, share: float, of_macs: bool = False) -> Ranks | None:
-    """Return the highest ranks whose cost is at most a share of the place's."""
-    found = None
-    for ranks in place.choices:
-        cost = place.macs_share(ranks)
-        if not of_macs:
-            cost = place.parameters(ranks) / place.dense
-        if cost <= share:
-            found = ranks
-    return found
+def _at_share(place: _Place, share: float) -> Ranks | None:
+    """Return the highest ranks with at most a share of the place's parameters."""
+    fits = [r for r in place.choices if place.parameters(r) <= share * place.dense]
+    return fits[-1] if fits else None
 
 
 def _lost(place: _Place, study: _Study, ranks: Ranks) -> float:
@@ -867,9 +894,7 @@ def _too_little(place: _Place, ranks: Ranks) -> str:
     return f"rank {_shown(ranks)} has {share:.0%} of its values and takes as long"
 
 
-def _site(place: _Place, ranks: Ranks, study: _Study) -> LowrankSite:
-    bits = bits_of(place.weight.data_type)
-    saved = (place.dense - place.parameters(ranks)) * bits // 8
+def _site(place: _Place, ranks: Ranks, study: _Study, savings: Savings) -> LowrankSite:
     form: str = place.form if place.kind == "kernel" else "product"
     if place.kind == "table":
         form = "table"
@@ -879,7 +904,7 @@ def _site(place: _Place, ranks: Ranks, study: _Study) -> LowrankSite:
     return LowrankSite(
         place.where,
         place.members[0].kind,
-        Savings(bytes=max(0, saved)),
+        savings,
         rank=_shown(ranks),
         form=form,
         by=study.by,
@@ -893,20 +918,155 @@ def _shown(ranks: Sequence[int]) -> str:
     return "x".join(str(rank) for rank in ranks)
 
 
-def _macs(model: Model, places: Sequence[_Place], ctx: Context) -> list[float]:
-    """Return the multiply-accumulates of places, or their parameters if unknown."""
-    samples = ctx.samples.calibration
-    known: Mapping[str, int | None] = {}
-    if samples is not None and samples.used:
-        known = macs_by_value(model, next(iter(samples.batches(1))))
-    found = []
-    for place in places:
-        total = 0.0
-        for layer in place.members:
+# --- costs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Prices:
+    """What layers and their factors cost, on one sample.
+
+    Attributes:
+        shapes: Of values, as far as they are known.
+        costs: Of layer forms.
+        unit: What an amount is a share of.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    costs: Costs
+    unit: Unit
+
+    def of(self, place: _Place, ranks: Ranks | None = None) -> float:
+        """Return what a place costs as it is or as factors, in the unit.
+
+        Where shapes are not known, parameters stand for it.
+        """
+        values = place.dense if ranks is None else place.parameters(ranks)
+        if self.unit == "values":
+            return float(values)
+        cost = self.cost(place, ranks)
+        if self.unit == "macs":
+            if cost is not None:
+                return float(cost.macs)
+            return place.dense * (1 if ranks is None else place.macs_share(ranks))
+        if cost is None or cost.seconds is None:
+            return values * 1e-9
+        return cost.seconds
+
+    def pays(self, place: _Place, ranks: Ranks) -> bool:
+        """Whether factors take less time; of values alone, whether fewer take no more.
+
+        A node more takes time of its own, which is nothing against a run.
+        """
+        before, after = self.cost(place), self.cost(place, ranks)
+        fewer = place.parameters(ranks) <= PAYS * place.dense
+        if before is None or after is None or not before.seconds or not after.seconds:
+            return fewer
+        if self.unit == "values" and not self.costs.is_measured:
+            return fewer and after.seconds <= before.seconds + NODE_SECONDS
+        return after.seconds <= PAYS * before.seconds
+
+    def why_not(self, place: _Place) -> str:
+        """Return why no factors of a place pay."""
+        outputs, inputs, *kernel = place.shape
+        least = min(outputs, inputs * math.prod(kernel))
+        if least < NARROW:
+            return f"it has only {least} channels; splitting pays from {NARROW} on"
+        if any(self.pays(place, ranks) for ranks in place.choices):
+            return ""
+        cost = self.cost(place)
+        words = "its factors take as long as it does"
+        if cost is None or cost.seconds is None:
+            return words
+        return f"{words}, {1e6 * cost.seconds:.3g} us"
+
+    def savings(self, place: _Place, ranks: Ranks) -> Savings:
+        """Return what factors save."""
+        size = place.weight.nbytes / max(1, place.weight.size)
+        nbytes = round((place.dense - place.parameters(ranks)) * size)
+        before, after = self.cost(place), self.cost(place, ranks)
+        if before is None or after is None:
+            return Savings(bytes=nbytes)
+        saved = before - after
+        return Savings(bytes=nbytes, macs=saved.macs, seconds=saved.seconds)
+
+    def cost(self, place: _Place, ranks: Ranks | None = None) -> Cost | None:
+        """Return the cost of a place as it is or as factors, if shapes are known."""
+        total = Cost(seconds=0.0)
+        for number, layer in enumerate(place.members):
             for use in layer.uses:
-                total += known.get(use.node.outputs[0].name) or layer.weight.size
-        found.append(total)
-    return found
+                shape = self.shapes.get(use.output.name)
+                if shape is None or 0 in shape:
+                    return None
+                is_first = number == 0
+                if place.kind == "product":
+                    outputs = layer.layout.matrices_shape[1]
+                    rows = max(1, math.prod(shape) // outputs)
+                    if place.groups > 1:
+                        return None
+                    total += self._product(place, ranks, rows, outputs, is_first)
+                elif place.kind == "kernel":
+                    read = self.shapes.get(use.node.inputs[0].name)
+                    if read is None or len(read) != len(shape):
+                        return None
+                    total += self._kernel(place, ranks, shape, read)
+                else:
+                    return None
+        return total
+
+    def _product(
+        self,
+        place: _Place,
+        ranks: Ranks | None,
+        rows: int,
+        outputs: int,
+        is_first: bool,
+    ) -> Cost:
+        inputs = place.shape[1]
+        if ranks is None:
+            return self.costs.matmul(rows, inputs, outputs)
+        (rank,) = ranks
+        second = self.costs.matmul(rows, rank, outputs)
+        return self.costs.matmul(rows, inputs, rank) + second if is_first else second
+
+    def _kernel(
+        self,
+        place: _Place,
+        ranks: Ranks | None,
+        shape: Sequence[int],
+        read: Sequence[int],
+    ) -> Cost:
+        """Return the cost of one convolution, or of those in its place."""
+        outputs, inputs, *kernel = place.shape
+        groups, made, given = place.groups, list(shape[2:]), list(read[2:])
+        ones = [1] * len(kernel)
+        chain: list[tuple[int, int, list[int], list[int]]]
+        if ranks is None:
+            chain = [(inputs, outputs, kernel, made)]
+        elif place.form == "channel":
+            chain = [
+                (inputs, ranks[0], kernel, made),
+                (ranks[0], outputs, ones, made),
+            ]
+        elif place.form == "spatial":
+            first, rest = [kernel[0], *ones[1:]], [1, *kernel[1:]]
+            between = [made[0], *given[1:]]
+            chain = [
+                (inputs, ranks[0], first, between),
+                (ranks[0], outputs, rest, made),
+            ]
+        else:
+            few, many = ranks
+            chain = [
+                (inputs, few, ones, given),
+                (few, many, kernel, made),
+                (many, outputs, ones, made),
+            ]
+        total = Cost(seconds=0.0)
+        for ins, outs, size, where in chain:
+            total += self.costs.conv(
+                ins * groups, outs * groups, size, where, groups=groups
+            )
+        return total
 
 
 # --- inputs ---------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxshrink import runtime, testing
-from onnxshrink.base import Context
+from onnxshrink.base import Context, Cost
 from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
+from onnxshrink.measuring.costs import FixedCosts
 from onnxshrink.model import Model
 from onnxshrink.passes import lowrank
 from onnxshrink.passes.lowrank import Lowrank, LowrankSite
@@ -482,6 +483,45 @@ def test_an_operator_without_gradient_gives_all_layers_the_same_share() -> None:
     assert {str(site.how()["rank"]) for site in sites} == {"16"}
 
 
+def test_time_is_measured_where_an_amount_is_of_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Costs(FixedCosts):
+        """A machine on which products with 64 inputs are slow."""
+
+        is_measured = True
+
+        def matmul(self, rows: int, inputs: int, outputs: int, **how: Any) -> Cost:
+            slow = 10 if inputs == 64 else 1
+            return Cost(4 * inputs * outputs, inputs * outputs, slow * outputs * 1e-6)
+
+    monkeypatch.setattr(FixedCosts, "measured", lambda self: Costs())
+    model = parsed(
+        "g (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }", w=draw((64, 64))
+    )
+    ctx = with_data(model, x=draw((64, 64), 5))
+    (site,) = Lowrank(latency=0.4).sites(model, ctx)
+    # 10 r + 64 us are at most 256 of the 640 that it takes.
+    assert site.how()["rank"] == "16"
+    assert site.savings.seconds == pytest.approx((640 - 10 * 16 - 64) * 1e-6)
+    (least,) = Lowrank(latency=0.1).sites(model, ctx)
+    assert least.how()["rank"] == "8"
+    assert ctx.skips == [
+        ("lowrank", "latency=0.1 is out of reach: the lowest ranks come to 0.225")
+    ]
+
+
+def test_what_takes_as_long_in_two_is_left_alone() -> None:
+    model = parsed(
+        "g (float[N,16,2,2] x) => (float[N,16,2,2] y) "
+        "{ y = Conv<pads = [0, 1, 0, 1]>(x, w) }",
+        w=draw((16, 16, 1, 3)),
+    )
+    found, ctx = testing.apply(Lowrank(macs=0.7), model)
+    assert "take as long as it does" in ctx.skips[0][1]
+    assert found.to_bytes() == model.to_bytes()
+
+
 # --- bad input ------------------------------------------------------------------------
 
 
@@ -489,6 +529,7 @@ def test_an_operator_without_gradient_gives_all_layers_the_same_share() -> None:
     ("text", "why"),
     [
         ("lowrank:keep=0.5,macs=0.5", "keep and macs each say how much"),
+        ("lowrank:latency=0.5,energy=0.5", "latency and energy each say how much"),
         ("lowrank:keep=1.5", "keep is a share between 0 and 1"),
         ("lowrank:keep=0", "keep is a share between 0 and 1"),
         ("lowrank:rank=0", "rank is a number, name:number or name:4x6, not '0'"),
