@@ -252,8 +252,8 @@ class Quantize(SitePass):
         _prepare(prepared, ctx)
         planner = Planner(prepared)
         static_ok = {one.layer.name for one in planner.linear}
-        static_ok -= {name for name, _ in planner.left}
-        reasons = dict(planner.left)
+        static_ok -= {name for name, _ in planner.skips}
+        reasons = dict(planner.skips)
         costs = LayerCosts(prepared, ctx)
         sites = []
         for layer in layers.find(

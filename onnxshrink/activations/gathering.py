@@ -137,7 +137,7 @@ def _visible(model: Model) -> set[str]:
 
 
 def _constants(model: Model, names: Mapping[str, Any]) -> dict[str, Weight]:
-    """Return the weights among some tensor names: values that no run changes."""
+    """Return those of some tensors that are weights, whose values no run changes."""
     found: dict[str, Weight] = {}
     tensors = dict(model.graph.initializers)
     for node in model.graph.nodes:

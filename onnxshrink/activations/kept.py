@@ -1,4 +1,4 @@
-"""Calibration that is kept in a folder: an interrupted run goes on, a repeated is read.
+"""Calibration kept in a folder: a run that was interrupted goes on, others are read.
 
 The file of a run is named by a digest of the model, the samples and the statistics. It
 holds, for each tensor, what was gathered and from how many samples. What is read is
@@ -83,14 +83,14 @@ def gather_cached(
                 f"a {type(statistic).__name__} of {name!r} cannot be kept in a folder"
             )
         statistic.state()
-    file = _File.of(model, wanted, samples, folder)
+    file = _CalibrationFile.of(model, wanted, samples, folder)
     run = file.read(wanted, samples.used, ctx)
     run.complete(model, samples, ctx, file, slice_bytes, least)
     return {name: run.fed[name] for name in wanted if name in run.fed}
 
 
 @dataclass(eq=False)
-class _Run:
+class _Calibration:
     """A calibration as far as it has come.
 
     Attributes:
@@ -110,11 +110,11 @@ class _Run:
         model: Model,
         samples: Samples,
         ctx: Context,
-        file: _File,
+        file: _CalibrationFile,
         slice_bytes: int,
         least: float,
     ) -> None:
-        """Feed what each statistic has not seen, saving now and then."""
+        """Feed each statistic the samples it has not seen, saving now and then."""
         total = samples.used
         begun = time.monotonic()
         for start in sorted(set(self.seen.values())):
@@ -150,8 +150,8 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _File:
-    """Where a run is kept.
+class _CalibrationFile:
+    """Where a calibration is kept.
 
     Attributes:
         path: The file.
@@ -164,8 +164,8 @@ class _File:
     @classmethod
     def of(
         cls, model: Model, wanted: Mapping[str, Stored], samples: Samples, folder: Path
-    ) -> _File:
-        """Name the file of a run, and make its folder."""
+    ) -> _CalibrationFile:
+        """Name the file of a calibration, and make its folder."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{_FORMAT} {fingerprint(model)}".encode())
         for name in sorted(wanted):
@@ -183,9 +183,11 @@ class _File:
 
     # --- reading ------------------------------------------------------------------
 
-    def read(self, wanted: Mapping[str, Stored], total: int, ctx: Context) -> _Run:
-        """Return the run as it was kept, or a fresh one."""
-        fresh = _Run(
+    def read(
+        self, wanted: Mapping[str, Stored], total: int, ctx: Context
+    ) -> _Calibration:
+        """Return the calibration that was kept, or a fresh one."""
+        fresh = _Calibration(
             {name: one.fresh() for name, one in wanted.items()},
             dict.fromkeys(wanted, 0),
         )
@@ -214,7 +216,7 @@ class _File:
 
     def _restored(
         self, kept: Mapping[str, Array], wanted: Mapping[str, Stored], total: int
-    ) -> _Run:
+    ) -> _Calibration:
         about = kept.get("about")
         if about is None or about.dtype != np.uint8 or about.ndim != 1:
             raise UsageError("it is not a calibration")
@@ -225,7 +227,7 @@ class _File:
             raise UsageError(f"it is not a calibration: {error}") from error
         if mark != self.mark:
             raise UsageError("it belongs to another model, other samples or statistics")
-        run = _Run({}, {})
+        run = _Calibration({}, {})
         for number, (name, seen) in enumerate(entries.items()):
             if name not in wanted:
                 raise UsageError(f"{name!r} was not asked for")
@@ -244,8 +246,8 @@ class _File:
 
     # --- writing ------------------------------------------------------------------
 
-    def write(self, run: _Run) -> None:
-        """Write the run; the file is either whole or as it was before."""
+    def write(self, run: _Calibration) -> None:
+        """Write the calibration; the file is whole, or as it was before."""
         facts = {"mark": self.mark, "seen": run.seen}
         arrays = {"about": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
         for number, statistic in enumerate(run.fed.values()):
@@ -258,8 +260,8 @@ class _File:
 def _identify(samples: Samples, digest: Any) -> None:
     """Feed a digest with what tells these samples from others.
 
-    Positions of all samples and values of some, spread evenly: reading 10,000 images
-    for their name would take longer than it saves.
+    That is the positions of all samples and the values of some, evenly spread. Reading
+    all of 10,000 images would take longer than the file saves.
     """
     digest.update(samples.positions.tobytes())
     digest.update(f"{samples.source_count} {samples.batch}".encode())

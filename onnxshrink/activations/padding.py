@@ -1,9 +1,9 @@
-"""Places of padding in calibration samples: they must not count.
+"""Padding in calibration samples, which statistics must not count.
 
-Sentences come padded to one length, with a mask that lets the model look away from the
-padding. What layers see there changes nothing in the output, but often is most of what
-they see: two thirds in a common set of short sentences. Counted in a Gram matrix, a
-range or a sample of rows, it makes codes fit values nobody reads.
+Sentences come padded to one length, with a mask by which the model ignores the padding.
+What layers see there changes no output, but may be most of what they see: two thirds in
+a common set of short sentences. Statistics that counted it would fit codes to values
+that nothing reads.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def feed(
 ) -> None:
     """Update a statistic with the real positions of a value.
 
-    One whose rows are all axes but the last sees the real ones, each once. To others
-    the axes mean something, so shapes stay: in the place of padding they see the real
-    positions of the same sample in turn.
+    A statistic whose rows are all axes but the last sees each real row once. Others
+    need the shape as it is: they see the real positions of the same sample, repeated,
+    in the place of its padding.
 
     Args:
         statistic: The statistic.
@@ -67,7 +67,7 @@ def feed(
 
 
 def _in_turn(real: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the real position to look at for each one."""
+    """Return the position to read at each: itself, or for padding a real one."""
     at = np.tile(np.arange(real.shape[1]), (len(real), 1))
     for row, here in zip(at, real, strict=True):
         row[~here] = np.resize(np.flatnonzero(here), np.count_nonzero(~here))

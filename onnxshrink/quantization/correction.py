@@ -65,7 +65,7 @@ _WITH_CONSTANT = frozenset({"Add", "Mul", "PRelu", "Sub"})
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """A weight and the channels of it that lie between two layers.
+    """A weight, and which of its axes are the channels between two layers.
 
     Attributes:
         weight: The weight.
@@ -109,7 +109,7 @@ def _sides(layer: LinearWeight) -> tuple[_Side, _Side]:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two layers with nothing between them that a scale cannot pass.
+    """Two layers between which a scale of each channel can move.
 
     Attributes:
         first: The layer whose outputs are divided.
@@ -193,7 +193,7 @@ class _Change:
 
 
 def _scale_shift(model: Model, shift: Weight, factor: Float64) -> None:
-    """Scale a bias or added constant; its one long axis is that of the channels."""
+    """Scale a bias or added constant along its only axis longer than 1."""
     old = shift.read()
     values = old.astype(np.float64)
     long = next((i for i, n in enumerate(old.shape) if n != 1), old.ndim - 1)
@@ -231,7 +231,10 @@ def _scales(pairs: list[_Pair]) -> list[Float64]:
 
 
 def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
-    """Return the pair that starts at a node, or why there is none; empty: no layer."""
+    """Return the pair that starts at a node, or why there is none.
+
+    The reason is empty where the node is no layer.
+    """
     layer = _own_layer(model, node)
     if layer is None:
         return ""
@@ -266,7 +269,7 @@ def _follow(model: Model, node: Node, outputs: set[int]) -> _Pair | str:
 
 
 def _own_layer(model: Model, node: Node) -> LinearWeight | None:
-    """Return the layer of a node whose weight may be changed, for it alone."""
+    """Return the layer of a node, if its weight is its own and may be changed."""
     if node.op not in _LINEAR:
         return None
     layer = layer_at(model, node)
@@ -302,7 +305,10 @@ def _is_free_shift(
 def _passes(
     model: Model, node: Node, tensor: gs.Tensor, channels: int, spatial: int
 ) -> Weight | str | None:
-    """Return what a node on the way adds, ``None`` for nothing, or why it is no way."""
+    """Return what a node between two layers adds; ``None`` if it adds nothing.
+
+    Or return why no scale passes it.
+    """
     label = f"{node.op} behind it"
     if not is_onnx(node.domain):
         return f"{label} is of another domain"
@@ -347,7 +353,7 @@ def _ended(
 
 
 def expected_shift(weight: Array, decoded: Array, mean: Array) -> Float64:
-    """Return what quantized weights take from the mean of each output.
+    """Return by how much quantized weights lower the mean of each output.
 
     Nagel et al. 2019, equation 17: ``(W - W_q) E[x]``. Added to the bias it gives the
     outputs the mean they had.
@@ -367,7 +373,7 @@ def expected_shift(weight: Array, decoded: Array, mean: Array) -> Float64:
 def correct_bias(
     float_model: Model, quantized: Model, ctx: Context, *, samples: int = 128
 ) -> int:
-    """Take the mean error of each output channel of quantized layers into their biases.
+    """Let the biases of quantized layers make up for the mean error of their outputs.
 
     Each layer is given what it reads in the float model, so that its own error is
     measured, that of its inputs' codes included, and errors of layers before it are not
@@ -498,7 +504,7 @@ class _Twins:
 
 
 def _quantized_layers(model: Model) -> Iterator[tuple[Node, LinearWeight]]:
-    """Yield nodes of the main graph that multiply codes' values, in its order."""
+    """Yield nodes of the main graph whose weight is stored as codes, in its order."""
     for node in model.graph.nodes:
         if node.op in _LINEAR and len(node.inputs) > 1 and _maker(node.inputs[1]):
             layer = layer_at(model, node, codes=True)

@@ -1,11 +1,11 @@
-"""Where QuantizeLinear and DequantizeLinear go for integer kernels to run.
+"""Where to put QuantizeLinear and DequantizeLinear so that integer kernels run.
 
-``Planner`` decides which operators of a graph run on codes and which values therefore
-become codes; ``Plan`` is its answer, and ``write`` puts it into the graph. All of it is
-about the main graph; no number is looked at before ``write``.
+``Planner`` decides which operators of the main graph run on codes, and which values
+become codes for them. ``Plan`` is its answer. ``write`` puts a plan into the graph, and
+only there are numbers looked at.
 
-What onnxruntime 1.31's CPU provider makes of a DequantizeLinear in front of an operator
-and a QuantizeLinear behind it was looked up in its optimized graphs:
+onnxruntime 1.31's optimized graphs show what its CPU provider makes of an operator
+between DequantizeLinear and QuantizeLinear:
 
 - Conv, Gemm and MatMul of a weight get integer kernels; Gemm and MatMul give floats
   where no QuantizeLinear follows, Conv needs one;
@@ -13,9 +13,9 @@ and a QuantizeLinear behind it was looked up in its optimized graphs:
   integer kernels with scales of their own;
 - MaxPool, Reshape, Transpose and others that only move values run on codes if both
   sides have one scale;
-- Relu and Clip behind an integer operator are part of its QuantizeLinear if the codes
-  end where they do; everything else between two integer operators costs a way to
-  floats and back.
+- Relu and Clip behind an integer operator cost nothing if the codes end where they
+  clip: QuantizeLinear clips there. Any other operator between two integer operators
+  makes them decode and encode again.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _INT32_ROOM = 2.0**30
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """An operator that multiplies activations with a weight, and can do so in codes.
+    """An operator that multiplies activations with a weight, and may do so in codes.
 
     Attributes:
         node: The Conv, Gemm or MatMul.
@@ -128,10 +128,10 @@ class Reading:
 
     Attributes:
         tensor: The value.
-        source: The value whose range counts: itself, or where moving operators and
-            Concat tie several together, the one that stands for all of them.
-        made_in_codes: Whether an operator that runs on codes makes it: then everything
-            that reads it reads the codes; otherwise only operators on codes do.
+        source: The value whose scale it has: itself, or one of several that share a
+            scale because moving operators or Concat tie them together.
+        made_in_codes: Whether an operator on codes makes it. Then all that reads it
+            reads the codes. Otherwise only operators on codes do.
     """
 
     tensor: gs.Tensor
@@ -148,7 +148,7 @@ class Plan:
         others: Operators without one, in graph order.
         readings: Values that become codes, in graph order.
         clips: The Relu or Clip behind an operator on codes, and the value it makes.
-        ranges: For each source, the values whose ranges it must cover.
+        ranges: By source, the values whose ranges the shared scale must cover.
     """
 
     linear: tuple[Linear, ...]
@@ -195,15 +195,15 @@ class Codes:
 
 @dataclass(eq=False)
 class Planner:
-    """What can run on codes in a model, and plans for a choice of it.
+    """Knows which operators of a model can run on codes; makes plans for some of them.
 
     Attributes:
         model: The model; it is not changed.
-        left: Operators with a weight that cannot run on codes, and why.
+        skips: (name, reason) of operators with a weight that cannot run on codes.
     """
 
     model: Model
-    left: list[tuple[str, str]] = field(default_factory=list)
+    skips: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Look at the graph once."""
@@ -224,13 +224,13 @@ class Planner:
         here = {id(node) for node in self._order}
         for layer in find(self.model):
             if layer.why_not:
-                self.left.append((layer.name, layer.why_not))
+                self.skips.append((layer.name, layer.why_not))
                 continue
             for use in layer.uses:
                 linear = Linear(use.node, layer)
                 why = self._why_not(linear, use.index, id(use.node) in here)
                 if why:
-                    self.left.append((linear.name, why))
+                    self.skips.append((linear.name, why))
                 else:
                     yield linear
 
@@ -273,12 +273,12 @@ class Planner:
         return info.data_type == onnx.TensorProto.FLOAT
 
     def plan(self, chosen: Iterable[Linear], refused: Iterable[gs.Tensor] = ()) -> Plan:
-        """Decide what runs on codes if these operators shall.
+        """Plan for these operators to run on codes.
 
         Args:
             chosen: Some of ``linear``.
-            refused: Values that must stay floats, such as masks: what reads or makes
-                them stays in floats as well.
+            refused: Values that must stay floats, such as masks. What reads or makes
+                them then runs on floats too.
         """
         return _Planning(self, chosen, refused).plan()
 
@@ -321,7 +321,7 @@ class _Planning:
     # Backward: where would codes be read?
 
     def _wanted(self) -> set[int]:
-        """Values that lead to an operator with a weight, by operators on codes."""
+        """Return values from which operators on codes lead to one with a weight."""
         wanted = {id(one.node.inputs[0]) for one in self.linear.values()}
         for node in reversed(self.planner._order):
             if not any(id(tensor) in wanted for tensor in node.outputs):
@@ -355,14 +355,14 @@ class _Planning:
         return not self._touches_refused(node, inputs)
 
     def _inputs(self, node: Node) -> list[gs.Tensor]:
-        """The activations an operator reads that would be codes."""
+        """Return the activations of an operator that would become codes."""
         read = node.inputs if node.op in _MANY else node.inputs[:1]
         return [t for t in read if self.planner.model.constant(t) is None and t.name]
 
     # Forward: where are codes made?
 
     def _coded(self, wanted: set[int]) -> dict[int, gs.Tensor]:
-        """Find the operators on codes; return the values they make and read."""
+        """Note the operators on codes; return the values they make and read."""
         read = {
             id(one.node.inputs[0]): one.node.inputs[0] for one in self.linear.values()
         }
@@ -384,7 +384,7 @@ class _Planning:
         return list(node.outputs) if clip is None else [clip.outputs[0]]
 
     def _made(self, node: Node, coded: dict[int, gs.Tensor], wanted: set[int]) -> None:
-        """Note what an operator on codes makes."""
+        """Note the values that an operator on codes makes."""
         results = self._results(node)
         if node.op in ("Gemm", "MatMul") and not any(
             id(tensor) in wanted and id(tensor) not in self.refused
@@ -412,7 +412,7 @@ class _Planning:
     # What follows for values.
 
     def _readings(self, coded: Mapping[int, gs.Tensor]) -> list[tuple[gs.Tensor, bool]]:
-        """Return the values that become codes and whether they are made as such."""
+        """Return the values that become codes, and whether they are made in codes."""
         running = {**{k: one.node for k, one in self.linear.items()}, **self.others}
         read = {
             id(tensor)
@@ -454,7 +454,7 @@ class _Planning:
         dict[Node, gs.Tensor],
         dict[gs.Tensor, tuple[gs.Tensor, ...]],
     ]:
-        """Let values that must share a scale share one."""
+        """Give values that must have the same scale the same source."""
         here = {id(tensor): tensor for tensor, _ in readings}
         ties = _Ties(here)
         moved: set[int] = set()
@@ -524,7 +524,7 @@ def clipped_range(model: Model, node: Node) -> tuple[float, float] | None:
 def bias_codes(
     bias: Array, activation: NDArray[np.float32], weight: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return a bias as int32 codes, with the scale its layer's sums have.
+    """Return a bias as int32 codes with the scale of its layer's sums.
 
     Args:
         bias: float32 [outputs].
@@ -538,7 +538,7 @@ def bias_codes(
 
 
 def smallest_scale(bias: Array, activation: float) -> NDArray[np.float64]:
-    """Return how small a weight's scales may be for its bias to fit int32.
+    """Return the smallest scales of a weight with which its bias fits int32.
 
     Args:
         bias: float32 [outputs].
@@ -560,7 +560,7 @@ def write(
     weights: Mapping[str, Codes],
     biases: Mapping[str, Array],
 ) -> int:
-    """Put a plan into the graph of its model.
+    """Put a plan into the model it was made for.
 
     Args:
         model: The model the plan was made for; changed.
@@ -616,9 +616,9 @@ class _Writer:
         return dropped
 
     def _zero(self, values: Array) -> gs.Tensor:
-        """Return a zero point; equal ones are stored once, which scales are not.
+        """Return a zero point. Equal ones are stored once.
 
-        Scales may be learned later, each for itself.
+        Equal scales are not: each may be learned later.
         """
         key = (values.dtype.name, values.shape, values.tobytes())
         if key not in self._zeros:
@@ -635,7 +635,7 @@ class _Writer:
         return self._scales[source]
 
     def _drop_clip(self, clip: Node) -> bool:
-        """Take a Relu or Clip away that the QuantizeLinear behind it does as well."""
+        """Remove a Relu or Clip if the QuantizeLinear behind it clips the same."""
         made = self.plan.clips[clip]
         source = next(r.source for r in self.plan.readings if r.tensor is made)
         if not _clips_alike(clipped_range(self.model, clip), self.activations[source]):
@@ -721,7 +721,7 @@ class _Writer:
 
 
 def _clips_alike(bounds: tuple[float, float] | None, coded: Coded) -> bool:
-    """Whether codes end where a Clip does, so that it changes none of them."""
+    """Whether codes end where a Clip clips, so that it changes no code."""
     if bounds is None:
         return False
     low, high = limits(coded.scheme.data_type)

@@ -183,7 +183,7 @@ def detect(cpuinfo: str | None = None, machine: str | None = None) -> Cpu:
 
 
 def resolve(name: str) -> tuple[Processor, str]:
-    """Return the rules a name stands for, and in words what that takes for granted.
+    """Return the rules that a name stands for, and in words what they assume.
 
     Args:
         name: One of ``NAMES``; ``auto`` stands for the processor of this machine.
@@ -208,7 +208,7 @@ def resolve(name: str) -> tuple[Processor, str]:
 
 @dataclass(frozen=True)
 class Saturation:
-    """How the sums of two products of a layer fit 16 bits.
+    """How far the sums of two products in a layer exceed 16 bits.
 
     All arrays are [groups * outputs], float64.
 

@@ -1,4 +1,4 @@
-"""Scales that move difficulty from one side of a product to the other.
+"""Scales that make one factor of a product easier to quantize at the other's cost.
 
 ``X W = (X / s) (s W)`` for any positive scale of each input channel. Both methods here
 choose ``s`` from calibration data, multiply it into the weights, and divide the
@@ -58,7 +58,7 @@ _NOTHING = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Layers that multiply the same activations, whose channels share their scales.
+    """Layers that multiply the same activations and so share the scales of channels.
 
     Attributes:
         tensor: The activations, channels last.
@@ -84,7 +84,7 @@ class Group:
 def groups(
     model: Model, *, only: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> list[Group]:
-    """List the activations of the main graph that scales can be taken out of.
+    """List the activations of the main graph whose channels can be divided by scales.
 
     Args:
         model: The model.
@@ -146,7 +146,7 @@ def smooth(
     """
     wanted = groups(model, only=only, skip=skip)
     changed = 0
-    for index, (group, seen) in enumerate(_watched(model, wanted, ctx)):
+    for index, (group, seen) in enumerate(_with_statistics(model, wanted, ctx)):
         rows, channels = _parts(seen)
         scales, share = _smoothest(group, rows, channels, pairs)
         changed += _settle(model, group, scales, share, ctx, "smoothed")
@@ -157,7 +157,7 @@ def smooth(
 def _smoothest(
     group: Group, rows: Float32, channels: ChannelRange, pairs: bool
 ) -> tuple[Float32, float]:
-    """Return the best scales and the share of the error that is left with them."""
+    """Return the best scales, and the share of the error that they leave."""
     assert channels.low is not None
     assert channels.high is not None
     low, high = np.minimum(channels.low, 0.0), np.maximum(channels.high, 0.0)
@@ -182,7 +182,7 @@ def _smoothest(
 
 
 def _smoothing(size: Float64, largest: Float64) -> Iterator[Float64]:
-    """Yield scales to try, of the sizes of activations and weights of channels."""
+    """Yield scales to try, made of the largest activation and weight of channels."""
     for alpha in ALPHAS:
         scales = size**alpha / largest ** (1.0 - alpha)
         yield scales / np.exp(np.log(scales).mean())
@@ -193,7 +193,7 @@ def _smoothing(size: Float64, largest: Float64) -> Iterator[Float64]:
 def _best(
     candidates: Iterable[Float64], channels: int, error: Callable[[Float32], float]
 ) -> tuple[Float32, float]:
-    """Return the scales with the smallest error, and its share of that without."""
+    """Return the scales with the smallest error, as a share of the error without."""
     scales = np.ones(channels, np.float32)
     before = least = error(scales)
     for candidate in candidates:
@@ -205,7 +205,7 @@ def _best(
 
 
 def _coded(values: Float32, low: float, high: float) -> Float32:
-    """Return what is left of values as uint8 codes of a range."""
+    """Return values as uint8 codes of a range give them back."""
     step = np.float32(max((high - low) / 255.0, _NOTHING))
     zero = np.rint(np.float32(-low) / step)
     codes = np.clip(np.rint(values / step) + zero, 0, 255)
@@ -250,7 +250,7 @@ def awq(
     """
     wanted = groups(model, only=only, skip=skip)
     changed = 0
-    for index, (group, seen) in enumerate(_watched(model, wanted, ctx)):
+    for index, (group, seen) in enumerate(_with_statistics(model, wanted, ctx)):
         rows, _ = _parts(seen)
         weights = [_some(weight) for weight in group.weights()]
 
@@ -285,7 +285,7 @@ def _moved(
     block: int,
     method: Fit,
 ) -> float:
-    """Return the share of the outputs' energy that quantization takes."""
+    """Return the energy of the outputs' error, as a share of that of the outputs."""
     scaled = weight * scales
     grid = fit(
         scaled,
@@ -303,10 +303,10 @@ def _moved(
 # --- looking --------------------------------------------------------------------------
 
 
-def _watched(
+def _with_statistics(
     model: Model, wanted: Sequence[Group], ctx: Context
 ) -> list[tuple[Group, Multi]]:
-    """Return the groups whose activations can be seen, with what was seen."""
+    """Return the groups whose activations a run shows, each with its statistics."""
     statistics: Mapping[str, Any] = {
         group.tensor.name: Multi(
             rows=Sample(ROWS, -1, ctx.seed), channels=ChannelRange(-1)
@@ -351,7 +351,7 @@ def _settle(
     ctx: Context,
     what: str,
 ) -> int:
-    """Apply scales where they pay; say so."""
+    """Apply scales if they pay, and note either; return how many groups changed."""
     name = group.tensor.name
     free = _chain(model, group) is not None
     limit = 1.0 if free else MUL_PAYS
@@ -421,7 +421,7 @@ def _between(tensor: gs.Tensor, last: gs.Tensor) -> Iterator[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Divided:
-    """A parameter that makes one channel of its node's output, for each entry.
+    """A parameter whose last axis is the channels of its node's output.
 
     Attributes:
         node: The node, its only reader.
@@ -501,7 +501,7 @@ def _above(
 
 
 def _values(model: Model, node: Node, channels: int) -> tuple[gs.Tensor, Node] | None:
-    """Return the values whose weighted means over positions a Reshape joins, by heads.
+    """Return the values of an attention whose heads a Reshape joins again.
 
     In attention, output channel ``(head, d)`` at each position is a mean of channel
     ``(head, d)`` of the values, so both are divided by the same. The exported form is

@@ -151,7 +151,7 @@ class _StaticForm:
     def __post_init__(self) -> None:
         self.planner = Planner(self.model)
         self.chosen = [o for o in self.planner.linear if o.layer.name in self.names]
-        self.left.update((n, w) for n, w in self.planner.left if n in self.names)
+        self.left.update((n, w) for n, w in self.planner.skips if n in self.names)
         # Codes of the same model and recipe are the same, whatever else is left out,
         # so that every attempt of a step finds what the first one worked out.
         self.mark = ("quantize", fingerprint(self.model), self.ctx.samples.calibration)

@@ -118,7 +118,7 @@ def refuse_large(shape: tuple[int, ...], limit: int) -> None:
 
 
 def product(rows: Array, exact: bool) -> Array:
-    """``X^T X`` of [..., rows, channels], in float64 where asked for or needed."""
+    """Return ``X^T X`` of [..., rows, channels], in float64 if asked for or needed."""
     if not exact:
         narrow = rows.astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):

@@ -241,7 +241,7 @@ class Histogram(Stored):
         return np.asarray(places * self.width, dtype=np.float64)
 
     def quantile(self, share: float) -> float:
-        """Value below which this share of the values lies, linear within a bin."""
+        """Return the value below which this share lies, interpolated within a bin."""
         if not self.count:
             raise UsageError("a histogram was read before it was fed")
         if not 0.0 <= share <= 1.0:
@@ -279,7 +279,7 @@ class Histogram(Stored):
         self.zeros += int(np.count_nonzero(values == 0))
 
     def reach(self, low: float, high: float) -> None:
-        """Make ``low``, ``high`` and the bins reach over values not counted."""
+        """Widen ``low``, ``high`` and the bins to a range, counting nothing."""
         if not -_FILL <= low <= high <= _FILL:
             raise UsageError(f"a histogram cannot reach from {low} to {high}")
         self._cover(low, high)

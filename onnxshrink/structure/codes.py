@@ -87,7 +87,7 @@ class Decoder:
         return flat.reshape(shape)
 
     def replace(self, model: Model, values: gs.Tensor) -> None:
-        """Let whoever reads the decoded values read others; remove what decoded."""
+        """Let all that reads the decoded values read others; remove the decoder."""
         for end, indices in self.ends:
             made = values
             if indices is not None:
@@ -114,7 +114,7 @@ def _spread(array: Array, shape: Sequence[int], axis: int | None, block: int) ->
 
 
 def decoder_of(model: Model, weight: Weight) -> Decoder | str:
-    """Return what decodes the codes of a weight, or why it cannot be told.
+    """Return what decodes the codes of a weight, or why that is not known.
 
     That is DequantizeLinear, with one scale, one for each channel or for each block, or
     Cast to float, perhaps Sub of a zero point, and Mul with a scale; Reshape, Transpose
@@ -125,7 +125,7 @@ def decoder_of(model: Model, weight: Weight) -> Decoder | str:
     found: list[Decoder] = []
     for node, index in weight.uses:
         try:
-            one = _Walk(model, weight).decoder(node, index)
+            one = _DecoderSearch(model, weight).decoder(node, index)
         except (IndexError, ValueError):  # as a file may say anything
             one = "its shape does not fit what decodes it"
         if isinstance(one, str):
@@ -154,8 +154,8 @@ def _alike(one: Decoder, two: Decoder) -> bool:
     )
 
 
-class _Walk:
-    """From codes along their readers to the node that gives real values."""
+class _DecoderSearch:
+    """Follows the readers of codes to the node that gives real values."""
 
     def __init__(self, model: Model, weight: Weight) -> None:
         self.model, self.weight = model, weight
