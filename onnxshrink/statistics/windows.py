@@ -150,7 +150,7 @@ class ConvWindow:
 
 @dataclass(eq=False)
 class ConvNorm(Statistic):
-    """Sum of squares of the inputs that each entry of a kernel multiplies: Wanda for Conv.
+    """Sum of squares of what each entry of a kernel multiplies: Wanda for Conv.
 
     The input is unfolded into patches as im2col does; entry [g, c, k...] is the sum
     over all samples and output positions of the squared input that weight
@@ -199,7 +199,7 @@ class ConvNorm(Statistic):
     def _at(
         self, values: Float64, offset: tuple[int, ...], out: tuple[int, ...]
     ) -> Float64:
-        """Return the sum, by channel, of the inputs that one kernel entry multiplies."""
+        """Return the sum, by channel, of what one kernel entry multiplies."""
         window = tuple(
             slice(at * spread, at * spread + (size - 1) * stride + 1, stride)
             if size
