@@ -1,17 +1,20 @@
 """A coder that learns as it goes: smallest for small tensors, microseconds a bit.
 
-Every number is a path of yes-or-no decisions, its highest bit first. Several contexts
-guess each decision: what came before in row and column, and how the row, the column
-and the last row went so far. A mixer weighs the guesses by how well they did, in the
-logistic domain (Mahoney, "Adaptive weighing of context models", 2005), in integers, so
-that every machine decodes the same; an arithmetic coder writes what is left.
+Whether a number of a mask is one is guessed from its column so far and from how its row
+does against its columns, and twice more from that guess and its neighbours; numbers of
+more than two values are paths of yes-or-no decisions, the highest bit first. A mixer
+weighs the guesses by how well they did, in the logistic domain (Mahoney, "Adaptive
+weighing of context models for lossless data compression", 2005); an arithmetic coder
+writes what is left. All of it is integers, so that every machine decodes the same.
 
 Tested in tests/package/test_coders.py.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,41 +24,42 @@ from onnxshrink.package.reading import Damaged
 __all__ = ["decode", "encode"]
 
 Array = np.ndarray[Any, Any]
+Code = Callable[[int, int], int]
+"""Code one bit, given the probability of a one in 1/65536; return the bit."""
 
 _TOP = 0xFFFFFFFF
-_INPUTS = 6
 _ONE = 1 << 16
-_LIMIT = 250
-_SQUASH = [
-    min(_ONE - 32, max(32, round(_ONE / (1 + math.exp(-value / 256)))))
-    for value in range(-2047, 2048)
-]
-"""Probability in 1/65536 by its logit + 2047, a logit in 1/256; no rounding is near a
-half, so that no machine differs."""
+_ROW, _COLUMN = 160, 10
+"""Numbers that what is known beforehand of a row, and of a column, counts for."""
+_LIMIT = 255
+"""A guess that was asked this often moves no slower than then."""
 
 
-def _stretched() -> list[int]:
-    """Return logits by probability in 1/4096."""
-    out = []
+@functools.cache
+def _tables() -> tuple[list[int], list[int]]:
+    """Return probabilities in 1/65536 by logit + 2047, and logits by probability / 4.
+
+    A logit is in 1/256. No value is nearer than 3e-4 to where rounding turns, so that
+    exp is the same on every machine.
+    """
+    squash = [
+        min(_ONE - 32, max(32, round(_ONE / (1 + math.exp(-logit / 256)))))
+        for logit in range(-2047, 2048)
+    ]
+    stretch = []
     at = 0
-    for probability in range(4096):
-        middle = probability * 16 + 8
-        while at < len(_SQUASH) - 1 and _SQUASH[at] < middle:
+    for quarter in range(_ONE // 4):
+        while at < len(squash) - 1 and squash[at] < 4 * quarter + 2:
             at += 1
-        out.append(at - 2047)
-    return out
-
-
-_STRETCH = _stretched()
-_RATE = [round(_ONE / (count + 1.5)) for count in range(_LIMIT + 1)]
-"""How far a guess moves towards what was seen, by how often it was asked."""
+        stretch.append(at - 2047)
+    return squash, stretch
 
 
 def encode(symbols: Array, alphabet: int, width: int) -> bytes:
     """Return the bytes of ``symbols``, uint8 [count], in rows of ``width`` (0: one)."""
-    out = bytearray()
-    _run(symbols.tolist(), symbols.size, alphabet, width, None, out)
-    return bytes(out)
+    coder = _Encoder()
+    _model(symbols.tolist(), symbols.size, alphabet, width, coder.code)
+    return coder.end()
 
 
 def decode(data: bytes | memoryview, count: int, alphabet: int, width: int) -> Array:
@@ -64,131 +68,194 @@ def decode(data: bytes | memoryview, count: int, alphabet: int, width: int) -> A
     Raises:
         Damaged: A number is outside the alphabet, or too few bytes are there.
     """
-    found = _run(None, count, alphabet, width, bytes(data), bytearray())
+    coder = _Decoder(bytes(data))
+    found = _model(None, count, alphabet, width, coder.code)
+    coder.end()
     symbols = np.array(found, np.uint8)
     if int(symbols.max(initial=0)) >= alphabet:
         raise Damaged("a symbol is outside its alphabet")
     return symbols
 
 
-def _run(
-    symbols: list[int] | None,
-    count: int,
-    alphabet: int,
-    width: int,
-    data: bytes | None,
-    out: bytearray,
-) -> list[int]:
-    """Encode ``symbols`` into ``out``, or decode ``count`` of them from ``data``.
+class _Encoder:
+    """An arithmetic coder: the interval from ``low`` to ``high`` gets narrower."""
 
-    One function, because both must take the same steps, and inlined, because a call
-    for each bit would double its time.
-    """
-    bits = max(1, (alphabet - 1).bit_length())
-    nodes = 1 << bits
+    def __init__(self) -> None:
+        self._low, self._high = 0, _TOP
+        self._out = bytearray()
+
+    def code(self, probability: int, bit: int) -> int:
+        middle = self._low + ((self._high - self._low) * probability >> 16)
+        if bit:
+            self._high = middle
+        else:
+            self._low = middle + 1
+        while not (self._low ^ self._high) >> 24:
+            self._out.append(self._high >> 24)
+            self._low = self._low << 8 & _TOP
+            self._high = self._high << 8 & _TOP | 255
+        return bit
+
+    def end(self) -> bytes:
+        """Return all bytes, the last ones as few as tell the interval."""
+        for size in range(5):
+            unit = 1 << 32 - 8 * size
+            reached = -(-self._low // unit) * unit
+            if reached <= self._high:
+                last = (reached >> 32 - 8 * size).to_bytes(size) if size else b""
+                return bytes(self._out) + last
+        raise AssertionError("four bytes always tell")
+
+
+class _Decoder:
+    """Follows the encoder's interval; zeros stand behind the bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._low, self._high = 0, _TOP
+        self._data = data
+        self._at = 4
+        self._value = int.from_bytes(data[:4].ljust(4, b"\0"))
+
+    def code(self, probability: int, bit: int) -> int:
+        middle = self._low + ((self._high - self._low) * probability >> 16)
+        found = 1 if self._value <= middle else 0
+        if found:
+            self._high = middle
+        else:
+            self._low = middle + 1
+        while not (self._low ^ self._high) >> 24:
+            byte = self._data[self._at] if self._at < len(self._data) else 0
+            self._at += 1
+            self._value = self._value << 8 & _TOP | byte
+            self._low = self._low << 8 & _TOP
+            self._high = self._high << 8 & _TOP | 255
+        return found
+
+    def end(self) -> None:
+        """Hold that the bytes were as many as the numbers needed."""
+        if not self._at - 4 <= len(self._data) <= self._at:
+            raise Damaged("the bytes of a stream end early, or late")
+
+
+def _model(
+    symbols: list[int] | None, count: int, alphabet: int, width: int, code: Code
+) -> list[int]:
     width = min(width, count) or max(1, count)
-    squash, stretch, rate = _SQUASH, _STRETCH, _RATE
-    low, high, at = 0, _TOP, 4
-    value = int.from_bytes(data[:4].ljust(4, b"\0")) if data is not None else 0
-    tables: list[dict[int, int]] = [{} for _ in range(_INPUTS)]
-    t0, t1, t2, t3, t4, t5 = tables
-    weights: dict[int, list[int]] = {}
-    result: list[int] = [0] * count
-    above = [0] * width
-    columns = [0] * width
-    row = row_seen = last_density = 0
-    left = left2 = left3 = 0
+    if alphabet == 2:
+        return _mask(symbols, count, width, code)
+    return _tree(symbols, count, alphabet, width, code)
+
+
+def _mask(symbols: list[int] | None, count: int, width: int, code: Code) -> list[int]:
+    """Code a matrix of zeros and ones, row by row."""
+    squash, stretch = _tables()
+    out = [0] * count
+    columns = [0] * width  # ones so far
+    above, above2 = [0] * (width + 2), [0] * (width + 2)  # the rows before, padded
+    now = [0] * (width + 2)
+    first: dict[int, list[int]] = {}
+    second: dict[int, list[int]] = {}
+    w0, w1, w2 = 50000, 12000, 12000
+    total = row = row_ones = expected = left = left2 = left3 = 0
+    share = prior = 0
     for place in range(count):
         column = place % width
         if column == 0:
             row = place // width
-            last_density = (row_seen * 64 // width).bit_length()
-            row_seen = left = left2 = left3 = 0
-        up = above[column]
-        up_next = above[column + 1] if column + 1 < width else 0
-        density = (columns[column] * 32 // (row + 1)).bit_length()
-        here = (row_seen * 64 // (column + 1)).bit_length()
-        near = (left > 0) + (left2 > 0) + (left3 > 0)
-        k1 = (left << 8 | up) << bits
-        k2 = (density << 8 | here << 4 | last_density) << bits
-        k3 = column << bits
-        k4 = row << bits
-        k5 = (near << 8 | (up > 0) << 5 | (up_next > 0) << 4 | density) << bits
-        node = 1
-        symbol = symbols[place] if symbols is not None else 0
-        for shift in range(bits - 1, -1, -1):
-            v0 = t0.get(node, 32768 << 8)
-            start = v0 & ~255 | 1
-            v1 = t1.get(k1 | node, start)
-            v2 = t2.get(k2 | node, start)
-            v3 = t3.get(k3 | node, start)
-            v4 = t4.get(k4 | node, start)
-            v5 = t5.get(k5 | node, start)
-            s0, s1, s2 = stretch[v0 >> 12], stretch[v1 >> 12], stretch[v2 >> 12]
-            s3, s4, s5 = stretch[v3 >> 12], stretch[v4 >> 12], stretch[v5 >> 12]
-            weight = weights.get(node)
-            if weight is None:
-                weight = weights[node] = [16000] * _INPUTS
-            w0, w1, w2, w3, w4, w5 = weight
-            total = w0 * s0 + w1 * s1 + w2 * s2 + w3 * s3 + w4 * s4 + w5 * s5 >> 16
-            total = -2047 if total < -2047 else 2047 if total > 2047 else total
-            mixed = squash[total + 2047]
-            middle = low + ((high - low) * mixed >> 16)
-            if symbols is None:
-                bit = 1 if value <= middle else 0
-            else:
-                bit = symbol >> shift & 1
-            if bit:
-                high = middle
-                aim = _ONE - 1
-            else:
-                low = middle + 1
-                aim = 0
-            while not (low ^ high) >> 24:
-                if data is None:
-                    out.append(high >> 24)
-                else:
-                    value = value << 8 & _TOP | (data[at] if at < len(data) else 0)
-                    at += 1
-                low = low << 8 & _TOP
-                high = high << 8 & _TOP | 255
-            error = (aim - mixed) * 3
-            weights[node] = [
-                w0 + (s0 * error >> 14),
-                w1 + (s1 * error >> 14),
-                w2 + (s2 * error >> 14),
-                w3 + (s3 * error >> 14),
-                w4 + (s4 * error >> 14),
-                w5 + (s5 * error >> 14),
-            ]
-            for table, key, held in (
-                (t0, node, v0),
-                (t1, k1 | node, v1),
-                (t2, k2 | node, v2),
-                (t3, k3 | node, v3),
-                (t4, k4 | node, v4),
-                (t5, k5 | node, v5),
-            ):
-                asked = held & 255
-                guess = held >> 8
-                guess += (aim - guess) * rate[asked] >> 16
-                table[key] = guess << 8 | (asked + 1 if asked < _LIMIT else asked)
-            node = node << 1 | bit
-        symbol = node - nodes
-        result[place] = symbol
-        left3, left2, left = left2, left, symbol
-        above[column] = symbol
-        if symbol:
-            row_seen += 1
+            share = (2 * total + 1 << 16) // (2 * place + 2)
+            prior = _ROW * share
+            above2, above, now = above, now, [0] * (width + 2)
+            row_ones = expected = left = left2 = left3 = 0
+        # The column's share, its odds times how the row does against its columns.
+        own = ((columns[column] << 16) + _COLUMN * share) // (row + _COLUMN)
+        odds = own * ((row_ones << 16) + prior)
+        rest = (_ONE - own) * (expected + prior)
+        guess = min(65500, max(16, (odds << 16) // (odds + rest or 1)))
+        s0 = stretch[guess >> 2]
+        beside = above[column] + above[column + 2]
+        key1 = (
+            (s0 >> 6) << 4 | left << 3 | left2 << 2 | above[column + 1] << 1
+        ) | above[column + 2]
+        key2 = (
+            (s0 >> 7) << 5
+            | (left + left2 + left3) << 3
+            | above2[column + 1] << 2
+            | above[column + 1] + beside
+        )
+        v1 = first.get(key1)
+        if v1 is None:
+            v1 = first[key1] = [guess, 4]
+        v2 = second.get(key2)
+        if v2 is None:
+            v2 = second[key2] = [guess, 4]
+        s1, s2 = stretch[v1[0] >> 2], stretch[v2[0] >> 2]
+        logit = w0 * s0 + w1 * s1 + w2 * s2 >> 16
+        mixed = squash[(-2047 if logit < -2047 else min(logit, 2047)) + 2047]
+        bit = code(mixed, 0 if symbols is None else symbols[place])
+        out[place] = bit
+        aim = _ONE - 1 if bit else 0
+        error = aim - mixed
+        w0 += s0 * error >> 16
+        w1 += s1 * error >> 16
+        w2 += s2 * error >> 16
+        for v in (v1, v2):
+            asked = v[1]
+            v[0] += (aim - v[0]) * 2 // (2 * asked + 3)
+            if asked < _LIMIT:
+                v[1] = asked + 1
+        expected += own
+        left3, left2, left = left2, left, bit
+        if bit:
+            row_ones += 1
             columns[column] += 1
-    if data is None:
-        # As few bytes as tell the interval; a decoder reads zeros behind them.
-        for size in range(5):
-            unit = 1 << 32 - 8 * size
-            reached = -(-low // unit) * unit
-            if reached <= high:
-                out += (reached >> 32 - 8 * size).to_bytes(size) if size else b""
-                break
-    elif at > len(data) + 8:
-        raise Damaged("the bytes of a stream end early")
-    return result
+            total += 1
+            now[column + 1] = 1
+    return out
+
+
+def _tree(
+    symbols: list[int] | None, count: int, alphabet: int, width: int, code: Code
+) -> list[int]:
+    """Code numbers bit by bit; each bit is guessed alone, by column and by row."""
+    squash, stretch = _tables()
+    out = [0] * count
+    bits = max(1, (alphabet - 1).bit_length())
+    alone = [[_ONE // 2, 0] for _ in range(1 << bits)]
+    weights = [[_ONE, 0, 0] for _ in range(1 << bits)]
+    by_column: dict[int, list[int]] = {}
+    by_row: dict[int, list[int]] = {}
+    matrix = width < count
+    for place in range(count):
+        symbol = 0 if symbols is None else symbols[place]
+        column, row = (place % width) << bits, (place // width) << bits
+        node = 1
+        for shift in range(bits - 1, -1, -1):
+            v0 = alone[node]
+            guess = min(65500, max(16, v0[0]))
+            asked = [v0]
+            if matrix:
+                v1 = by_column.setdefault(column | node, [guess, 4])
+                v2 = by_row.setdefault(row | node, [guess, 4])
+                asked += [v1, v2]
+                s0, s1, s2 = (
+                    stretch[guess >> 2],
+                    stretch[v1[0] >> 2],
+                    stretch[v2[0] >> 2],
+                )
+                weight = weights[node]
+                logit = weight[0] * s0 + weight[1] * s1 + weight[2] * s2 >> 16
+                guess = squash[max(-2047, min(logit, 2047)) + 2047]
+            bit = code(guess, symbol >> shift & 1)
+            aim = _ONE - 1 if bit else 0
+            if matrix:
+                error = aim - guess
+                weight[0] += s0 * error >> 16
+                weight[1] += s1 * error >> 16
+                weight[2] += s2 * error >> 16
+            for v in asked:
+                v[0] += (aim - v[0]) * 2 // (2 * v[1] + 3)
+                if v[1] < (4 * _LIMIT if v is v0 else _LIMIT):
+                    v[1] += 1
+            node = node << 1 | bit
+        out[place] = node - (1 << bits)
+    return out

@@ -95,11 +95,13 @@ def _encode(items: Array, layout: Layout, tiny: bool, inside: bool) -> bytes:
         return found[0]
     table = _distinct(items, layout) if layout.size > 1 else None
     width = layout.width
-    if table is not None:
-        found.append(_table(items, table, layout, tiny))
-    else:
-        found.append(_planes(items, layout, tiny))
     zeros = items.size - int(np.count_nonzero(items))
+    # A bit for each zero is all that the slow coder should spend on it.
+    slow = tiny and (inside or 2 * zeros < items.size)
+    if table is not None:
+        found.append(_table(items, table, layout, slow))
+    else:
+        found.append(_planes(items, layout, slow))
     if not inside and _MASKED * items.size <= zeros < items.size:
         mask = (items != 0).view(np.uint8)
         rest = items[items != 0]
@@ -157,7 +159,7 @@ def _planes(items: Array, layout: Layout, tiny: bool) -> bytes:
         plane = np.ascontiguousarray(rows[:, place])
         beside = items.nbytes - items.size
         # Mantissas are all but random: a percent less is not worth a slow plane.
-        worth = _WORTH if size > 1 else 0.995
+        worth = 0.995 if tiny or size == 1 else _WORTH
         out += encode_symbols(
             plane, 256, layout.width, around=beside, worth=worth, tiny=tiny
         )

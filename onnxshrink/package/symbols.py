@@ -71,11 +71,11 @@ def encode_symbols(
     entropy = _entropy(histogram)
     plain = count * _width(alphabet) / 8
     if entropy / 8 < worth * plain:
-        plans.append(_Plan(symbols, histogram, entropy, around))
+        plans.append(_Plan(symbols, histogram, entropy, around, tiny))
         if width > 1 and count > width and count % width == 0:
             classes = _best_contexts(symbols, alphabet, width, entropy)
             if classes is not None:
-                plans.append(_Plan(symbols, histogram, entropy, around, classes))
+                plans.append(_Plan(symbols, histogram, entropy, around, tiny, classes))
     found: list[bytes] = []
     best = min([plan.estimate for plan in plans], default=plain)
     huffmans = huffman.size(histogram) if plans and count <= _FEW else math.inf
@@ -252,6 +252,7 @@ class _Plan:
         histogram: Array,
         entropy: float,
         around: int,
+        tiny: bool,
         classes: tuple[Array, Array, int, float] | None = None,
     ) -> None:
         self._symbols = symbols
@@ -265,14 +266,11 @@ class _Plan:
             side = 0.0
         tail = rans.tail_symbols(present)[1]
         most = min(_MOST_LANES, symbols.size // tail)
-        self._lanes = min(
-            most,
-            max(
-                1,
-                int((bits + 2 * around) / _BITS_A_LANE)
-                + symbols.size // _SYMBOLS_A_LANE,
-            ),
-        )
+        lanes = int((bits + 2 * around) / _BITS_A_LANE)
+        lanes += symbols.size // _SYMBOLS_A_LANE
+        if tiny:
+            lanes //= 16
+        self._lanes = min(most, max(1, lanes))
         self.estimate = (bits + 12 * self._lanes) / 8 + side
         if self._lanes == 0:
             self.estimate = math.inf  # a few symbols; others are shorter
