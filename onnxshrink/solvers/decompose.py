@@ -14,8 +14,9 @@ the second moment of its patches, [inputs * k, inputs * k] in the order of
   Deep Convolutional Neural Networks", section 3.1: Tucker-2 by HOSVD, then sweeps).
 
 ``refit`` improves all factors jointly by alternating least squares on
-``E |W x - W' x|^2``: each factor enters linearly, so each is a least-squares problem,
-solved by conjugate gradients from where it is. The error never rises.
+``E |W x - W' x|^2``: each factor enters linearly, so each is a least-squares problem.
+The last one is solved exactly, the others by conjugate gradients from where they are.
+The error never rises.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import lapack
 
 from onnxshrink.errors import UsageError
 from onnxshrink.solvers.svd import DAMPING, balanced, split, truncated
@@ -52,8 +54,10 @@ Form = Literal["channel", "spatial", "tucker"]
 
 FORMS: tuple[Form, ...] = ("channel", "spatial", "tucker")
 _SWEEPS = 3
-_STEPS = 20
+_STEPS = 8
 """Steps of conjugate gradients for each factor in each sweep."""
+_LEAST_GAIN = 1e-2
+"""Share of the error that a sweep must take off for another to follow."""
 _HOOI = 3
 """Sweeps of higher-order orthogonal iteration."""
 
@@ -418,13 +422,52 @@ def refit(
         return chain
     now = chain
     for _ in range(sweeps):
-        for index in reversed(range(len(chain.kernels))):
+        for index in range(len(now.kernels) - 1):
             now = _improved(now, index, target, moment, steps)
+        now = _solved(now, target, moment)
         after = error(wide, now, moment)
-        if not after < least * (1 - 1e-4):
+        if not after < least * (1 - _LEAST_GAIN):
+            best = now if after < least else best
             break
         best, least = now, after
     return _even(best)
+
+
+def _solved(chain: Chain, target: Float64, moment: Array | None) -> Chain:
+    """Give the last kernel its best values for those of the others.
+
+    The kernel is ``L T`` with ``T`` what the others do, [channels in between and own
+    axes, inputs and all axes], so ``L = (W G T^T) (T G T^T)^-1``.
+    """
+    last = chain.kernels[-1]
+    own = _own_axes(chain)[-1]
+    names = _axes(chain)
+    left, _ = _spec(chain).split("->")
+    parts = left.split(",")[:-1]
+    others = "".join(name for axis, name in enumerate(names) if axis not in own)
+    channels = parts[-1][0]
+    spec = f"{','.join(parts)}->{channels}c{others}"
+    before = np.einsum(spec, *_small(chain)[:-1], optimize=True)
+    sizes = [last.shape[2 + axis] for axis in own]
+    whole = target.shape[2:]
+    spread = np.zeros((len(before), *sizes, target.shape[1], *whole))
+    for at in np.ndindex(*sizes):
+        place: list[Any] = [slice(None)] * len(whole)
+        for axis, index in zip(own, at, strict=True):
+            place[axis] = index
+        spread[(slice(None), *at, slice(None), *place)] = before
+    rows = spread.reshape(len(before) * math.prod(sizes), -1)
+    seen = rows if moment is None else rows @ moment
+    normal = seen @ rows.T
+    wanted = rows @ target.reshape(len(target), -1).T
+    diagonal = np.einsum("ii->i", normal)
+    diagonal += 1e-10 * max(float(diagonal.mean()), 1e-300)
+    _, found, failed = lapack.dposv(normal, wanted, lower=1)
+    if failed:
+        return chain
+    return replace(
+        chain, kernels=(*chain.kernels[:-1], np.asarray(found.T).reshape(last.shape))
+    )
 
 
 def _improved(
