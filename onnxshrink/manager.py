@@ -64,6 +64,8 @@ for them: what counts is whether the repaired model holds.
 """
 
 _TIGHTENINGS = 24
+_NO_SLOWER = 1.05
+"""Latency up to which a model is as fast as it came, but for noise."""
 _REPAIRS = 2
 """Weaker forms of a pass that are repaired and judged, after the full one failed."""
 
@@ -784,6 +786,7 @@ class _PipelineRun:
             before=before_path,
             before_bytes=sizes[0],
             after_bytes=sizes[1],
+            max_latency=self._max_latency(index),
         )
         return _Attempt(
             candidate,
@@ -793,6 +796,24 @@ class _PipelineRun:
             list(ctx.skips),
             grown=grown(*sizes),
         )
+
+    def _max_latency(self, index: int) -> float | None:
+        """Return what bounds the latency after a step, if it is not the budget.
+
+        A budget that asks for less time than the model took is for the last pass that
+        changes the model to meet. Before that, a pass must not make it slower.
+        """
+        limit = self.budget.max_latency_ratio
+        if limit is None or limit >= 1:
+            return None
+        passes = self.manager.pipeline.passes
+        changing = [
+            number
+            for number, pass_ in enumerate(passes)
+            if pass_.promise is not Promise.SAME and not pass_.repairs
+        ]
+        last = changing[-1] if changing else len(passes) - 1
+        return _NO_SLOWER if index < last else None
 
     def _save(self, model: Model, path: Path) -> tuple[Path, ...]:
         manager = self.manager
@@ -830,7 +851,10 @@ class _PipelineRun:
                 return 0.0
             trial = self._rewritten(pass_, prepared, some, ctx, listed)
             verdict = selection.check(
-                trial, _judged_by(pass_), latency_ratio=latency_ratio
+                trial,
+                _judged_by(pass_),
+                latency_ratio=latency_ratio,
+                max_latency=self._max_latency(index),
             )
             return verdict.damage
 

@@ -123,6 +123,12 @@ def back_off(
     idle = [i for i in order if saved != "bytes" and _saves(everything[i], saved) <= 0]
     idle = idle if len(idle) < len(everything) else []
     plan = Plan(everything, (1.0,) * len(everything), order)
+    if harm is not None and saved == "seconds":
+        useful = _with(plan, set(idle), 0.0).chosen(pass_)
+        if harm(useful) <= 1 < damage(useful):
+            return (
+                None  # It is the time that breaks the budget, and no site saves more.
+            )
     if _is_gentle(pass_, everything):
         found = _weakened(pass_, plan, idle, damage)
         if found is not None:

@@ -344,6 +344,7 @@ class Validator:
         before_bytes: int | None = None,
         after_bytes: int | None = None,
         latency_ratio: float | None = None,
+        max_latency: float | None = None,
     ) -> Verdict:
         """Judge a candidate.
 
@@ -357,6 +358,7 @@ class Validator:
             after_bytes: Size after; it must not grow by more than 1 % (or 4 KiB).
             latency_ratio: Latency against the reference's, if it was measured; it is
                 measured here where the budget asks for it and it is not given.
+            max_latency: Instead of the budget's bound of the latency, if it has one.
 
         Raises:
             ModelError: The reference itself cannot run on these samples.
@@ -405,8 +407,11 @@ class Validator:
             for name, difference in differences.items()
         }
         budget = self.budget
-        if budget.max_latency_ratio is not None and latency_ratio is None:
-            latency_ratio = self._latency_ratio(session)
+        if budget.max_latency_ratio is not None:
+            if latency_ratio is None:
+                latency_ratio = self._latency_ratio(session)
+            if max_latency is not None:
+                budget = dataclasses.replace(budget, max_latency_ratio=max_latency)
         return judge(
             promise,
             metrics,

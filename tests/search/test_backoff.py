@@ -267,3 +267,18 @@ def test_where_they_alone_break_it_the_others_have_nothing() -> None:
     assert plan is not None
     # All of the budget is for the site that saves time: a quarter of its strength.
     assert plan.strengths == (0.25, 0.0)
+
+
+def test_a_time_that_no_choice_of_sites_meets_is_given_up_at_once() -> None:
+    calls = 0
+
+    def damage(some: Sequence[Site]) -> float:
+        nonlocal calls
+        calls += 1
+        return (1 - 0.1 * len(some)) / 0.2
+
+    found = timed(**{f"w{i}": 0.1 for i in range(5)})
+    for pass_ in (AllOrNothing(), Slower()):
+        plan = back_off(pass_, found, damage, saved="seconds", harm=lambda some: 0.5)
+        assert plan is None
+    assert calls == 2
