@@ -453,3 +453,58 @@ def test_many_small_matrices_are_inverted_as_one_is():
         for i in range(40)
     ]
     np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+# --- inputs that are always zero ------------------------------------------------------
+
+
+@pytest.mark.parametrize("stacks", [1, 3])
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize("method", [gptq, descend])
+def test_inputs_that_are_always_zero_change_nothing_for_the_others(
+    method, damping, stacks
+):
+    pairs = [layer(40, 12, seed) for seed in range(stacks)]
+    weight = np.concatenate([one for one, _ in pairs])
+    gram = np.stack([matrix for _, matrix in pairs])
+    grid = fit(weight, -8, 7, method="mse", gram=gram)
+    alive = np.ones(20, bool)
+    alive[[0, 2, 3, 7, 12, 17, 18, 19]] = False
+    wide = np.random.default_rng(9).normal(size=(len(weight), 20)).astype(np.float32)
+    wide[:, alive] = weight
+    with_dead = np.zeros((stacks, 20, 20))
+    with_dead[np.ix_(range(stacks), alive, alive)] = gram
+    # Of descend, damping is a share of the mean over all inputs, dead or not.
+    more = 20 / 12 if method is descend else 1
+    plain = method(weight, gram, grid, damping=damping)
+    found = method(wide, with_dead, grid, damping=damping * more)
+    assert np.array_equal(found[:, alive], plain)
+    assert np.array_equal(found[:, ~alive], nearest(wide, grid)[:, ~alive])
+
+
+def test_units_change_no_code_beside_an_input_that_is_always_zero():
+    weight, gram = layer(5, 12)
+    row = fit(weight, -8, 7, method="mse").scale.repeat(13, axis=1)
+    grid = Grid(row[:, 1:], np.zeros((5, 12), np.int32), -8, 7, block=1)
+    plain = gptq(weight, gram, grid, act_order=False, damping=0.0)
+    unit = np.ones(13)
+    unit[[5, 9]] = 2.0**-20, 2.0**-16
+    with_dead, wide = np.zeros((13, 13)), np.ones((5, 13))
+    with_dead[1:, 1:], wide[:, 1:] = gram, weight
+    with_dead *= np.outer(unit, unit)
+    wide = (wide / unit).astype(np.float32)
+    scale = (row / unit).astype(np.float32)
+    grid = Grid(scale, np.zeros((5, 13), np.int32), -8, 7, block=1)
+    found = gptq(wide, with_dead, grid, act_order=False, damping=0.0)
+    assert np.array_equal(found[:, 1:], plain)
+
+
+def test_weights_of_inputs_that_are_always_zero_choose_the_grid_where_no_other_does():
+    weight = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    weight[:, :3] = 0
+    gram = np.zeros((9, 9))
+    gram[:3, :3] = np.eye(3)
+    found = fit(weight, -2, 1, symmetric=False, method="mse", gram=gram)
+    alone = fit(weight, -2, 1, symmetric=False, method="mse")
+    assert np.allclose(found.scale, alone.scale, rtol=1e-5)
+    assert not np.allclose(found.scale, fit(weight, -2, 1, symmetric=False).scale)
