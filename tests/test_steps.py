@@ -22,6 +22,7 @@ from onnxshrink.activations import gathering
 from onnxshrink.base import Memory
 from onnxshrink.engine import make_context
 from onnxshrink.passes import prune, quantize
+from onnxshrink.passes.recover import Recover
 from onnxshrink.quantization import static
 
 Array = np.ndarray[Any, Any]
@@ -206,6 +207,7 @@ def _applied(text: str, model: Model, splits: Splits, executor: Any) -> bytes:
         "quantize:activations=none,weights=int2,rounding=learned",
         "quantize:activations=none,weights=int4,rounding=adaround",
         "quantize:activations=none,weights=int4,rounding=hqq",
+        "codebook",
     ],
 )
 def test_other_processes_give_the_same_bytes(
@@ -215,3 +217,22 @@ def test_other_processes_give_the_same_bytes(
     model, splits = _dense(), _dense_splits()
     serial = _applied(text, model, splits, None)
     assert _applied(text, model, splits, processes) == serial
+
+
+def test_other_processes_recover_the_same_bytes(
+    processes: ProcessPoolExecutor,
+) -> None:
+    model, splits = _dense(), _dense_splits()
+    damaged = model.copy()
+    for name in ("w1", "w2", "w3"):
+        weight = damaged.weight(name)
+        values = weight.read()
+        damaged.set_weight(weight, np.where(np.abs(values) < 0.5, 0, values))
+    found = []
+    for executor in (None, processes):
+        context = make_context(samples=splits, reference=model, executor=executor)
+        copy = damaged.copy()
+        Recover(samples=64).apply(copy, context)
+        assert len(context.done) == 3
+        found.append(copy.to_bytes())
+    assert found[0] == found[1] != damaged.to_bytes()

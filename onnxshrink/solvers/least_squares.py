@@ -27,6 +27,7 @@ from scipy.linalg import lapack
 
 from onnxshrink.errors import ModelError
 from onnxshrink.solvers.obs import Curvature, refit
+from onnxshrink.solvers.threads import one_thread
 
 __all__ = [
     "BiasProblem",
@@ -247,6 +248,7 @@ class Solution:
         return sum(part.nbytes for part in parts if part is not None)
 
 
+@one_thread
 def solve(problem: Problem) -> Solution:
     """Find the values that give the wanted outputs best, on samples held out.
 
