@@ -295,7 +295,7 @@ class Repair(ABC):
         else:
             self.write_values(model, solution.values)
         if solution.shift is not None:
-            self._add(model, solution.shift)
+            self.write_shift(model, solution.shift.reshape(-1))
         self.tell(ctx, words, solution)
 
     @abstractmethod
@@ -306,22 +306,24 @@ class Repair(ABC):
         """Say what was done."""
         ctx.did(self.where, words)
 
-    def _add(self, model: Model, shift: Float64) -> None:
-        """Add to the outputs through the bias."""
-        if self.bias is not None:
-            bias = self.bias
-            bias.write(bias.read() + shift.reshape(-1) / bias.factor)
-            return
-        node = self.adds_bias
-        assert node is not None
-        weight = model.constant(node.inputs[1])
-        assert weight is not None
-        values = shift.reshape(-1).astype(weight.dtype)
-        made = model.add_weight(f"{weight.name}_bias", values)
-        if len(node.inputs) > 2:
-            node.inputs[2] = made
-        else:
-            node.inputs.append(made)
+    def write_shift(self, model: Model, shift: Float64) -> None:
+        """Add to the outputs, [outputs]."""
+        _shift(model, shift, self.bias, self.adds_bias)
+
+
+def _shift(model: Model, shift: Float64, bias: Bias | None, node: Node | None) -> None:
+    """Add to the outputs of a layer through its bias, or give a node one."""
+    if bias is not None:
+        bias.write(bias.read() + shift / bias.factor)
+        return
+    weight = None if node is None else model.constant(node.inputs[1])
+    assert node is not None
+    assert weight is not None
+    made = model.add_weight(f"{weight.name}_bias", shift.astype(weight.dtype))
+    if len(node.inputs) > 2:
+        node.inputs[2] = made
+    else:
+        node.inputs.append(made)
 
 
 class Matrices(Protocol):
@@ -373,12 +375,20 @@ class ProductRepair(Repair):
     Attributes:
         product: The factors.
         fixed: Names of the weights among them that stay, and why.
+        ends: Which outputs there are, and for each what takes up a shift: a bias, or a
+            node that can be given one.
     """
 
     changes: ClassVar[Changes] = "factors"
 
     product: Product
     fixed: Mapping[str, str]
+    ends: tuple[tuple[slice, Bias | None, Node | None], ...]
+
+    @property
+    def shifts(self) -> bool:
+        """Whether biases may take up the mean of what the outputs miss."""
+        return all(bias or node for _, bias, node in self.ends)
 
     def problem(
         self, model: Model, options: Recover, fit: RegressionSums, held: RegressionSums
@@ -411,6 +421,11 @@ class ProductRepair(Repair):
                 if place.layer.name not in self.fixed:
                     made = place.weight(factor[place.slices])
                     model.set_weight(place.layer.name, made)
+
+    def write_shift(self, model: Model, shift: Float64) -> None:
+        """Add to the outputs, [outputs]."""
+        for part, bias, node in self.ends:
+            _shift(model, shift[part], bias, node)
 
     def tell(self, ctx: Context, words: str, solution: Solution) -> None:
         """Say it of each weight, with the reason of those that stay."""
@@ -595,9 +610,9 @@ class _Finder:
         every = list(layers.find(self.model, codes=True))
         found: list[Repair] = []
         taken: set[str] = set()
-        for product in self._products(every, ctx):
-            taken |= {layer.name for layer in product.product.layers}
-            found.append(product)
+        for repair in self._products(every, ctx):
+            taken |= {layer.name for layer in repair.product.layers}
+            found.append(repair)
         for layer in every:
             if layer.name in taken or not self._is_chosen(layer.names):
                 continue
@@ -608,10 +623,17 @@ class _Finder:
                 found.append(made)
         if self.options.norms:
             found += self._norms(every, ctx)
-        found.sort(key=lambda repair: self.at[id(repair.node)])
+        found.sort(key=self._place)
         if self.options.order == "parallel":
             return [self._as_there(repair) for repair in found]
         return found
+
+    def _place(self, repair: Repair) -> int:
+        """Return where in the graph the inputs of a repair are read first."""
+        nodes = [repair.node]
+        if isinstance(repair, ProductRepair):
+            nodes = [layer.node for layer in repair.product.layers]
+        return min(self.at[id(node)] for node in nodes)
 
     def _is_chosen(self, names: Sequence[str]) -> bool:
         return selected(names, self.options.only, self.options.skip)
@@ -796,8 +818,8 @@ class _Finder:
             if node.op not in ("Add", *_LINEAR) or id(node) in taken:
                 continue
             output = node.outputs[0]
-            origin = lineage.origin(output.name)
-            if origin is None or origin.is_part or origin.name not in self.theirs:
+            target = self._known([output])
+            if target is None:
                 continue
             found = products.find(self.model, output, by_node, lineage.is_new)
             if isinstance(found, str):
@@ -805,12 +827,58 @@ class _Finder:
                     ctx.skipped(output.name, f"not fitted jointly: {found}")
                 continue
             taken |= {id(layer.node) for layer in found.layers}
-            made = self._product(found, (output.name, origin), ctx)
+            bias, adds = self._bias_of(found.last)
+            made = self._product(found, [target], [(slice(None), bias, adds)], ctx)
             if made is not None:
                 yield made
+        for layer in by_node.values():
+            if id(layer.node) not in taken and lineage.is_new(layer.output.name):
+                fan = self._fan(layer, by_node, taken, ctx)
+                if fan is not None:
+                    taken |= {id(part.node) for part in fan.product.layers}
+                    yield fan
+
+    def _fan(
+        self,
+        first: LinearWeight,
+        by_node: Mapping[int, LinearWeight],
+        taken: set[int],
+        ctx: Context,
+    ) -> ProductRepair | None:
+        """Return the product of a factor and all that read what it gives."""
+        value = first.output
+        readers = list(dict.fromkeys(value.outputs))
+        last = [by_node.get(id(node)) for node in readers]
+        if len(readers) < 2 or any(value is t for t in self.model.graph.outputs):
+            return None
+        targets: list[Target] = []
+        ends: list[tuple[slice, Bias | None, Node | None]] = []
+        sharing: list[LinearWeight] = []
+        row = 0
+        for layer in last:
+            if layer is None or id(layer.node) in taken or layer.input is not value:
+                return None
+            target = self._known(_outputs(self.model, layer.node))
+            if target is None:
+                return None
+            count = layer.uses[0].channels
+            targets.append(target)
+            ends.append((slice(row, row + count), *self._bias_of([layer])))
+            sharing.append(layer)
+            row += count
+        found = products.fan(first, sharing)
+        if isinstance(found, str):
+            if found:
+                ctx.skipped(value.name, f"not fitted jointly: {found}")
+            return None
+        return self._product(found, targets, ends, ctx)
 
     def _product(
-        self, product: Product, target: Target, ctx: Context
+        self,
+        product: Product,
+        targets: Sequence[Target],
+        ends: Sequence[tuple[slice, Bias | None, Node | None]],
+        ctx: Context,
     ) -> ProductRepair | None:
         found = product.layers
         names = ", ".join(layer.name for layer in found)
@@ -831,7 +899,6 @@ class _Finder:
                 why = "only and skip leave it out"
             if why:
                 fixed[layer.name] = why
-        bias, adds = self._bias_of(product)
         if len(fixed) == len(found):
             return None
         rows: Rows = MatrixRows()
@@ -841,27 +908,34 @@ class _Finder:
             rows = ConvRows(product.window, max(layers.POSITIONS, needed))
         outputs = product.shape(-1)[-2]
         nbytes = 16 * product.inputs * (product.inputs + outputs)
+        request = Request(
+            product.input.name,
+            *targets[0],
+            rows,
+            nbytes,
+            more=tuple(targets[1:]),
+            axis=-1 if product.window is None else 1,
+        )
         return ProductRepair(
             where=found[0].name,
             node=product.last[-1].node,
-            request=Request(product.input.name, *target, rows, nbytes),
+            request=request,
             settled=[product.input.name],
-            bias=bias,
-            adds_bias=adds,
             samples=enough,
             product=product,
             fixed=fixed,
+            ends=tuple(ends),
         )
 
-    def _bias_of(self, product: Product) -> tuple[Bias | None, Node | None]:
-        """Return a bias of one of the last operators, or one that takes a bias."""
+    def _bias_of(self, last: Sequence[LinearWeight]) -> tuple[Bias | None, Node | None]:
+        """Return a bias of one of several operators, or one that takes a bias."""
         if not self.options.bias:
             return None, None
-        for layer in product.last:
+        for layer in last:
             bias = layers.free_bias(layer)
             if bias is not None:
                 return bias, None
-        for layer in product.last:
+        for layer in last:
             if self._may_add(layer.uses[0]):
                 return None, layer.node
         return None, None

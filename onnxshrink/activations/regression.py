@@ -298,10 +298,7 @@ def add(
     if sums.why_not:
         return
     if now.shape != wanted.shape:
-        sums.why_not = (
-            f"its outputs are {list(now.shape)}, and those of the reference "
-            f"{list(wanted.shape)}"
-        )
+        sums.why_not = _differ(now, wanted)
         return
     try:
         for piece in rows.pieces(*map(_numeric, (inputs, now, wanted))):
@@ -310,6 +307,13 @@ def add(
         sums.why_not = str(error)
         return
     sums.check_finite()
+
+
+def _differ(now: Array, wanted: Array) -> str:
+    return (
+        f"its outputs are {list(now.shape)}, and those of the reference "
+        f"{list(wanted.shape)}"
+    )
 
 
 def _numeric(array: Array) -> Array:
@@ -329,6 +333,9 @@ class Request:
         source: What ``inputs`` was in the reference, if the layer is given that to read
             instead of what the model computes.
         at: Where the layer reads it: index of the node in the graph, and of its input.
+        more: Further outputs and what they were, of several layers that are fitted
+            together; they are put behind ``outputs``.
+        axis: Along which they are.
     """
 
     inputs: str
@@ -338,11 +345,49 @@ class Request:
     nbytes: int = 0
     source: Origin | None = None
     at: tuple[int, int] = (0, 0)
+    more: tuple[tuple[str, Origin], ...] = ()
+    axis: int = -1
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the outputs."""
+        return [self.outputs, *(name for name, _ in self.more)]
 
     @property
     def values(self) -> list[str]:
         """Names of the model's values that it looks at."""
-        return [name for name in (self.inputs, self.outputs) if name]
+        return [name for name in (self.inputs, *self.given) if name]
+
+    @property
+    def references(self) -> list[str]:
+        """Names of the reference's values that it looks at."""
+        return [self.wanted.name, *(origin.name for _, origin in self.more)]
+
+    def add(
+        self,
+        sums: RegressionSums,
+        inputs: Array | None,
+        now: Mapping[str, Any],
+        wanted: Mapping[str, Any],
+    ) -> None:
+        """Add one batch to sums.
+
+        Args:
+            sums: The sums.
+            inputs: What the layer reads; ``None`` if ``rows`` does not look at it.
+            now: Values of the model by name.
+            wanted: Values of the reference by name.
+        """
+        parts = [now[name] for name in self.given]
+        origins = [self.wanted, *(origin for _, origin in self.more)]
+        should = [origin.take(wanted[origin.name]) for origin in origins]
+        for one, other in zip(parts, should, strict=True):
+            if one.shape != other.shape:
+                sums.why_not = sums.why_not or _differ(one, other)
+                return
+        outputs = parts[0] if not self.more else np.concatenate(parts, self.axis)
+        whole = should[0] if not self.more else np.concatenate(should, self.axis)
+        add(sums, self.rows, outputs if inputs is None else inputs, outputs, whole)
 
 
 def gather(
@@ -384,9 +429,10 @@ def gather(
     types = {name: info.data_type for name, info in model.infer_shapes().items()}
 
     def nbytes(request: Request) -> int:
-        names = (request.inputs, request.outputs, request.outputs)
+        names = [request.inputs, *request.given, *request.given]
         known = [4 * math.prod(shapes[n]) for n in names if n in shapes]
-        return sum(known) + (3 - len(known)) * _UNKNOWN_BYTES + request.nbytes
+        unknown = len(names) - len(known)
+        return sum(known) + unknown * _UNKNOWN_BYTES + request.nbytes
 
     groups = list(_groups({key: nbytes(r) for key, r in requests.items()}))
     total, done = sum(len(part) for part in parts) * len(groups), 0
@@ -403,9 +449,9 @@ def gather(
         cut, names = _cut(model, {key: chosen[key] for key in given}, types, shapes)
         inputs = {key: names.get(key, r.inputs) for key, r in chosen.items()}
         fed = set(feed) | set(names.values()) | {""}
-        watched = [*inputs.values(), *(r.outputs for r in chosen.values())]
+        watched = [*inputs.values(), *(n for r in chosen.values() for n in r.given)]
         ours = _session(cut, [name for name in watched if name not in fed], ctx)
-        wished = [r.wanted.name for r in chosen.values()]
+        wished = [name for r in chosen.values() for name in r.references]
         wished += [source.name for source in given.values()]
         other = _session(reference, wished, ctx)
         for samples, sums in zip(parts, found, strict=True):
@@ -419,14 +465,8 @@ def gather(
                     }
                     now = {**feeds, **ours.run(feeds)}
                     for key, request in chosen.items():
-                        outputs = now[request.outputs]
-                        add(
-                            sums[key],
-                            request.rows,
-                            now[inputs[key]] if inputs[key] else outputs,
-                            outputs,
-                            request.wanted.take(wanted[request.wanted.name]),
-                        )
+                        read = now[inputs[key]] if inputs[key] else None
+                        request.add(sums[key], read, now, wanted)
                 done += 1
                 ctx.progress(done, total, "comparing with the reference")
     return found
@@ -436,9 +476,7 @@ def batch_size(model: Model, requests: Mapping[Key, Request], samples: Samples) 
     """Return samples in a run: many, as each costs an update of the sums."""
     feed = samples.read([0])
     shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
-    names = {r.inputs for r in requests.values()} | {
-        r.outputs for r in requests.values()
-    }
+    names = {name for r in requests.values() for name in (r.inputs, *r.given)}
     largest = max((4 * math.prod(shapes[n]) for n in names if n in shapes), default=0)
     one = max(largest, *(value.nbytes for value in feed.values()), 1)
     return max(4, min(_BATCH, GROUP_BYTES // 16 // one))
@@ -504,22 +542,18 @@ class StagedSums:
             [value for other in later for value in other.values],
             mine,
         )
-        wanted_name = request.wanted.name
         theirs = self._theirs.values(
-            [wanted_name], [wanted_name], [other.wanted.name for other in later], mine
+            request.references,
+            request.references,
+            [value for other in later for value in other.references],
+            mine,
         )
         fit, held = RegressionSums(), RegressionSums()
         for batch, now, wanted in zip(mine, ours, theirs, strict=True):
-            outputs = now[request.outputs]
+            read = now[request.inputs] if request.inputs else None
             for spans, sums in zip(parts, (fit, held), strict=True):
                 if any(batch.is_in(span) for span in spans):
-                    add(
-                        sums,
-                        request.rows,
-                        now[request.inputs] if request.inputs else outputs,
-                        outputs,
-                        request.wanted.take(wanted[wanted_name]),
-                    )
+                    request.add(sums, read, now, wanted)
         return fit, held
 
 

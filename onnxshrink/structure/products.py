@@ -4,7 +4,8 @@ A pass that writes ``Y = X W`` as ``(X A) B`` leaves two operators for one, and 
 between them that nothing else reads. So do convolutions k x 1 and 1 x k, a depthwise
 and a pointwise one, and several such branches whose outputs are added. ``find`` follows
 a value upwards through such values and returns the whole as a ``Product`` of factors,
-each of which is one matrix, or one for each tap of a kernel.
+each of which is one matrix, or one for each tap of a kernel. ``fan`` is for operators
+that read one input and share the first factor, as query, key and value may.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.statistics import ConvWindow
 from onnxshrink.structure.layers import LinearWeight
 
-__all__ = ["Place", "Product", "find"]
+__all__ = ["Place", "Product", "fan", "find"]
 
 Array = NDArray[Any]
 
@@ -116,15 +117,14 @@ class Product:
 
     Attributes:
         input: What they read.
-        output: What they give, a bias included.
         factors: The weights in each factor, the one that reads the input first.
         window: The window of the convolution of one group that they are together;
             ``None`` for matrices.
-        last: The operators whose outputs are added to give ``output``.
+        last: The operators that give the outputs: of several branches, those whose
+            outputs are added; of a fan, those whose outputs stand side by side.
     """
 
     input: gs.Tensor
-    output: gs.Tensor
     factors: tuple[tuple[Place, ...], ...]
     window: ConvWindow | None
     last: tuple[LinearWeight, ...]
@@ -186,18 +186,51 @@ def find(
         factors.append(_stacked(stacked, is_first=not index, is_last=is_last))
         if len({place.taps for place in factors[-1]}) > 1:
             return f"the branches that end with {label} have different kernels"
-    window: ConvWindow | None = None
-    if first.layers[0].kind == "Conv":
-        windows = [_composed(chain.layers) for chain in chains]
-        for found in windows:
-            if isinstance(found, str):
-                return found
-        if any(found != windows[0] for found in windows):
-            return f"the branches that end with {label} have different windows"
-        assert isinstance(windows[0], ConvWindow)
-        window = windows[0]
+    window = _window([chain.layers for chain in chains])
+    if isinstance(window, str):
+        return window
     last = tuple(chain.layers[-1] for chain in chains)
-    return Product(first.input, output, tuple(factors), window, last)
+    return Product(first.input, tuple(factors), window, last)
+
+
+def fan(first: LinearWeight, last: Sequence[LinearWeight]) -> Product | str:
+    """Return the product of a factor and of several that read what it gives.
+
+    Args:
+        first: The weight that they share; one node reads it.
+        last: The weights behind it, each read by one node.
+
+    Returns:
+        The product, or why they are none; empty if there is nothing to say.
+    """
+    if not all(_is_plain(layer) for layer in (first, *last)):
+        return ""
+    if len({layer.kind == "Conv" for layer in (first, *last)}) > 1:
+        return ""
+    if first.bias is not None:
+        return f"{first.name} adds a bias in between"
+    window = _window([[first, layer] for layer in last])
+    if isinstance(window, str):
+        return window
+    places, row = [], 0
+    for layer in last:
+        places.append(Place(layer, row, 0))
+        row += places[-1].sizes[0]
+    factors = (Place(first, 0, 0),), tuple(places)
+    return Product(first.node.inputs[0], factors, window, tuple(last))
+
+
+def _window(chains: Sequence[Sequence[LinearWeight]]) -> ConvWindow | str | None:
+    """Return the one window of several rows of convolutions; ``None`` of matrices."""
+    if chains[0][0].kind != "Conv":
+        return None
+    windows = [_composed(layers) for layers in chains]
+    for found in windows:
+        if isinstance(found, str):
+            return found
+    if any(found != windows[0] for found in windows):
+        return f"the branches that end with {chains[0][-1].name} have different windows"
+    return windows[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +259,7 @@ class _Tracer:
         if node.op == "Add" and len(node.inputs) == 2:
             return self._sum(node, is_top, depth)
         layer = self.layers.get(id(node))
-        if layer is None or not self._is_plain(layer):
+        if layer is None or not _is_plain(layer):
             return []
         if not is_top and layer.bias is not None and layer.bias.node is node:
             # Padding behind it would not be that of one convolution.
@@ -271,20 +304,20 @@ class _Tracer:
     def _is_alone(tensor: gs.Tensor) -> bool:
         return len(tensor.outputs) == 1 and not returned_by(tensor)
 
-    @staticmethod
-    def _is_plain(layer: LinearWeight) -> bool:
-        """Whether a layer multiplies the last axis, or channels, by one matrix."""
-        use = layer.uses[0]
-        if layer.codes is not None or use.index != 1 or use.role != "weight":
-            return False
-        if layer.kind == "Conv":
-            return True
-        return (
-            layer.kind in ("Gemm", "MatMul")
-            and len(layer.weight.shape) == 2
-            and not attribute(use.node, "transA", 0)
-            and use.alpha != 0
-        )
+
+def _is_plain(layer: LinearWeight) -> bool:
+    """Whether a layer multiplies the last axis, or channels, by one matrix."""
+    use = layer.uses[0]
+    if layer.codes is not None or use.index != 1 or use.role != "weight":
+        return False
+    if layer.kind == "Conv":
+        return True
+    return (
+        layer.kind in ("Gemm", "MatMul")
+        and len(layer.weight.shape) == 2
+        and not attribute(use.node, "transA", 0)
+        and use.alpha != 0
+    )
 
 
 def _stacked(

@@ -748,26 +748,58 @@ def test_zeros_of_factors_stay_and_so_does_what_skip_names() -> None:
     assert (values[~zeros] != parts["b"][~zeros]).any()
 
 
-def test_a_first_factor_that_several_read_is_a_reason_and_they_are_fitted() -> None:
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_a_first_factor_that_several_layers_share_is_fitted_to_all(order: Any) -> None:
+    text = "g (float[N,6] x) => (float[N,4] y, float[N,3] z, float[N,2] u) "
     reference = _model(
-        "g (float[N,6] x) => (float[N,4] y, float[N,4] z) "
-        "{ y = MatMul(x, w) z = MatMul(x, v) }",
+        text + "{ y = Gemm(x, w, p) k = MatMul(x, v) z = Add(k, q) u = MatMul(x, t) }",
         w=_random(0, 6, 4),
-        v=_random(1, 6, 4),
+        p=_random(1, 4),
+        v=_random(2, 6, 3),
+        q=_random(12, 3),
+        t=_random(3, 6, 2),
     )
     model = _model(
-        "g (float[N,6] x) => (float[N,4] y, float[N,4] z) "
-        "{ h = MatMul(x, a) y = MatMul(h, b) z = MatMul(h, c) }",
+        text + "{ h = MatMul(x, a) y = Gemm(h, b, p) k = MatMul(h, c) z = Add(k, q) "
+        "i = MatMul(h, d) u = Add(i, e) }",
+        a=_random(4, 6, 6),
+        b=_random(5, 6, 4),
+        c=_random(6, 6, 3),
+        d=_random(7, 6, 2),
+        p=_random(8, 4),
+        q=_random(13, 3),
+        e=_random(9, 2),
+    )
+    _say_split(model, reference)
+    splits = _splits(x=_random(10, 300, 6))
+
+    after, context = _recovered(Recover(ridge=0, order=order), model, reference, splits)
+
+    assert [where for where, _ in context.done] == ["a", "b", "c", "d"]
+    x = _random(11, 40, 6)
+    for name, wanted in _outputs(reference, x=x).items():
+        missing = _outputs(after, x=x)[name] - wanted
+        assert np.square(missing).sum() < 2e-3 * np.square(wanted).sum()
+
+
+def test_a_first_factor_that_others_read_too_is_a_reason() -> None:
+    text = "g (float[N,6] x) => (float[N,4] y, float[N,5] z) "
+    reference = _model(
+        text + "{ y = MatMul(x, w) z = MatMul(x, v) }",
+        w=_random(0, 6, 4),
+        v=_random(1, 6, 5),
+    )
+    model = _model(
+        text + "{ h = MatMul(x, a) y = MatMul(h, b) z = Relu(h) }",
         a=_random(2, 6, 5),
         b=_random(3, 5, 4),
-        c=_random(4, 5, 4),
     )
     _say_split(model, reference)
     splits = _splits(x=_random(5, 100, 6))
 
     _, context = _recovered(Recover(), model, reference, splits)
 
-    assert [where for where, _ in context.done] == ["b", "c"]
+    assert [where for where, _ in context.done] == ["b"]
     assert "nothing like 'h'" in _whys(context)["a"]
 
 

@@ -73,7 +73,8 @@ def test_two_matrices_in_a_row_are_a_product() -> None:
     product = found(model, "h z")
     assert names(product) == [["a"], ["b"]]
     assert isinstance(product, Product)
-    assert (product.input.name, product.output.name) == ("x", "y")
+    assert product.input.name == "x"
+    assert [layer.name for layer in product.last] == ["b"]
     a, b = (model.weight(name).read() for name in "ab")
     np.testing.assert_allclose(dense(product), (a @ b).T, rtol=1e-5)
 
@@ -100,6 +101,23 @@ def test_a_value_that_others_read_too_ends_a_product() -> None:
         c=(2, 4),
     )
     assert found(model, "h") == ""
+
+
+def test_what_several_read_is_the_first_factor_of_all() -> None:
+    model = built(
+        "(float[N,6] x) => (float[N,4] y, float[N,3] z) "
+        "{ h = MatMul(x, a) y = MatMul(h, b) z = Gemm<transB = 1, alpha = 2.0>(h, c) }",
+        a=(6, 2),
+        b=(2, 4),
+        c=(3, 2),
+    )
+    by_name = {layer.name: layer for layer in layers.find(model)}
+    product = products.fan(by_name["a"], [by_name["b"], by_name["c"]])
+    assert names(product) == [["a"], ["b", "c"]]
+    assert isinstance(product, Product)
+    a, b, c = (model.weight(name).read() for name in "abc")
+    expected = np.concatenate([(a @ b).T, 2 * c @ a.T])
+    np.testing.assert_allclose(dense(product), expected, rtol=1e-5)
 
 
 def test_a_bias_in_between_is_a_reason() -> None:
