@@ -32,7 +32,8 @@ def built(
 ) -> Model:
     """Return the model of an ONNX text; weights given by shape are seeded random."""
     proto = onnx.parser.parse_model(
-        f'<ir_version: 8, opset_import: ["" : {opset}]> example {text}'
+        f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]> '
+        f"example {text}"
     )
     for name, value in weights.items():
         if not isinstance(value, np.ndarray):
@@ -301,6 +302,118 @@ def test_an_operator_that_mixes_channels_fixes_them(node: str, why: str) -> None
         },
     )
     assert why in maker(model, "w").why
+
+
+def test_an_operator_of_another_domain_is_not_known() -> None:
+    model = built(
+        """(float[N,3] x) => (float[N,2] y) <float[N,4] b> {
+            a = MatMul(x, w)
+            b = com.microsoft.Gelu(a)
+            y = MatMul(b, out)
+        }""",
+        {"w": (3, 4), "out": (4, 2)},
+    )
+    assert "Gelu (b) reads or makes it" in maker(model, "w").why
+
+
+def test_a_setting_that_a_caller_may_override_is_not_known() -> None:
+    model = built(
+        """(float[N,3] x, int64[2] wanted) => (float[N,2] y) {
+            a = MatMul(x, w)
+            b = Expand(a, wanted)
+            y = MatMul(b, out)
+        }""",
+        {"w": (3, 4), "out": (4, 2), "wanted": np.array([1, 1])},
+    )
+    assert "Expand (b)" in maker(model, "w").why
+
+
+def test_a_size_that_is_not_known_fixes_what_it_is_added_to() -> None:
+    """At run time C is 1 or 4."""
+    model = built(
+        """(float[N,3] x, float[N,C] u) => (float[N,2] y) {
+            a = MatMul(x, w)
+            b = Add(a, u)
+            y = MatMul(b, out)
+        }""",
+        {"w": (3, 4), "out": (4, 2)},
+    )
+    assert "not known to be equal" in maker(model, "w").why
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "other = Constant<value = float[4,2] {1, 2, 3, 4, 5, 6, 7, 8}>()",
+        "other = Identity(out)",
+    ],
+)
+def test_a_weight_behind_a_node_is_cut_where_it_is(made: str) -> None:
+    model = built(
+        f"""(float[N,3] x) => (float[N,2] y, float[N,2] z) {{
+            {made}
+            a = MatMul(x, w)
+            b = Relu(a)
+            y = MatMul(a, other)
+            z = MatMul(b, other)
+        }}""",
+        {"w": (3, 4), "out": (4, 2)} if "out" in made else {"w": (3, 4)},
+    )
+    one = maker(model, "w")
+    assert one.size == 4
+    check_removal(model, one.name, [0, 2])
+
+
+def test_of_axes_that_are_split_apart_one_is_free() -> None:
+    model = built(
+        """(float[N,6] x) => (float[N,3,5] y) {
+            h = MatMul(x, w)
+            r = Reshape(h, apart)
+            y = MatMul(r, out)
+        }""",
+        {"w": (6, 12), "out": (4, 5), "apart": np.array([0, 3, 4])},
+    )
+    one = maker(model, "w")
+    assert one.size == 4  # 3 is an axis of the output
+    check_removal(model, one.name, [1])
+    model = built(
+        """(float[N,6] x) => (float[N,2,5] y) {
+            h = MatMul(x, w)
+            r = Reshape(h, apart)
+            s = MatMul(r, inner)
+            y = MatMul(outer, s)
+        }""",
+        {
+            "w": (6, 12),
+            "inner": (4, 5),
+            "outer": (2, 3),
+            "apart": np.array([0, 3, 4]),
+        },
+    )
+    one = maker(model, "w")
+    assert one.size == 3
+    whys = [one.why for one in channels.find(model) if one.size == 4]
+    assert whys == ["Reshape merges or splits it with another axis"]
+    check_removal(model, one.name, [1])
+
+
+def test_codes_of_a_table_are_cut_and_are_no_weights() -> None:
+    model = built(
+        """(int64[N] ids) => (float[N,2] y) {
+            t = Gather(table, ids)
+            a = Cast<to = 1>(t)
+            b = Mul(a, scale)
+            y = MatMul(b, out)
+        }""",
+        {
+            "table": np.arange(20, dtype=np.int8).reshape(5, 4),
+            "scale": (4,),
+            "out": (4, 2),
+        },
+    )
+    (one,) = [one for one in channels.find(model) if not one.why]
+    assert [part.weight.name for part in one.where] == ["scale", "out"]
+    check_removal(model, one.name, [1])
 
 
 def test_what_a_branch_reads_is_fixed() -> None:
