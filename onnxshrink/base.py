@@ -340,8 +340,8 @@ def _silent(done: int, total: int, what: str) -> None:
 class Memory:
     """What a step has worked out, kept for its next attempts within a limit.
 
-    A large entry that was not asked for the longest makes room first. An entry that
-    takes more than the limit alone is not kept.
+    Where room is short, the large entry that was asked for longest ago goes first. An
+    entry that is larger than the limit is not kept.
     """
 
     def __init__(self, limit: int = 1 << 30) -> None:
@@ -384,7 +384,10 @@ class Memory:
                     held -= freed
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the entry, made first if there is none; threads wait for the first."""
+        """Return an entry; make it if there is none.
+
+        Of several threads that ask at once, one makes it and the others wait.
+        """
         with self._lock:
             alone = self._making.setdefault(key, threading.Lock())
         with alone:
@@ -400,23 +403,29 @@ _LARGE = 1 << 20
 """Bytes from which an entry is dropped before those that take less."""
 
 
-def _bytes(value: object, seen: set[int] | None = None) -> int:
-    """Count the bytes of arrays, text and containers that an object holds."""
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return 0
-    seen.add(id(value))
-    if isinstance(getattr(value, "nbytes", None), int):
-        return int(value.nbytes)  # type: ignore[attr-defined]
-    if isinstance(value, (bytes, bytearray, str)):
-        return len(value)
-    if isinstance(value, Mapping):
-        parts: Iterable[object] = [*value.keys(), *value.values()]
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        parts = value
-    else:
-        parts = getattr(value, "__dict__", {}).values()
-    return 64 + sum(_bytes(part, seen) for part in parts)
+def _bytes(value: object) -> int:
+    """Count the bytes of arrays, text and containers that an object holds, roughly."""
+    total = 0
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        total += 64
+        size = getattr(one, "nbytes", None)
+        if isinstance(size, int):
+            total += size
+        elif isinstance(one, (bytes, bytearray, str)):
+            total += len(one)
+        elif isinstance(one, Mapping):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            left += one
+        else:
+            left += getattr(one, "__dict__", {}).values()
+    return total
 
 
 class _ContextType(_WithOldNames):
@@ -442,13 +451,13 @@ class Context(metaclass=_ContextType):
         providers: onnxruntime execution providers.
         executor: Where ``map`` runs; ``None`` runs in the calling thread.
         progress: Receives progress of long work.
-        done: What the pass said it did, in order.
+        done: (where, what) of what the pass said it did, in order.
         skips: (where, why) of what the pass said it left alone.
-        cache: Statistics that an earlier request of the same model already gathered.
-        folder: An existing folder of this step's own, whose files are there again when
-            an interrupted run is resumed; a pass that keeps its progress here must see
-            for itself that what it finds was left by the same work. It is deleted once
-            the step is done. ``None`` where nothing could be resumed.
+        cache: Statistics that were gathered already, by model, samples and tensor.
+        folder: A folder for files of this step, or ``None`` where no run can be
+            resumed. It exists, and is deleted once the step is done. A resumed run
+            finds the files again: a pass that keeps its progress here checks that what
+            it finds belongs to the same work.
         memory: What ``remember`` keeps; one for all attempts of a step.
         engine: Does what rooms above this one know how to do.
     """
