@@ -206,3 +206,27 @@ def test_a_recipe_is_found_by_name_or_path(tmp_path: Path) -> None:
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="Did you mean 'lossless'"):
         registry.recipe("losless")
+
+
+SHARES = ("keep", "bytes", "macs", "latency")
+NUMBERS = ("bits", "values", "edge")
+
+
+@pytest.mark.parametrize("name", registry.passes())
+def test_amounts_have_one_vocabulary(name: str) -> None:
+    """A share of what came in is a fraction; what is absolute is a whole number."""
+    for option in registry.describe(registry.get(name)).options:
+        kinds = set(option.type.split("|")) - {"none"}
+        if option.name in SHARES:
+            assert kinds == {"float"}, option
+        if option.name in NUMBERS:
+            assert kinds == {"int"}, option
+
+
+@pytest.mark.parametrize("name", registry.passes())
+def test_an_option_that_went_is_answered_with_one_there_is(name: str) -> None:
+    found = registry.get(name)
+    known = {option.name for option in registry.describe(found).options}
+    for old, now in found.renamed.items():
+        assert old not in known
+        assert now.partition("=")[0] in known
