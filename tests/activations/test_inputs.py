@@ -228,3 +228,41 @@ def test_arrays_are_read_only_as_they_are_shared() -> None:
     assert one.gram is not None
     with pytest.raises(ValueError, match="read-only"):
         one.gram[0, 0, 0] = 1
+
+
+def test_each_group_of_a_transposed_convolution_has_its_own_matrix() -> None:
+    nodes = "y = ConvTranspose <group = 2> (x, w)"
+    model, x = built(nodes, "3,4,5", {"w": random(4, 3, 2)}), random(3, 4, 5)
+    one = context(model, x).inputs(find(model))["w"]
+    rows = np.moveaxis(x, 1, 2).reshape(-1, 4).astype(np.float64)
+    assert one.gram is not None
+    for group, part in enumerate((rows[:, :2], rows[:, 2:])):
+        np.testing.assert_allclose(one.gram[group], part.T @ part, rtol=1e-5)
+        np.testing.assert_allclose(one.mean[group], part.mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose(one.squares[group], np.square(part).sum(axis=0))
+
+
+def test_both_directions_of_a_recurrent_layer_read_the_same() -> None:
+    model = built(
+        'y = LSTM <hidden_size = 2, direction = "bidirectional"> (x, w, r)',
+        "N,2,3",
+        {"w": random(2, 8, 3), "r": random(2, 8, 2)},
+    )
+    x = random(4, 2, 3)
+    seen = context(model, x).inputs(find(model))
+    rows = x.reshape(-1, 3).astype(np.float64)
+    one = seen["w"]
+    assert one.gram is not None
+    assert one.gram.shape == (2, 3, 3)
+    for matrix in one.gram:
+        np.testing.assert_allclose(matrix, rows.T @ rows, rtol=1e-5)
+    assert "r" not in seen  # of two directions, states are not told apart
+
+
+def test_nan_is_not_finite() -> None:
+    nodes = "h = Log (x) y = MatMul (h, w)"
+    model = built(nodes, "N,3", {"w": random(3, 2)})
+    x = np.abs(random(6, 3)) + 1
+    assert context(model, x).inputs(find(model))["w"].is_finite
+    x[0, 0] = -1
+    assert not context(model, x).inputs(find(model))["w"].is_finite
