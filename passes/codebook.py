@@ -34,6 +34,8 @@ _PRUNED = 1 / 64
 """Share of zeros from which a weight counts as pruned: they stay zero."""
 _HELD = 256 << 20
 """Bytes of Gram matrices that are worked on together."""
+_REPEATS = 16
+"""How often each value of a bias occurs at least: so often ``distill`` ties it."""
 _REFITS = 2
 """How often codes and table take turns where the inputs are known."""
 _SCALINGS = 4
@@ -248,6 +250,7 @@ class Codebook(SitePass):
         weight = layer.weight
         item = bits_of(weight.data_type) // 8
         if _is_bias(layer):
+            count = max(2, min(count, weight.size // _REPEATS))
             return min(2 * weight.size, _coded_bytes(weight.size, 0, count, item))
         zeros = 0 if self.dim > 1 else _zeros(weight.tensor)
         found = _coded_bytes(weight.size // self.dim, zeros, count, item * self.dim)
@@ -555,9 +558,11 @@ def _fed_back(
 
 def _shared_bias(array: Array, count: int) -> _Result:
     size, item = array.size, array.dtype.itemsize
+    count = min(count, size // _REPEATS)
     half = array.astype(np.float16) if item > 2 else array
     fits = bool(np.isfinite(half.astype(np.float64)).all())
-    if fits and 2 * size <= _coded_bytes(size, 0, count, item):
+    count = max(count, 2) if not fits else count
+    if fits and (count < 2 or 2 * size <= _coded_bytes(size, 0, count, item)):
         return _Result(half.astype(array.dtype), "rounded to fp16")
     table = kmeans.fit(array, count, zero=_keeps_zero(array, count))
     narrow = _narrow(table, array.dtype)

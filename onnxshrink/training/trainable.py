@@ -71,6 +71,8 @@ _INTEGER = {
 """Operators that multiply codes as they are, and which input the weight is."""
 _TABLE = 256
 """A weight with no more distinct values than this is stored by index."""
+_SMALLEST = 32
+"""Entries from which a weight may have a table."""
 _REPEATS = 16
 """Entries there are at least for each value of such a weight."""
 _ASSIGNED = 64
@@ -650,8 +652,8 @@ def _unfit(values: Array) -> str:
 
 
 def _table(values: Array) -> Array | None:
-    """Return the distinct values of a matrix, kernel or table that has few."""
-    if sum(size > 1 for size in values.shape) < 2:
+    """Return the distinct values of a weight that has few, each many times."""
+    if values.size < _SMALLEST:
         return None
     few: Array = np.zeros(0, np.float32)
     flat = values.reshape(-1)

@@ -290,3 +290,17 @@ def test_the_file_of_a_real_model_is_as_small_as_its_codes(tmp_path: Path) -> No
     again = context(stored)
     assert not Codebook(bits=4).sites(stored, again)
     assert sum("codebook already" in why for _, why in again.skips) == 3
+
+
+def test_values_of_a_bias_repeat_so_often_that_training_ties_them() -> None:
+    from onnxshrink.training.trainable import Tied, find_trainable
+
+    model = make(
+        "g (float[N,8] x) => (float[N,300] y) { y = Gemm(x, w, b) }",
+        w=RNG(12).standard_normal((8, 300)).astype(np.float32),
+        b=RNG(13).standard_normal(300).astype(np.float32),
+    )
+    Codebook(values=64, also=("biases",)).apply(model, context(model))
+    assert len(np.unique(model.weight("b").read())) == 300 // 16
+    chosen = find_trainable(model, ["y"], (), (), lambda *_: None)
+    assert {one.name for one in chosen if isinstance(one, Tied)} == {"w", "b"}

@@ -55,25 +55,18 @@ class Recipe:
 
 RECIPES = {
     "lenet-300-100": Recipe(
-        (
-            (0.8, 4),
-            (0.88, 6),
-            (0.93, 8),
-            (0.955, 10),
-            (0.97, 10),
-            (0.98, 10),
-        ),
+        ((0.8, 3), (0.88, 4), (0.93, 8), (0.95, 12), (0.96, 15), (0.967, 15)),
         (8, 4),
-        0.95,
-        5,
-        "shift=1,lr=0.001",
+        0.945,
+        6,
+        "shift=1,lr=0.002,batch=256",
     ),
     "lenet-5": Recipe(
-        ((0.9, 3), (0.96, 4), (0.98, 6), (0.985, 6), (0.99, 6)),
-        (8, 4),
-        0.975,
-        4,
-        "shift=1,lr=0.001",
+        ((0.93, 2), (0.97, 3), (0.98, 4)),
+        (8,),
+        0.965,
+        2,
+        "shift=1,lr=0.002,batch=256",
     ),
 }
 
@@ -85,7 +78,7 @@ class Stage:
     Attributes:
         text: How it was made.
         plain: Bytes of the file.
-        package: Bytes of the package; 0 if this build makes none.
+        package: Bytes of the package.
         held_out: Error in percent on the images that choose.
         test: Error in percent on the test images.
         path: Where it is.
@@ -191,6 +184,7 @@ def _stages(
         for pass_ in Pipeline.parse(text).passes:
             ctx = make_context(splits, reference, seed=seed, threads=threads)
             pass_.apply(copy, ctx)
+        copy.shorten_names()
         copy.save(path)
         print(f"{path.name}: {time.process_time() - began:.0f} CPU s", flush=True)
         return Model.load(path)
@@ -200,7 +194,9 @@ def _stages(
         if note.exists():
             return Stage(**json.loads(note.read_text()))
         error = _error(made, held[0], held[1], threads)
-        found = Stage(text, path.stat().st_size, _package(path), error, 0.0, str(path))
+        found = Stage(
+            text, path.stat().st_size, _package(made, path), error, 0.0, str(path)
+        )
         note.write_text(json.dumps(asdict(found)))
         print(f"{text}: {found.plain:,} B, {error:.2f} % held out", flush=True)
         return found
@@ -216,8 +212,7 @@ def _stages(
             continue
         for count in recipe.counts:
             text = (
-                f"codebook:values={count},"
-                f"codebook:values=16,also=biases,only=*bias*,"
+                f"codebook:values={count},codebook:values=16,also=biases,"
                 f"distill:epochs={recipe.epochs},{recipe.options}"
             )
             path = folder / f"zeros-{zeros}-values-{count}.onnx"
@@ -226,17 +221,10 @@ def _stages(
     return stages
 
 
-def _package(path: Path) -> int:
-    """Return the bytes of a package of the file, 0 if this build makes none."""
-    try:
-        from onnxshrink import package
-    except ImportError:
-        return 0
+def _package(model: Model, path: Path) -> int:
+    """Return the bytes of a package of the model, with the coders of fewest bytes."""
     target = path.with_suffix(".onnxz")
-    pack = getattr(package, "pack", None)
-    if pack is None:
-        return 0
-    pack(path, target)
+    model.save(target, storage="tiny")
     return target.stat().st_size
 
 
