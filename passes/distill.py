@@ -73,11 +73,11 @@ Array = NDArray[Any]
 
 _LABELS = "labels/hard"
 _HARD = 0.5
-"""Share of labels in the loss unless alpha says otherwise."""
+"""Share of the labels in the loss, unless ``alpha`` is given."""
 _BATCH = 64
-"""Samples in a step unless the option says otherwise or memory is short."""
+"""Samples in a step, unless ``batch`` is given or memory is short."""
 _STEP_BYTES = 4 << 30
-"""Bytes up to which a step's values may be estimated before its batch is halved."""
+"""A batch is halved while a step's values are estimated to take more bytes."""
 _CACHED = 2 << 30
 """Bytes of a teacher's answers up to which they are computed in advance."""
 
@@ -90,23 +90,25 @@ class Distill(Pass):
     """Train the weights so that the model answers as it did before it was shrunk.
 
     The teacher is the model that the run started from, or a file of answers. Class
-    scores are taught as soft targets (Hinton, Vinyals and Dean 2015): the divergence
-    from the teacher's softmax at a temperature T, times T squared. Other outputs of
-    float32 are taught by their squared error, in units of the teacher's variance. Where
-    samples have labels, these take part. With ``match``, tensors inside of the model
-    are taught too (hints: Romero et al. 2015; attention: Zagoruyko and Komodakis 2017).
+    scores are taught as soft targets (Hinton, Vinyals and Dean 2015): the loss is the
+    divergence from the teacher's softmax at a temperature T, times T squared. Other
+    outputs of float32 are taught by their squared error, in units of the teacher's
+    variance. Labels take part if the samples have them. With ``match``, tensors inside
+    of the model are taught too (hints: Romero et al. 2015; attention: Zagoruyko and
+    Komodakis 2017).
 
-    What the graph says is kept: zeros of a pruned weight stay zero, equal values of a
-    weight with few stay equal (Han, Mao and Dally 2016), a weight used twice stays one.
-    Weights stored as codes of 2 to 16 bits are trained through the rounding and written
-    as codes again (quantization-aware training), within the range of the codes they
-    have. Scales of quantization can be learned (LSQ: Esser et al. 2020); an int32 bias
-    follows those it is made of.
+    Training keeps what the graph says. Zeros of a pruned weight stay zero. A weight of
+    few distinct values keeps them: entries that are equal stay equal (Han, Mao and
+    Dally 2016). A weight that is used twice stays one weight. A weight stored as codes
+    of 2 to 16 bits is trained through the rounding and written as codes again, in the
+    range of its old codes (quantization-aware training). Scales of quantization can be
+    learned (LSQ: Esser et al. 2020). The int32 bias of a layer follows the scales that
+    it is made of.
 
     It needs ``--data``: training samples for the gradients, validation samples to
-    choose the learning rate's best epoch. The weights of the best epoch are kept, which
-    may be those of the start. Ctrl-C ends training and keeps the best so far; a run
-    that was killed goes on with ``--resume`` where it was.
+    choose the best epoch. The weights of that epoch are kept; those of the start, if
+    none was better. Ctrl-C ends training and keeps the best so far. A run that was
+    killed goes on with ``--resume`` where it was.
 
     In Python, a subclass may override ``augment``.
 
@@ -118,11 +120,10 @@ class Distill(Pass):
             default 0.5 where labels fit, else 0.
         loss: How outputs are taught: ``auto``, ``soft`` for scores along the last axis,
             ``mse``, or ``cosine`` for directions along the last axis.
-        match: Tensors inside that are to be alike: ``student:teacher`` by name, or the
-            name of one, which is taught what it was in the teacher, by lineage.
-            ``:cosine``, ``:attention`` or ``:mse``, the default, may follow, and
-            ``:weight``. ``auto`` takes ends of blocks that both have. Repeat it for
-            more.
+        match: Tensors inside that are to be alike: two names, ``student:teacher``, or
+            one name, of a tensor that is taught what it was in the teacher. ``:mse``
+            (the default), ``:cosine`` or ``:attention`` may follow, and ``:weight``.
+            ``auto`` takes ends of blocks that both have. Repeat it for more.
         match_weight: Weight in the loss of pairs that state none.
         epochs: Times that every training sample is seen.
         lr: Highest learning rate; by default short runs look for one.
@@ -147,8 +148,8 @@ class Distill(Pass):
             training samples (Wu and Johnson 2021).
         ties: Whether equal values of a matrix or kernel of at most 256 distinct ones
             stay equal.
-        reassign: Whether an entry of such a weight may go over to another of its
-            values, up to 64, as training moves it.
+        reassign: Whether an entry of such a weight may change to another of its
+            values, if it has no more than 64.
         only: Train only these weights: names of weights or nodes, glob patterns or op
             types.
         skip: Leave these weights alone: names, glob patterns or op types.
@@ -593,7 +594,7 @@ class _Training:
         return source.lookup(self.training, names)
 
     def _batch(self) -> int:
-        """Return how many samples a step takes, before any memory was short."""
+        """Return how many samples a step takes at first."""
         if self.training.batch:
             return self.training.batch
         size = min(self.options._size, len(self.training))
@@ -632,7 +633,7 @@ class _Training:
 
     @functools.cached_property
     def _key(self) -> str:
-        """What a training must share with one that was killed to go on with it."""
+        """What must be equal for a training to go on where a killed one was."""
         options, ctx = self.options, self.ctx
         file = options.teacher.stat() if options.teacher is not None else None
         facts = [

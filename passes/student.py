@@ -27,7 +27,7 @@ Start = Literal["normal", "zero", "one"]
 """How a fresh weight begins."""
 
 _FRESH = "values of "
-"""What the site of a fresh initialisation is called, before the weight's name."""
+"""The name of a site where a weight begins anew: this, then the weight's name."""
 _EPSILON = 1e-5
 """Added to a variance of BatchNormalization before its root is taken."""
 
@@ -73,15 +73,17 @@ class FreshSite(Site):
 class Student(SitePass):
     """Build a smaller model from the one given: fewer blocks, thinner layers.
 
-    What it answers is wrong at first: let ``distill`` follow, which teaches it what the
-    original answers (Hinton, Vinyals and Dean 2015). A student that begins with weights
-    of its teacher needs far less of that (DistilBERT, Sanh et al. 2019).
+    Its first answers are wrong. Let ``recover`` follow, which fits thinner layers to
+    what they gave, or ``distill``, which teaches the student what the original answers
+    (Hinton, Vinyals and Dean 2015). A student that begins with weights of its teacher
+    needs far less training (DistilBERT, Sanh et al. 2019).
 
     Blocks that repeat are left out: residual blocks, whole transformer layers, and
-    layers in a row that are alike. The first channels to go are those with the smallest
-    norms: of what makes them, times what reads them. Channels go everywhere that the
-    graph ties them together (branches that are added, norms, depthwise kernels, whole
-    attention heads, whole groups); inputs and outputs of the model stay as they are.
+    layers in a row that are alike. Channels go that matter least. What counts is the
+    norm of the weights that make a channel, times the norm of those that read it. A
+    channel goes everywhere that the graph ties it to (branches that are added, norms,
+    depthwise kernels, whole attention heads, whole groups). Inputs and outputs of the
+    model stay as they are.
 
     Attributes:
         keep: Share of the blocks that stay, of each run of blocks that are alike,
@@ -209,7 +211,7 @@ class Student(SitePass):
         return min(size, max(step, int(wanted / step + 0.5) * step))
 
     def weaken(self, site: Site, strength: float) -> Site | None:
-        """Keep more channels; blocks and fresh weights know no less."""
+        """Keep more channels; a block or a fresh weight is all or nothing."""
         if strength >= 1:
             return site
         if not isinstance(site, ChannelsSite):
@@ -311,7 +313,7 @@ def _all(runs: Iterable[Run]) -> list[Block]:
 
 
 def _inputs(layer: LinearWeight, role: layers.Role) -> int:
-    """Return how many inputs an output of a layer sums up; a table's row is one."""
+    """Return how many inputs an output of a layer sums up; of a table, its width."""
     count = (
         layer.weight.shape[-1] if role == "table" else layer.layout.matrices_shape[2]
     )
@@ -328,8 +330,8 @@ def _tell_of_bodies(model: Model, ctx: Context) -> None:
 def _strongest(group: Group, count: int) -> list[int]:
     """Return the channels that matter most, in order.
 
-    A channel's importance is the norm of what makes it, as a normalisation behind it
-    scales that, times the norm of what reads it.
+    What counts is the norm of the weights that make a channel, times the norm of those
+    that read it. A normalisation behind the channel scales the first.
     """
     score = np.ones(group.size)
     for role in ("producer", "consumer", "filter", "scale"):

@@ -99,14 +99,14 @@ class ModelTeacher:
     """The model that the run started from.
 
     Attributes:
-        is_reference: That it is that.
+        is_reference: Whether it is known to be that: yes.
         notes: What one should know of it.
     """
 
     is_reference = True
 
     def __init__(self, ctx: Context, folder: Path) -> None:
-        """Know the model, and a folder for answers that are many."""
+        """Take the reference of a context, and a folder for large answers."""
         self._ctx, self._folder = ctx, folder
         self.notes: list[str] = []
 

@@ -35,14 +35,15 @@ _FEW = 16
 _TOLD = 4
 """Entries for each level from which gaps between codes are not by chance."""
 _HALF = 0.499
-"""How far beyond the outermost code a value may lie, in steps, and is rounded to it.
-Just below a half, which would round to the next even code."""
+"""A value this many steps beyond the outermost code is rounded to it, not clipped. It
+is just below a half, which would round to the next even code."""
 
 
 def levels_of(codes: Array) -> range:
-    """Return the codes that a weight may have: those it has, and between them.
+    """Return the codes that a weight may have: from its smallest to its largest code.
 
-    Codes of few bits stay such, and those of a binary weight are -1 and 1 without 0.
+    The range does not grow, so codes of few bits stay codes of few bits. A binary
+    weight has -1 and 1, and not 0.
     """
     values = np.unique(codes.astype(np.int32))
     step = int(np.gcd.reduce(values - values[0])) or 1
@@ -54,11 +55,12 @@ def levels_of(codes: Array) -> range:
 def is_pruned(codes: Array, zero: Array) -> bool:
     """Whether the zeros of a quantized weight were made by pruning, not by rounding.
 
-    Rounding leaves many zeros where the step is wide: a ternary weight has half of
-    them. Of 8-bit codes more zeros are due to pruning than the codes next to zero
-    explain: at most as many again as a two-sided exponential distribution through the
-    shares of 1 and 2 steps from zero has. Of codes of 16 levels or fewer only a hole
-    around zero tells, which magnitude pruning leaves, or nine zeros in ten.
+    Rounding leaves many zeros where the step is wide: half of a ternary weight is zero.
+    For 8-bit codes, the codes next to zero tell how many zeros to expect: a two-sided
+    exponential distribution is put through the shares of 1 and of 2 steps. The zeros
+    are due to pruning if there are more than twice as many. For codes of 16 levels or
+    fewer, they are due to pruning if there is a hole around zero, as magnitude pruning
+    leaves it, or if nine in ten are zero.
 
     Args:
         codes: Codes, of any shape.
@@ -125,7 +127,7 @@ def fake_quantized(
 
 
 def float_products(model: Model) -> None:
-    """Let products of integers be products of the real numbers they stand for.
+    """Rewrite products of integers as products of the real numbers they stand for.
 
     DynamicQuantizeLinear, MatMulInteger, Cast and Mul with the product of both scales
     become QuantizeLinear and DequantizeLinear, which pass gradients, DequantizeLinear

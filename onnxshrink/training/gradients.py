@@ -76,7 +76,7 @@ _KEEPS_CODES = frozenset(
         "SpaceToDepth",
     ]
 )
-"""Operators that move such integers about and may stand before DequantizeLinear."""
+"""Operators that only move these integers; they may stand before DequantizeLinear."""
 
 
 def rule(*ops: str, domain: str = "") -> Callable[[_R], _R]:

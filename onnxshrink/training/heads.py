@@ -1,8 +1,8 @@
 """How one output is taught: as targets of a step, as a loss, and as a judgement.
 
-A teacher's rows of an output are arrays by part: ``""`` is the output itself; of a
-teacher of whom only the largest scores are known, the parts are ``values``, ``indices``
-and ``rest``, see ``onnxshrink.training.teacher``.
+What a teacher says of an output is one array for each part of its answer. There is one
+part, ``""``, if the whole output is known. There are three, ``values``, ``indices`` and
+``rest``, if only the largest scores are: see ``onnxshrink.training.teacher``.
 
 Tested in tests/passes/test_distill.py.
 """
@@ -79,10 +79,10 @@ class Head(ABC):
         return output
 
     def mixed(self, rows: Rows, partner: Array, share: Array) -> dict[str, Array]:
-        """Return what a teacher is taken to say of mixed samples, from prepared rows.
+        """Return the targets of mixed samples, from prepared rows.
 
         Args:
-            rows: What it says of each sample.
+            rows: What the teacher says of each sample.
             partner: Which sample each is mixed with, int64 [samples].
             share: The share of the sample itself, float32 [samples].
         """
@@ -264,7 +264,7 @@ def head_of(output: str, given: Array, how: How, temperature: float) -> Head:
 def head_of_largest(
     output: str, mine: Array, count: int, how: How, temperature: float
 ) -> Head:
-    """Return how an output is taught of which a teacher's largest scores are known.
+    """Return how an output is taught if only the teacher's largest scores are known.
 
     Args:
         output: Its name.

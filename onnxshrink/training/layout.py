@@ -51,8 +51,8 @@ def block_size() -> int:
 def block_convolutions(ctx: GradContext) -> int:
     """Rewrite the 2-D convolutions of the main graph whose kernel is no constant.
 
-    Forward convolutions, and the transposed ones of stride 1 that their gradients are,
-    which become convolutions with the kernel turned round.
+    These are the forward convolutions, and the transposed ones of stride 1 among their
+    gradients: such a one is a convolution with the kernel turned round.
 
     Returns:
         How many were rewritten.
@@ -78,7 +78,7 @@ def block_convolutions(ctx: GradContext) -> int:
 
 
 def _join(model: Model) -> None:
-    """Read what is in blocks already as it is, where it was put in order in between."""
+    """Remove pairs of nodes that take a value out of blocks and put it back."""
     for node in list(model.graph.nodes):
         if node.op != "ReorderInput" or node.domain != _DOMAIN:
             continue

@@ -33,13 +33,14 @@ Ending = Literal["", "early", "diverged", "interrupted"]
 RATES = tuple(float(f"{r:.1e}") for r in np.geomspace(1e-4, 3.2e-2, 6))
 """Rates that ``find_rate`` tries: a factor of about three from one to the next."""
 STATE_FORMAT = 2
-"""Grows when what the numbers of kept state mean changes: 2 holds Adam's moments
-divided by one minus their decay."""
+"""Grows whenever numbers in the kept state change their meaning. In 2, Adam's moments
+are divided by one minus their decay."""
 _PROBE = 60
 _EXPLODED = 10.0
-"""Times the loss of ten steps, or 1 where that is less, from which training is lost."""
+"""Training is lost at a loss of this many times that of its first ten steps (or 1, if
+that is less)."""
 _FALLING = 0.05
-"""Share that the loss loses in the last fifth of the epochs if it is still falling."""
+"""The loss is still falling if it lost this share in the last fifth of the epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ class _State:
         return times * max(1.0, float(np.mean(self.first)))
 
     def consider(self, value: float, weights: Weights, epoch: int) -> None:
-        """Keep the weights if they are judged better than the best."""
+        """Keep the weights if they are judged better than the best so far."""
         self.judged.append(value)
         # Whatever is finite is better than a start that is not.
         if value < self.best or (math.isnan(self.best) and not math.isnan(value)):

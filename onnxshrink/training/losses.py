@@ -116,9 +116,8 @@ def top_cross_entropy(
 ) -> Tensor:
     """Return the divergence from a teacher of whom only the largest scores are known.
 
-    All classes but those are one more class for both sides, with the mass that is left.
-    What ``soft_cross_entropy`` says of k + 1 classes is said of these: their scores are
-    divided by the temperature, and the divergence is multiplied with its square.
+    All other classes count as one more class, for both sides: its probability is what
+    is left. The result is that of ``soft_cross_entropy`` for these k + 1 classes.
 
     Args:
         ctx: The context to build with.
@@ -142,8 +141,8 @@ def top_cross_entropy(
         )
     last = len(shape) - 1
     axes = ctx.ints([last])
-    # The mass that is left is summed without the scores that are known: to subtract
-    # these from the whole would leave nothing but rounding.
+    # The scores that are known are left out of this sum. To subtract their mass from
+    # the whole instead would leave nothing but rounding.
     hole = ctx.constant(np.full(many, -1e30, np.float32))
     others = ctx.op("ScatterElements", logits, indices, hole, axis=last)
     left = ctx.op("ReduceLogSumExp", others, axes, keepdims=1)

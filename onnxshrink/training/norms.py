@@ -1,9 +1,9 @@
 """BatchNormalization while weights are trained: folded, or estimated again.
 
-A frozen one keeps its mean and variance, of which nothing need be done. One that is
-estimated normalizes with the statistics of each batch while it is trained; afterwards
-its mean and variance are those of all samples, batch by batch through the model in that
-form (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3.2: PreciseBN).
+``freeze`` keeps mean and variance; nothing need be done. ``estimate`` normalizes with
+the statistics of each batch while weights are trained. Afterwards the model runs in
+that form over all samples, batch by batch, and mean and variance become the averages
+(Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3.2: PreciseBN).
 """
 
 from __future__ import annotations

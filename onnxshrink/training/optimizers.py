@@ -1,4 +1,4 @@
-"""Optimizers as ONNX nodes: a weight, its gradient and its state become new ones.
+"""Optimizers as ONNX nodes: they make a new weight and new state from the old.
 
 Tested in tests/training/test_step.py.
 """

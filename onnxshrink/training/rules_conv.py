@@ -287,10 +287,10 @@ def _divided(
 ) -> tuple[Window, Window] | None:
     """Return windows over input and gradient that together make all products.
 
-    The kernel's gradient at a tap is a product of the input and the output's gradient,
-    one moved against the other. Moving the input along all axes but the last, and the
-    gradient along the last, makes kh + kw copies instead of kh * kw, for as many
-    multiplications.
+    The kernel's gradient at a tap is a product of two arrays, the input and the
+    output's gradient, one of them moved. The input is moved along all axes but the
+    last, the gradient along the last. That makes kh + kw copies in place of kh * kw;
+    the number of multiplications stays the same.
 
     Returns:
         ``None`` where that is not so, or is not less to copy.

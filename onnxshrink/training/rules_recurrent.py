@@ -34,8 +34,8 @@ __all__ = ["MOST_STEPS", "unroll"]
 MOST_STEPS = 512
 """Steps of one node, over all its directions, up to which it is unrolled.
 
-A step becomes about 40 nodes with its gradient, and the time onnxruntime takes to load
-them grows with their square.
+A step and its gradient become about 40 nodes. The time in which onnxruntime loads a
+graph grows with the square of their number.
 """
 
 Activation = Callable[[GradContext, Tensor], Tensor]

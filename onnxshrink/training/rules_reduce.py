@@ -81,12 +81,14 @@ _reduction("ReduceMin")(spread_extremum)
 
 @_reduction("ReduceProd")
 def _prod(ctx: GradContext, x: Tensor, y: Tensor, g: Tensor, axes: list[int]) -> Tensor:
-    # The product of the others: with zeros among them it is not y / x.
+    # The gradient of an element is the product of all others. That is y / x only
+    # where no element is zero.
     zero = ctx.op("Equal", x, 0.0)
     safe = ctx.op("Where", zero, ctx.scalar(1.0, x), x)
     zeros = ctx.op("Cast", zero, to=ctx.data_type(x))
     rest = ctx.op("ReduceProd", safe, ctx.ints(axes), keepdims=1) if axes else safe
-    # An element's others hold no zero if all zeros there are are itself.
+    # The product of all others is not zero for two kinds of elements: any, if there
+    # is no zero at all; and a zero, if it is the only one.
     alone = ctx.op("Equal", ctx.total(zeros, axes, keepdims=True), zeros)
     return ctx.mask(alone, ctx.op("Mul", g, ctx.op("Div", rest, safe)))
 

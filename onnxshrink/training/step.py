@@ -24,7 +24,7 @@ __all__ = ["Loss", "TrainingStep", "value_bytes"]
 Array = np.ndarray[Any, Any]
 Layout = Literal["auto", "plain"]
 Loss = Callable[[GradContext, Mapping[str, Tensor]], Tensor]
-"""Appends a loss and returns it as a scalar; it is given the graph's values by name."""
+"""Appends a loss, given the values of the graph by name; returns it, a scalar."""
 
 
 class TrainingStep:

@@ -1,4 +1,4 @@
-"""What training may touch: the graph itself says so."""
+"""Which weights training may change, and how; the graph itself tells."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ Scales = Literal["auto", "fixed", "learned"]
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
-    """A weight that training may change: by itself, as it is.
+    """A float weight that training may change as it is.
 
     Attributes:
         name: Name of the weight that a training step makes an input.
@@ -125,11 +125,11 @@ class Trainable:
 
 @dataclass(frozen=True, eq=False)
 class Tied(Trainable):
-    """A weight of few values, of which those that are equal stay equal.
+    """A weight of few distinct values; entries that are equal stay equal.
 
-    What is trained is the table of its values: each gets the sum of the gradients of
-    its members (Han, Mao and Dally, Deep Compression, ICLR 2016, section 3). Zero
-    stays zero.
+    The table of its values is trained. Each value gets the sum of the gradients of the
+    entries that have it (Han, Mao and Dally, Deep Compression, ICLR 2016, section 3).
+    Zero stays zero.
 
     Attributes:
         index: Position in ``start`` of each entry, int32 of the weight's shape.
@@ -159,16 +159,16 @@ class Tied(Trainable):
 
 @dataclass(frozen=True, eq=False)
 class Assigned(Tied):
-    """A weight of few values in which an entry may go over to another value.
+    """A weight of few distinct values; an entry may change to another of them.
 
-    Trained is a float master beside the table, in one flat parameter. In the graph
-    each entry is the value of the table that is nearest to its master; its gradient
-    goes to that value, and straight through to the master (as the gradient of a rounded
-    weight does: Bengio, Leonard and Courville 2013). Zeros stay zero, but an entry may
-    become one.
+    Two things are trained, in one flat parameter: a float master of each entry, and the
+    table of values. In the graph an entry is the value of the table that is nearest to
+    its master. Its gradient goes to that value, and straight through to the master (as
+    the gradient of a rounded weight does: Bengio, Leonard and Courville 2013). An entry
+    that is zero stays zero; another one may become zero.
 
     Attributes:
-        start: Masters, flat, and behind them the table, ascending.
+        start: The masters, flat; then the table, ascending.
         index: Position in the table of each entry at the start, int32 of the weight's
             shape.
     """
@@ -242,7 +242,7 @@ def _vector(model: Model, *values: int) -> gs.Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codes(Trainable):
-    """A weight stored as integer codes: a float master is trained, codes are written.
+    """A weight stored as integer codes: a float master is trained and then rounded.
 
     Attributes:
         decoder: How the codes are read.
@@ -272,9 +272,10 @@ class Codes(Trainable):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Bias(Trainable):
-    """A bias of int32 codes, whose scale is that of the inputs times the weight's.
+    """A bias of int32 codes. Its scale is the inputs' scale times the weight's.
 
-    Rounding it changes nothing that counts, so the float master takes its place.
+    Its steps are so fine that rounding does not matter: a float master takes its place
+    while it is trained.
 
     Attributes:
         decoder: How the codes are read.
@@ -308,11 +309,11 @@ class Bias(Trainable):
 
 @dataclass(frozen=True, eq=False)
 class Scale(Trainable):
-    """The scale of a quantization: trained is the logarithm of its change.
+    """The scale of a quantization. The logarithm of its change is trained.
 
-    So it stays positive, and moves by the same share whatever its size. ``slope`` is
-    the root of LSQ's factor: a gradient step moves the logarithm by that factor times
-    its gradient.
+    The scale therefore stays positive, and a step changes it by the same share whatever
+    its size. ``slope`` is the root of LSQ's factor: the parameter is multiplied with
+    it, and so is its gradient, which makes the factor.
 
     Attributes:
         names: The weights that hold this scale, which stay equal.

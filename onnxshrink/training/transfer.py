@@ -1,9 +1,11 @@
 """Transfer between tensors inside of a student and of its teacher.
 
-Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, section 2.2, lets a tensor
-of the student predict one of the teacher, through a learned map where widths differ;
-the map is thrown away afterwards. Zagoruyko and Komodakis, Paying More Attention to
-Attention, ICLR 2017, compares maps of where the energy lies.
+A tensor of the student is to predict one of the teacher (Romero et al., FitNets: Hints
+for Thin Deep Nets, ICLR 2015, section 2.2). Where it is what the teacher's tensor was
+but for channels that were removed, the others are compared. Where widths differ in
+another way, a map is learned between them, and thrown away afterwards. Maps of where
+the energy lies can be compared instead (Zagoruyko and Komodakis, Paying More Attention
+to Attention, ICLR 2017).
 """
 
 from __future__ import annotations
