@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,26 @@ def test_an_error_leaves_the_file_as_it_was(folder: Path, error: BaseException) 
         write_file(target, content())
     assert target.read_bytes() == b"old"
     assert os.listdir(folder) == ["a.bin"]
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    flush, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        flush(handle)
+
+    def replaced(*paths: Any, **options: Any) -> None:
+        steps.append("name")
+        replace(*paths, **options)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_text(folder / "a.txt", "text")
+    assert steps == ["file", "name", "folder"]
 
 
 def test_a_full_disk_is_an_error_in_words(folder: Path) -> None:

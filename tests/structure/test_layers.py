@@ -347,6 +347,22 @@ def test_a_bias_that_is_not_free_says_why(why: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("nodes", "weights"),
+    [
+        ("h = MatMul (x, w) y = Add (h, b)", {"w": (3, 2), "b": (2, 1)}),
+        ("h = MatMul (w, x) y = Add (h, b)", {"w": (3, 2), "b": (3,)}),
+        ("y = Gemm (x, w, b)", {"w": (3, 2), "b": (2, 1)}),
+    ],
+)
+def test_as_many_values_along_another_axis_are_no_bias_of_the_outputs(
+    nodes: str, weights: dict[str, Any]
+) -> None:
+    bias = the_layer(built(nodes, weights), only=["w"]).bias
+    assert bias is not None
+    assert bias.why_not == bias.why_unknown == "is not one value for each output"
+
+
+@pytest.mark.parametrize(
     "nodes",
     [
         "h = MatMul (x, w) y = Add (h, x)",  # of another value
