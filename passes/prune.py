@@ -32,7 +32,7 @@ from onnxshrink.solvers.obs import (
     allocate,
     pattern_mask,
     removal_order,
-    without,
+    remove_entries,
 )
 from onnxshrink.structure import layers
 from onnxshrink.structure.inputs import InputStatistics
@@ -47,7 +47,7 @@ Measure = Literal["magnitude", "wanda", "obs"]
 STEPS = 32
 """Points of a site's path from untouched to as listed."""
 SAMPLES = 2048
-"""Samples to study inputs on: more calibration images than a run sets aside pay off."""
+"""Samples to study inputs on; more than a run sets aside for calibration pay off."""
 SAMPLE_BYTES = 64 << 20
 """Bytes of samples that are still read beyond the calibration samples."""
 
@@ -57,18 +57,18 @@ _ROLES: tuple[Role, ...] = ("weight", "table", "bias")
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSite(Site):
-    """A weight to prune, and how far it is pruned on the way there.
+    """A weight to prune, with its weaker forms.
 
     Attributes:
         sparsity: Share of its entries, or blocks, that are zero afterwards.
         threshold: Below which magnitude they are, if that is how it was asked for.
         pattern: The N:M pattern or the blocks, if there are such.
         importance: By which they are chosen.
-        path: Zeros at strengths 0, 1/32, ..., 1, in entries or in blocks; empty if
-            there is nothing in between.
+        path: Number of zero entries or blocks at strengths 0, 1/32, ..., 1; empty if
+            there are no weaker forms.
         total: Entries or blocks it has.
-        seen_in: Fingerprint of the model whose activations say what goes: the one that
-            was planned on, whatever other sites have changed since.
+        seen_in: Fingerprint of the model that the plan was made on. Its activations
+            decide what goes, whatever other sites have changed since.
     """
 
     sparsity: float
@@ -82,13 +82,13 @@ class PruneSite(Site):
 
 @dataclass(frozen=True, eq=False)
 class _Study:
-    """What is known of a weight whatever share of it is to go.
+    """What is known of a weight, for any sparsity.
 
     Attributes:
         measure: How importance is judged.
         squares: For wanda: sum of squares of each input, [groups, inputs].
         curvature: For obs.
-        mean: For obs: mean input, [groups, inputs], if a bias makes up for it.
+        mean: For obs: mean input, [groups, inputs], if a bias may be shifted.
         removal: For obs without an N:M pattern: the order in which entries go.
         mask: For obs with one: what goes.
     """
@@ -278,7 +278,7 @@ class Prune(SitePass):
         return layer.weight.size
 
     def _source(self, layer: LinearWeight, study: _Study) -> Source:
-        """Return what is compared within a layer and, in global scope, among layers."""
+        """Return the values that choose what goes, within a layer and among layers."""
         if study.squares is None and not self.zeros.is_blocks:
             return layer.weight.tensor
         tensor = layer.weight.tensor
@@ -343,10 +343,10 @@ class Prune(SitePass):
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Return the site with fewer zeros.
 
-        The share of weights that stays goes from all to as listed in equal ratios, not
-        in equal steps: what a file's size depends on is what stays. Under
-        ``scope=global`` all sites at one strength are the global choice at a lower
-        sparsity. An N:M pattern has nothing in between.
+        The share of weights that stays falls in equal ratios, not in equal steps,
+        because the size of a file depends on what stays. Under ``scope=global`` all
+        sites at one strength are the global choice at a lower sparsity. An N:M pattern
+        has no weaker form.
         """
         if strength >= 1:
             return site
@@ -380,10 +380,10 @@ class Prune(SitePass):
     def _studies(
         self, model: Model, seen_in: str, found: Sequence[LinearWeight], ctx: Context
     ) -> dict[str, _Study]:
-        """Study layers, the inputs of all in one run; each once in a step.
+        """Study layers, each once in a step; one run shows the inputs of all.
 
-        A study does not depend on how much is to go, so that every attempt at the step
-        reads it off.
+        A study does not depend on the sparsity asked for, so every attempt at the step
+        uses the same one.
 
         Args:
             model: The model.
@@ -587,7 +587,7 @@ def _pruned(task: _PruneTask) -> tuple[Array, Array | None]:
     if study.curvature is None:
         new = np.where(gone, np.zeros((), matrices.dtype), matrices)
         return task.layout.array(new), None
-    new, shift = without(matrices, gone, study.curvature, study.mean)
+    new, shift = remove_entries(matrices, gone, study.curvature, study.mean)
     return task.layout.array(new), shift
 
 
@@ -611,9 +611,10 @@ def _gone(task: _PruneTask, matrices: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class _Energies:
-    """Worth of a layer's entries or blocks, as shares of all of it where data says so.
+    """Energy of a layer's entries or blocks, read in flat pieces.
 
-    By magnitude they are comparable among layers as they are.
+    By wanda they are shares of the layer's energy, so that layers compare. Magnitudes
+    compare as they are.
     """
 
     tensor: LazyTensor
@@ -667,9 +668,10 @@ def _unusable(weight: Weight) -> str:
 
 
 def _counts(size: int, present: int, sparsity: float) -> list[int]:
-    """Return the zeros at strengths 0, 1/32, ..., 1 on the way to a sparsity.
+    """Return the number of zeros at strengths 0, 1/32, ..., 1.
 
-    What stays goes down in equal ratios; to nothing, in ratios to a single weight.
+    The number that stays falls in equal ratios: to what the sparsity leaves, or to a
+    single weight if it leaves none.
     """
     end = max(present, math.floor(sparsity * size + 0.5))
     left, last = size - present, size - end

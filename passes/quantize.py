@@ -161,7 +161,7 @@ class Quantize(SitePass):
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse values out of range and options that exclude each other."""
         if not 16 <= self.block <= 256:
             raise UsageError(f"block is from 16 to 256 values, not {self.block}")
         if not 50 < self.percentile <= 100:
@@ -355,7 +355,7 @@ class Quantize(SitePass):
         processor: Processor,
         ctx: Context,
     ) -> None:
-        """Move sizes between neighbours so that codes lose less."""
+        """Rescale channels between neighbouring layers, so that codes lose less."""
         pairs = processor.saturation != "never"
         coded = [*names["static"], *names["dynamic"]]
         if self.equalize == "cross-layer":
@@ -446,17 +446,17 @@ class Quantize(SitePass):
         left = {layer.name: layer for layer in chosen}
         for group in inputs.groups(chosen) if wants else ():
             seen_in = (fingerprint(model), ctx.samples.calibration)
-            part = _Part(group, codings, ctx, seen_in)
+            part = _LayersToCode(group, codings, ctx, seen_in)
             seen, _ = inputs.input_grams(model, part.missing, ctx, cache=self.cache)
             grams = {name: one.gram for name, one in seen.items()}
             del seen
             yield from part.coded(grams)
             for layer in group:
                 del left[layer.name]
-        yield from _Part(list(left.values()), codings, ctx).coded({})
+        yield from _LayersToCode(list(left.values()), codings, ctx).coded({})
 
     def _raise_opset(self, model: Model, names: Sequence[str], ctx: Context) -> None:
-        """Let large matrices stay packed at run time, if that is a matter of opset."""
+        """Raise the opset where large matrices need it to stay packed at run time."""
         levels = weightonly.LEVELS[self._weights]
         needed = model.opset
         for layer in layers.find(model):
@@ -470,7 +470,7 @@ class Quantize(SitePass):
             ctx.skipped("model", f"large matrices are decoded at load: {error}")
 
 
-class _Part:
+class _LayersToCode:
     """Layers that are coded together, and what the step knows of their codes."""
 
     def __init__(

@@ -10,9 +10,10 @@ optimized graphs).
 Only weights a linear operator multiplies are touched, so attention masks stay float.
 
 On x86 without VNNI the kernel multiplies uint8 activations with int8 weights two by two
-and adds each pair in 16 bits, which saturates (1.5 times the error of exact sums for
-Gaussian weights that fill int8). ``safe_scale`` widens the scale of an output just so
-far that no pair of neighbours can: a factor of 1.3 rather than the 2 of 7-bit weights.
+and adds each pair in 16 bits, which saturates: with Gaussian weights that fill int8 the
+error is 1.5 times that of exact sums. ``safe_scale`` widens the scale of an output just
+far enough that no pair of neighbours saturates: by a factor of about 1.3, where 7-bit
+weights would take 2.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def pays(layer: LinearWeight) -> bool:
 
 
 def safe_scale(weight: Array, *, pairs: bool = True) -> Float32:
-    """Return a scale for each output with which int8 codes never saturate.
+    """Return a scale for each output at which int8 codes never saturate.
 
     Args:
         weight: Float [outputs, inputs].
@@ -133,9 +134,9 @@ def largest_pair(rows: Array) -> Array:
 
 
 def safe_codes(codes: Int32) -> Int32:
-    """Return the codes with pairs that rounding made too large brought back.
+    """Bring pairs of codes that rounding made too large back within bounds.
 
-    Of such a pair the larger code gives up what is too much.
+    In such a pair the larger code becomes smaller.
     """
     safe = codes.copy()
     while True:
@@ -209,12 +210,12 @@ def rewrite(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> str:
             attribute(use.node, "alpha", 1.0) if use.node.op == "Gemm" else 1.0
         )
         scale = model.add_weight(f"{name}_scale", grid.scale[:, 0] * factor, graph)
-        _Multiplication(model, use).write(weight, scale)
+        _IntegerProduct(model, use).write(weight, scale)
     return f"int8 codes for {outputs} outputs, activations coded at run time"
 
 
-class _Multiplication:
-    """One MatMul or Gemm that becomes integer."""
+class _IntegerProduct:
+    """One MatMul or Gemm that becomes a MatMulInteger."""
 
     def __init__(self, model: Model, use: Use) -> None:
         self.model, self.node = model, use.node

@@ -123,8 +123,8 @@ def quantize_static(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What calibration saw of a value.
+class _CalibratedRange:
+    """The range that calibration found for a value.
 
     Attributes:
         low: Lower end of its range.
@@ -180,8 +180,11 @@ class _StaticForm:
 
     def _ranges(
         self, plan: Plan, watched: Sequence[LinearWeight]
-    ) -> dict[gs.Tensor, _Seen]:
-        """Return what calibration saw; ``watched`` are watched in the same run."""
+    ) -> dict[gs.Tensor, _CalibratedRange]:
+        """Return the range of each value.
+
+        The same run gathers the Gram matrices of the layers ``watched``.
+        """
         memory = self.ctx.memory
         tensors = [tensor for group in plan.ranges.values() for tensor in group]
         keys = {tensor.name: self._range_key(tensor.name) for tensor in tensors}
@@ -197,10 +200,10 @@ class _StaticForm:
             for name, statistic in found.items():
                 seen[name] = self._seen(statistic)
                 memory.put(keys[name], seen[name])
-        unseen = _Seen(0, 0, "its values cannot be watched")
+        unseen = _CalibratedRange(0, 0, "its values cannot be watched")
         return {tensor: seen[tensor.name] or unseen for tensor in tensors}
 
-    def _seen(self, statistic: Statistic) -> _Seen:
+    def _seen(self, statistic: Statistic) -> _CalibratedRange:
         apart = 0
         if isinstance(statistic, Range):
             apart = statistic.nan + statistic.inf + statistic.fills
@@ -209,9 +212,9 @@ class _StaticForm:
             assert isinstance(statistic, Observer)
             apart, empty = statistic.histogram.apart, statistic.empty
         if apart:
-            return _Seen(0, 0, "it holds values beyond 1e30, as a mask does")
+            return _CalibratedRange(0, 0, "it holds values beyond 1e30, as a mask does")
         if empty:
-            return _Seen(0, 0, "calibration saw no value of it")
+            return _CalibratedRange(0, 0, "calibration saw no value of it")
         recipe = self.recipe
         if isinstance(statistic, Range):
             low, high = float(statistic.low), float(statistic.high)
@@ -224,11 +227,11 @@ class _StaticForm:
                 percentile=recipe.percentile,
             )
         if low == high == 0:
-            return _Seen(0, 0, "it is 0 in all calibration samples")
-        return _Seen(low, high)
+            return _CalibratedRange(0, 0, "it is 0 in all calibration samples")
+        return _CalibratedRange(low, high)
 
-    def _settle(self, plan: Plan, seen: Mapping[gs.Tensor, _Seen]) -> Plan:
-        """Leave out what touches values that cannot become codes."""
+    def _settle(self, plan: Plan, seen: Mapping[gs.Tensor, _CalibratedRange]) -> Plan:
+        """Leave out layers that read or make values which cannot become codes."""
         refused = {tensor: one.why_not for tensor, one in seen.items() if one.why_not}
         if refused:
             plan = self.planner.plan(self.chosen, refused)
@@ -243,14 +246,14 @@ class _StaticForm:
                 "a value it reads or makes cannot become codes",
             )
             self.left[one.layer.name] = why
-        # A weight that one of its readers still needs as it was stays as it was.
+        # A weight stays as it was if one of its readers needs it so.
         whole = [one for one in plan.linear if one.layer.name not in self.left]
         if len(whole) < len(plan.linear):
             plan = self.planner.plan(whole, refused)
         return plan
 
     def _activations(
-        self, plan: Plan, seen: Mapping[gs.Tensor, _Seen]
+        self, plan: Plan, seen: Mapping[gs.Tensor, _CalibratedRange]
     ) -> dict[gs.Tensor, Coded]:
         scheme = self.recipe.activation
         made = {}
@@ -471,14 +474,14 @@ def _grid(task: RoundingTask, rows: Array, gram: Float64 | None) -> tuple[Grid, 
         scale = np.full_like(scale, scale.max(initial=0))
     if not scale.any():
         return grid, 0
-    # A row of zeros has any scale; a small one keeps its bias exact.
+    # Any scale serves a row of zeros; a small one keeps its bias exact.
     positive: Array = np.greater(scale, 0)
     scale = np.where(positive, scale, scale[positive].min())
     grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
     factor = _headroom(task, rows, grid)
     if not recipe.per_channel:
         factor = np.full_like(factor, factor.min(initial=1))
-    # Whole codes, so that the largest of them is reached exactly.
+    # The largest code is a whole number, so that the largest weight reaches it.
     wide = np.maximum(np.floor(high * factor) / high, 1 / high)
     scale = grid.scale / wide[:, None]
     grid = dataclasses.replace(grid, scale=scale.astype(np.float32))
@@ -486,10 +489,10 @@ def _grid(task: RoundingTask, rows: Array, gram: Float64 | None) -> tuple[Grid, 
 
 
 def _headroom(task: RoundingTask, rows: Array, grid: Grid) -> Float64:
-    """Return how far to narrow each output's codes: 1 leaves them as they are.
+    """Return by what factor to narrow each output's codes; 1 leaves them as they are.
 
-    The bound over all activations there could be costs less than a bit, which rounding
-    wins back; so no later input can make a sum clip either.
+    The bound holds for any activations, so that no later input makes a sum clip. It
+    costs less than a bit, which rounding wins back.
     """
     if task.order is None:
         return np.ones(len(rows))

@@ -189,9 +189,10 @@ def quantized(
 
 
 def _is_pruned(weight: Array, levels: Levels) -> bool:
-    """Whether zeros are so many that code 0 should stand for them, to store small.
+    """Whether zeros are so many that code 0 should stand for them.
 
-    With a zero point of its own in each row, zeros are another code in each.
+    Zeros of all rows then have one code, which is stored in few bits; with a zero point
+    for each row they would have a different code in each.
     """
     return levels.low < 0 < levels.high and bool((weight == 0).mean() > _PRUNED)
 
@@ -200,7 +201,7 @@ def _is_pruned(weight: Array, levels: Levels) -> bool:
 
 
 def why_not(layer: LinearWeight) -> str:
-    """Return why the codes of a layer cannot stand in for its weight, or nothing."""
+    """Return why codes cannot take the place of a layer's weight, or nothing."""
     if layer.why_not and not _tied(layer):
         return layer.why_not
     if layer.weight.data_type != onnx.TensorProto.FLOAT:
@@ -212,7 +213,7 @@ def why_not(layer: LinearWeight) -> str:
 
 
 def _tied(layer: LinearWeight) -> bool:
-    """Whether nothing but layers and lookups read the weight, rows for rows."""
+    """Whether only layers and lookups read the weight, all of them by the same rows."""
     weight = layer.weight
     if (
         weight.is_input
@@ -228,7 +229,7 @@ def _tied(layer: LinearWeight) -> bool:
 
 
 def _rows(layout: Layout) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """What two readings of a weight have in common if their codes are the same."""
+    """What two readings of a weight must share for one set of codes to serve both."""
     return layout.matrices_shape[2], layout.split, layout.order
 
 
@@ -535,7 +536,7 @@ def _is_constant(values: Array) -> bool:
 
 
 def _placed(layout: Layout, rows: Array, blocks: int) -> Array:
-    """Give [rows, blocks * n] the order of the weight's axes, blocks apart from n."""
+    """Reorder rows [rows, blocks * n] to the weight's axes; blocks become an axis."""
     groups, outputs, _ = layout.matrices_shape
     stacked = rows.reshape(groups, outputs, blocks, -1)
     axes: list[int] = []

@@ -38,7 +38,7 @@ Floats = NDArray[Any]
 
 
 class Source(Protocol):
-    """What is read in flat pieces: a lazy tensor, or scores made on the way."""
+    """Values read in flat pieces: a lazy tensor, or scores computed when read."""
 
     @property
     def size(self) -> int:
@@ -188,13 +188,14 @@ def zero_smallest(source: Source, count: int, dtype: np.dtype[Any]) -> NDArray[A
 
 
 def energies(weights: Floats, squares: Floats | None = None) -> NDArray[np.float32]:
-    """Return what each entry gives the outputs: ``w^2``, times ``|x|^2`` if known.
+    """Return the energy each entry adds to the outputs: ``w^2``, times ``|x|^2``.
 
     Its root is the measure of Wanda (Sun et al. 2023, equation 1).
 
     Args:
         weights: Floats [groups, outputs, inputs].
-        squares: Sum of the squares of each input, [groups, inputs].
+        squares: Sum of the squares of each input, [groups, inputs]; ``None`` counts
+            all inputs alike.
     """
     energy = np.square(weights.astype(np.float32))
     if squares is not None:
@@ -207,7 +208,8 @@ def smallest_of_rows(energy: Floats, count: int) -> NDArray[np.bool_]:
 
     Args:
         energy: [..., inputs].
-        count: How many of all rows together; what does not divide goes to the first.
+        count: How many of all rows together; the first rows lose one more each where
+            the rows do not divide it.
     """
     mask = np.zeros(energy.shape, np.bool_)
     rows = energy.reshape(-1, energy.shape[-1])
@@ -221,10 +223,10 @@ def smallest_of_rows(energy: Floats, count: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which zeros belong together.
+    """Which entries become zero together.
 
     Attributes:
-        keep: With ``of``: at most ``keep`` of ``of`` neighbours along the inputs stay.
+        keep: How many of ``of`` neighbours along the inputs stay at most.
         of: 0 if zeros are not bound to neighbours.
         rows: With ``columns``: blocks of rows x columns of [outputs, inputs] are zero
             as a whole; 1 x 1 is no pattern at all.
@@ -269,7 +271,7 @@ class Pattern:
         return wide[:, : shape[1], : shape[2]]
 
     def drop(self, scores: Floats) -> NDArray[np.bool_]:
-        """Return which entries go so that ``keep`` of ``of`` neighbours stay.
+        """Return which entries go so that ``keep`` of every ``of`` neighbours stay.
 
         The entries with the smallest score of each run of ``of`` inputs go; the last
         run may be shorter.

@@ -6,18 +6,19 @@ calibration data move least: the error is ``sum_r (w_r - v_r)^T H (w_r - v_r)`` 
 make up for it costs ``w_p^2 / [H^-1]_pp`` (Hassibi and Stork 1993; layer-wise: Dong et
 al. 2017; Frantar, Singh and Alistarh 2022, "Optimal Brain Compression", section 4).
 
-- ``removal_order`` removes entries greedily over all rows at once, in rounds: after
-  each, ``H^-1`` over what stays in each row and the optimal values are recomputed
-  exactly. While that is too much work, rounds are those of SparseGPT.
+- ``removal_order`` removes entries greedily, over all rows at once and in rounds. After
+  each round it recomputes exactly, for each row, ``H^-1`` over the entries that stay
+  and their best values. As long as that would take too long, it takes rounds of
+  SparseGPT instead.
 - ``sparsegpt`` is that method (Frantar and Alistarh 2023, algorithm 1 and section 3.4):
   columns from left to right, one inverse for all rows, updates of what lies right of
   the column only.
-- ``refit`` gives what stays its optimal values, exactly or by conjugate gradients;
-  ``without`` does so for given zeros, in the type of the weights.
+- ``refit`` finds the best values of the entries that stay, exactly or by conjugate
+  gradients. ``remove_entries`` does so in the type of the weights, and shifts the bias.
 
-The order in which entries go does not depend on how many will go. So a layer is
-studied once (``removal_order``), and every sparsity is read off: its zeros are the
-entries whose rank is below a number, the values of the others come from ``without``.
+The order of removal does not depend on how many entries will go. A layer is therefore
+studied once, by ``removal_order``, and every sparsity is read off: the entries whose
+rank is below a number go, and ``remove_entries`` gives the others their values.
 
 Everything is float64, on one BLAS thread, and deterministic.
 """
@@ -43,8 +44,8 @@ __all__ = [
     "pattern_mask",
     "refit",
     "removal_order",
+    "remove_entries",
     "sparsegpt",
-    "without",
 ]
 
 Array = NDArray[np.float64]
@@ -72,7 +73,7 @@ FEW_SWEEPS = 8
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """What the outputs of a layer feel of its weights: ``H`` for each group.
+    """How much a change of a layer's weights changes its outputs: ``H`` by group.
 
     Attributes:
         matrix: Damped ``H``, float64 [groups, inputs, inputs].
@@ -89,8 +90,8 @@ class Curvature:
 
         Args:
             gram: ``X^T X``, [groups, inputs, inputs].
-            mean: Mean input [groups, inputs], where a bias makes up for it: then the
-                error is that around the mean. ``None`` if nothing does.
+            mean: Mean input [groups, inputs] of a layer whose bias may be shifted: the
+                error is then taken around the mean. ``None`` if no bias may.
             rows: Rows of ``X``.
         """
         matrix = gram / max(rows, 1)
@@ -117,7 +118,8 @@ class Curvature:
 def _make_definite(matrix: Array, largest: float) -> None:
     """Raise the diagonal until there is a Cholesky factor.
 
-    A mean far larger than what varies around it leaves nothing but rounding behind.
+    If the mean is far larger than the variation around it, subtracting it leaves
+    nothing but rounding errors.
     """
     extra = 1e-8 * largest
     while lapack.dpotrf(matrix, lower=1)[1]:
@@ -131,8 +133,8 @@ class Removal:
 
     Attributes:
         rank: int32 [groups, outputs, inputs], or of the blocks: 0 goes first.
-        zeros: How many are gone at points on the way, ascending.
-        errors: Output error there as a share of the outputs' energy.
+        zeros: Number of entries removed at each point that was measured, ascending.
+        errors: Output error at these points, as a share of the outputs' energy.
     """
 
     rank: NDArray[np.int32]
@@ -140,8 +142,8 @@ class Removal:
     errors: Array
 
 
-class _Order:
-    """Entries as they go, round by round."""
+class _RemovalRounds:
+    """Builds the order of removal, round by round."""
 
     def __init__(self, keep: Mask) -> None:
         self.keep = keep
@@ -151,20 +153,20 @@ class _Order:
         self.errors: list[float] = []
 
     def take(self, chosen: NDArray[np.intp], scores: Array) -> None:
-        """Let the entries at these flat indices go, the lowest score first."""
+        """Remove the entries at these flat indices, the lowest score first."""
         ordered = chosen[np.argsort(scores.reshape(-1)[chosen], kind="stable")]
         self.rank[ordered] = np.arange(self.gone, self.gone + len(ordered))
         self.keep.reshape(-1)[ordered] = False
         self.gone += len(ordered)
 
     def point(self, error: float) -> None:
-        """Note the error here; it never falls on the way."""
+        """Record the error at this point; errors never fall along the way."""
         last = self.errors[-1] if self.errors else 0.0
         self.zeros.append(self.gone)
         self.errors.append(min(max(error, last), 1.0))
 
     def removal(self, shape: tuple[int, ...]) -> Removal:
-        """Return what was noted; what never went goes last, all of it at once."""
+        """Return the order; entries that no round removed come last, together."""
         rest = np.flatnonzero(self.rank == self.keep.size)
         self.rank[rest] = np.arange(self.gone, self.gone + len(rest))
         if len(rest):
@@ -197,7 +199,7 @@ def _entry_order(weights: Array, curvature: Curvature) -> Removal:
     groups, outputs, inputs = weights.shape
     targets = weights @ curvature.matrix
     energy = float((weights * targets).sum()) or 1.0
-    order = _Order(np.ones(weights.shape, np.bool_))
+    order = _RemovalRounds(np.ones(weights.shape, np.bool_))
     order.take(np.flatnonzero(weights == 0), np.zeros(weights.shape))
     order.point(0.0)
     dead = order.keep & curvature.dead[:, None, :]
@@ -233,7 +235,7 @@ def _entry_order(weights: Array, curvature: Curvature) -> Removal:
 def _exact_round(
     targets: Array, curvature: Curvature, keep: Mask
 ) -> tuple[Array, float]:
-    """Return the saliency of what stays, and the output energy it explains."""
+    """Return the saliency of the entries that stay, and the energy they explain."""
     scores = np.full(keep.shape, np.inf)
     explained = 0.0
     for group, row in np.ndindex(*keep.shape[:2]):
@@ -264,7 +266,7 @@ def _factor(curvature: Curvature, group: int) -> Array:
 def _fast_round(
     weights: Array, factors: list[Array], keep: Mask, quota: int
 ) -> tuple[Mask, Array]:
-    """Choose ``quota`` entries to be zero as SparseGPT does, those gone among them."""
+    """Choose ``quota`` entries as SparseGPT does, with those removed before."""
     scores = np.empty(weights.shape)
     for group, factor in enumerate(factors):
         scores[group] = np.square(weights[group] / np.diagonal(factor))
@@ -296,7 +298,7 @@ def sparsegpt(
     choose: Callable[[Array, int], Mask],
     step: int = 1,
 ) -> tuple[Array, Mask]:
-    """Remove entries column by column, spreading each error over what lies right.
+    """Remove entries column by column; columns to the right make up for each error.
 
     Args:
         weights: [outputs, inputs].
@@ -334,14 +336,14 @@ def sparsegpt(
 
 
 def _block_order(weights: Array, curvature: Curvature, blocks: Pattern) -> Removal:
-    """Let whole blocks go, a part of them a round, and refit after each."""
+    """Remove whole blocks, a share of them in each round, and refit after each."""
     targets = weights @ curvature.matrix
     energy = float((weights * targets).sum()) or 1.0
     diagonals = np.stack(
         [np.diagonal(curvature.inverse(g)) for g in range(len(weights))]
     )
     shape = blocks.blocks(weights.shape)
-    order = _Order(np.ones(shape, np.bool_))
+    order = _RemovalRounds(np.ones(shape, np.bool_))
     order.take(np.flatnonzero(blocks.scores(np.abs(weights)) == 0), np.zeros(shape))
     order.point(0.0)
     now = weights
@@ -361,7 +363,7 @@ def _block_order(weights: Array, curvature: Curvature, blocks: Pattern) -> Remov
 
 @one_thread
 def pattern_mask(weights: Array, curvature: Curvature, pattern: Pattern) -> Mask:
-    """Return what an N:M pattern removes, chosen run by run as SparseGPT does."""
+    """Return what an N:M pattern removes; SparseGPT chooses in each run."""
     mask = np.empty(weights.shape, np.bool_)
     for group, rows in enumerate(weights):
         factor = _factor(curvature, group)
@@ -372,10 +374,10 @@ def pattern_mask(weights: Array, curvature: Curvature, pattern: Pattern) -> Mask
 
 
 @one_thread
-def without(
+def remove_entries(
     weights: NDArray[Any], gone: Mask, curvature: Curvature, mean: Array | None = None
 ) -> tuple[NDArray[Any], Array | None]:
-    """Remove entries, and let what stays and the bias make up for them.
+    """Remove entries; the other weights and the bias make up for them.
 
     Args:
         weights: Floats [groups, outputs, inputs].
@@ -400,7 +402,7 @@ def without(
 
 
 def refit(weights: Array, curvature: Curvature, keep: Mask) -> Array:
-    """Return the values of what stays that move the outputs least.
+    """Return values for the entries that stay so that the outputs move least.
 
     Args:
         weights: The weights as they were, [groups, outputs, inputs].
@@ -457,7 +459,7 @@ def allocate(removals: Sequence[Removal], totals: Sequence[int]) -> list[list[in
     (Lagrange: all layers end at one slope).
 
     Args:
-        removals: Of each layer; at least the zeros each has already are kept.
+        removals: Of each layer; zeros that a layer has already stay.
         totals: Zeros of all layers together, for each division wanted.
 
     Returns:

@@ -6,10 +6,10 @@ a zero point for each row or for each block of columns of a row. ``fit`` chooses
 grid; ``nearest``, ``gptq``, ``adaround`` and ``descend`` choose the codes.
 
 With ``X`` [rows, inputs] the layer's inputs on calibration data and ``G = X^T X``, a
-change ``D`` of the weights changes the outputs by ``|X D^T|^2 = tr(D G D^T)``. This is
-the error everything here is about; without ``G`` it is ``tr(D D^T)``. Rows do not
-depend on each other, so a method that did worse than rounding to nearest in a row gives
-way to that in this row.
+change ``D`` of the weights changes the outputs by ``|X D^T|^2 = tr(D G D^T)``. All
+errors here are meant in this sense; without ``G`` the error is ``tr(D D^T)``. Rows are
+independent: where a method does worse in a row than rounding to nearest, that row is
+rounded to nearest.
 
 Where several layers of the same shape are one stack (the groups of a convolution),
 ``weight`` is their rows one below the other and ``gram`` [stacks, inputs, inputs].
@@ -65,14 +65,15 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The values that codes stand for: ``(code - zero) * scale``.
+    """The values of codes: ``(code - zero) * scale``.
 
     Attributes:
         scale: float32 [rows, groups], positive.
         zero: int32 [rows, groups], the code of 0.
         low: Smallest code.
         high: Largest code.
-        block: Columns that share a scale, the last block may have fewer; 0: the row.
+        block: Columns that share a scale; the last block may have fewer. 0: all columns
+            of a row.
         step: Distance between codes: 2 with codes -1 and 1 for binary weights.
     """
 
@@ -221,8 +222,8 @@ def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
-    """Some rows, with the Gram matrices that belong to them, [stacks, in, in]."""
+class _RowPiece:
+    """Some rows, and their Gram matrices [stacks, inputs, inputs]."""
 
     rows: slice
     gram: Float64 | None
@@ -233,18 +234,18 @@ class _Piece:
         return array.reshape(self.stacks, -1, array.shape[-1])
 
 
-def _pieces(weight: Array, gram: Float64 | None) -> Iterator[_Piece]:
+def _pieces(weight: Array, gram: Float64 | None) -> Iterator[_RowPiece]:
     """Cut the rows into pieces of bounded size, along stacks where there are some."""
     if gram is None or len(gram) == 1:
         for rows in _row_chunks(weight.shape):
-            yield _Piece(rows, gram)
+            yield _RowPiece(rows, gram)
         return
     rows_each, inputs = len(weight) // len(gram), weight.shape[1]
     step = max(1, _CHUNK // max(1, inputs * max(inputs, rows_each)))
     for start in range(0, len(gram), step):
         some = gram[start : start + step]
         rows = slice(start * rows_each, (start + len(some)) * rows_each)
-        yield _Piece(rows, some, len(some))
+        yield _RowPiece(rows, some, len(some))
 
 
 # --- fitting a grid -------------------------------------------------------------------
@@ -315,7 +316,7 @@ def fit(
         step,
     )
     for piece in _pieces(weight, gram):
-        search = _Search.of(weight[piece.rows], piece, grid, symmetric)
+        search = _GridSearch.of(weight[piece.rows], piece, grid, symmetric)
         ranges = search.start()
         # An error that does not fit float32 is never the smallest.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -356,7 +357,7 @@ def _positive(scale: Array) -> Float32:
 
 
 @dataclass(eq=False)
-class _Search:
+class _GridSearch:
     """The search for the grid of some rows.
 
     Attributes:
@@ -377,7 +378,9 @@ class _Search:
     errors: Float32
 
     @classmethod
-    def of(cls, weight: Array, piece: _Piece, grid: Grid, symmetric: bool) -> _Search:
+    def of(
+        cls, weight: Array, piece: _RowPiece, grid: Grid, symmetric: bool
+    ) -> _GridSearch:
         """Cut rows into blocks."""
         rows, inputs = weight.shape
         groups, width = grid.scale.shape[1], grid.block or inputs
@@ -388,8 +391,8 @@ class _Search:
         if piece.gram is not None:
             diagonal = np.maximum(np.einsum("gii->gi", piece.gram), 0.0)
             mean = diagonal.mean(axis=1, keepdims=True)
-            # Inputs that are always zero still count a little: they decide where
-            # nothing else does.
+            # Inputs that are always zero count a little: they choose the grid of a row
+            # whose other weights are all zero.
             diagonal = np.where(mean > 0, diagonal / np.where(mean > 0, mean, 1), 1.0)
             each = rows // len(piece.gram)
             shares[:, :inputs] = np.repeat(diagonal + 1e-6, each, axis=0)
@@ -405,7 +408,7 @@ class _Search:
 
     @property
     def few(self) -> bool:
-        """Whether codes are -1, (0) and 1, for which the range says nothing."""
+        """Whether codes are -1, (0) and 1; no range tells their scale."""
         return self.grid.high - self.grid.low == 2 and self.symmetric
 
     def start(self) -> tuple[Float32, Float32]:
@@ -439,7 +442,7 @@ class _Search:
         return np.asarray(np.einsum("ogb,ogb->og", change, self.importance))
 
     def offer(self, scale: Float32, zero: Int32) -> Array:
-        """Take a grid where it is better; return where."""
+        """Take a grid in the blocks where it is better; return which these are."""
         errors = self.measure(self.codes(scale, zero), scale)
         better = errors < self.errors
         self.best = (
@@ -470,7 +473,7 @@ class _Search:
             self.offer(self.refitted(self.blocks), self.best[1])
 
     def refitted(self, target: Float32) -> Float32:
-        """Scale that is best for the codes of the best grid: least squares."""
+        """Return the least-squares scale for the codes of the best grid."""
         codes = self.codes(*self.best)
         above = np.einsum("ogb,ogb->og", codes * self.importance, target)
         below = np.einsum("ogb,ogb->og", codes * self.importance, codes)
@@ -483,8 +486,8 @@ class _Search:
     def hqq(self, ranges: tuple[Float32, Float32]) -> None:
         """Half-quadratic splitting: outliers, then the grid of what is left.
 
-        All is in units of the scale, so that the shrinkage does not depend on the size
-        of the weights.
+        Everything is in units of the scale, so that shrinkage does not depend on the
+        size of the weights.
         """
         power, beta = 0.7, 4.0
         scale, zero = self.best
@@ -534,8 +537,9 @@ def _shares(grid: Grid, few: bool) -> tuple[Float64, Float64]:
 def _learn(weight: Array, grid: Grid, gram: Float64, symmetric: bool) -> None:
     """Improve the ranges of a grid by the output error, group by group, in place.
 
-    With the other groups as they are, the error of a change ``d`` in group ``b`` is
-    ``d G_bb d^T + 2 d r^T`` with ``r`` what the changes elsewhere send there.
+    While the other groups stay, the error of a change ``d`` in group ``b`` is
+    ``d G_bb d^T + 2 d r^T``. Here ``r`` is what the changes of the other groups, times
+    ``G``, add in group ``b``.
     """
     inputs = weight.shape[1]
     width = grid.block or inputs
@@ -561,7 +565,7 @@ def _learn(weight: Array, grid: Grid, gram: Float64, symmetric: bool) -> None:
                 )
                 sent += (fresh - change[:, :, at]) @ matrix[:, at, :]
                 change[:, :, at] = fresh
-    # float32 sums decided; float64 ones have the last word.
+    # The search summed in float32; sums in float64 confirm it.
     after_errors = _row_errors(weight, nearest(weight, grid), grid, gram)
     before_errors = _row_errors(weight, nearest(weight, before), before, gram)
     worse = (after_errors > before_errors)[:, None]
@@ -646,10 +650,11 @@ def gptq(
 ) -> Int32:
     """Round column by column, letting those that follow make up for the error.
 
-    Frantar et al. 2023, "GPTQ", algorithm 1: with the upper Cholesky factor ``U`` of
-    the damped ``G^-1``, a column's error divided by its diagonal entry, times the
-    entries to the right, is taken off the columns to the right, in lazy blocks. The
-    grid is fixed beforehand, so columns may go in any order whatever the blocks.
+    Frantar et al. 2023, "GPTQ", algorithm 1, with the upper Cholesky factor ``U`` of
+    the damped ``G^-1``: each column's error is divided by its diagonal entry of ``U``
+    and multiplied by the entries to the right of that; the columns to the right are
+    lowered by the product, in lazy blocks. The grid is fixed beforehand, so columns may
+    go in any order.
 
     Args:
         weight: Float [rows, inputs].
@@ -719,7 +724,7 @@ def _uppers(gram: Float64, damping: float) -> Float64:
     diagonal[...] = np.where(live, diagonal, mean) + damping * mean
     lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
     inverse = np.linalg.inv(lower[:, ::-1, ::-1])
-    # Without a live input the order is all there is: each column stands alone.
+    # Where all inputs are always zero, every column stands alone.
     inverse[~live.any(axis=1)] = np.eye(gram.shape[1])
     return np.triu(inverse)
 
@@ -736,7 +741,7 @@ def _upper(gram: Float64, damping: float) -> Float64:
     if not live.any():
         return np.eye(len(gram))
     extra = damping * float(diagonal[live].mean())
-    # An input that was always zero is a column of its own.
+    # An input that is always zero does not interact with the others.
     diagonal[~live] = float(diagonal[live].mean())
     diagonal += extra
     extra = max(extra, 1e-10 * float(diagonal.mean()))
@@ -756,7 +761,8 @@ def _columnwise(
 ) -> Int32:
     """Round [stacks, rows, inputs] column by column in the given order.
 
-    A weight that is zero was pruned: it stays so, and the others make up for it too.
+    A weight that is zero was pruned. It stays zero, and the columns to the right make
+    up for it as for any other error.
     """
     stacks, rows, inputs = weight.shape
     # Columns lie one behind the other, so that one is worked on in one go.
@@ -797,7 +803,7 @@ def _has_zero(zero: Array, grid: Grid) -> Array:
 
 
 def _no_worse(weight: Array, codes: Int32, grid: Grid, gram: Float64) -> Int32:
-    """Take rows that are better rounded to nearest from there."""
+    """Round rows to nearest where the codes are worse than that."""
     plain = nearest(weight, grid)
     worse = _row_errors(weight, codes, grid, gram) > _row_errors(
         weight, plain, grid, gram
@@ -818,10 +824,10 @@ def descend(
 ) -> Int32:
     """Improve codes by exact coordinate descent on the output error.
 
-    With all other codes fixed the error is a parabola in one code, and its best value
+    While all other codes stay, the error is a parabola in one code, so the best value
     on the grid is known. Columns take turns, all rows at once, until no code moves
-    (Behdin et al. 2023, "QuantEase", section 3). The damped error never rises. Without
-    damping the codes fit what the samples happen to hold, and less what they stand for.
+    (Behdin et al. 2023, "QuantEase", section 3). The damped error never rises. Damping
+    keeps the codes from fitting the noise of few samples.
 
     Args:
         weight: Float [rows, inputs].
@@ -954,14 +960,14 @@ def adaround(
             piece.stacked(weight[piece.rows].astype(np.float32)),
             _unit(piece.gram).astype(np.float32),
             grid.rows(piece.rows),
-            _Schedule(iterations, rate, strength),
+            _AdaRoundSchedule(iterations, rate, strength),
         )
         result[piece.rows] = found.reshape(-1, weight.shape[1])
     return _no_worse(weight, result, grid, stack)
 
 
 @dataclass(frozen=True)
-class _Schedule:
+class _AdaRoundSchedule:
     """How AdaRound learns."""
 
     iterations: int
@@ -982,7 +988,7 @@ _LOW, _HIGH = np.float32(-0.1), np.float32(1.1)
 
 
 def _learned_rounding(
-    weight: Float32, gram: Float32, grid: Grid, schedule: _Schedule
+    weight: Float32, gram: Float32, grid: Grid, schedule: _AdaRoundSchedule
 ) -> Int32:
     """AdaRound of [stacks, rows, inputs]."""
     stacks, rows, inputs = weight.shape
@@ -990,7 +996,7 @@ def _learned_rounding(
         np.broadcast_to(array, (stacks * rows, inputs)).reshape(weight.shape)
         for array in grid.columns(inputs)
     )
-    # Errors are in units of each row's own mean scale; rows are independent.
+    # Errors are in units of the mean scale of each row, since rows are independent.
     share = scale / scale.mean(axis=2, keepdims=True)
     exact = weight / scale
     floor = np.floor(exact)

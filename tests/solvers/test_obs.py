@@ -17,7 +17,7 @@ from onnxshrink.solvers.obs import (
     pattern_mask,
     refit,
     removal_order,
-    without,
+    remove_entries,
 )
 
 Array = np.ndarray[Any, Any]
@@ -140,13 +140,13 @@ def test_a_large_input_that_never_varies_goes_first_where_a_bias_holds_its_part(
     assert 2 not in np.argwhere(order < 3)[:, 2]
 
 
-def test_without_moves_the_outputs_no_more_than_least_squares_with_a_bias() -> None:
+def test_removal_moves_the_outputs_no_more_than_least_squares_with_a_bias() -> None:
     x = _inputs(400, 7).astype(np.float64) + 3.0
     gram, mean = (x.T @ x)[None], x.mean(axis=0)[None]
     weight = np.random.default_rng(10).standard_normal((1, 2, 7))
     gone = np.zeros(weight.shape, np.bool_)
     gone[0, 0, :3], gone[0, 1, 4:] = True, True
-    new, shift = without(weight, gone, Curvature.of(gram, mean, len(x)), mean)
+    new, shift = remove_entries(weight, gone, Curvature.of(gram, mean, len(x)), mean)
     assert shift is not None
     assert not new[gone].any()
     before = x @ weight[0].T
@@ -165,7 +165,7 @@ def test_half_precision_that_overflows_keeps_the_values_it_had() -> None:
     x = np.array([[1.0, 1.0], [1.0, 1.001]])
     curvature = Curvature.of((x.T @ x)[None], None, 2)
     gone = np.array([[[True, False]]])
-    new, shift = without(weight, gone, curvature)
+    new, shift = remove_entries(weight, gone, curvature)
     assert shift is None
     assert new.dtype == np.float16
     assert new.tolist() == [[[0.0, weight[0, 0, 1]]]]
