@@ -39,6 +39,9 @@ Unit = Literal["values", "macs", "seconds"]
 
 HELD_BYTES = 256 << 20
 """Moments of inputs that are held while layers are studied together."""
+KEPT_BYTES = 512 << 20
+"""What is known of how layers split that is kept between the plan and the work. Layers
+beyond that are studied a second time."""
 NARROW = 16
 """Layers with fewer inputs or outputs gain no time by being split."""
 NODE_SECONDS = 1e-6
@@ -179,6 +182,7 @@ class _Study:
         mean: Mean input, [groups, inputs], where a bias takes up what it loses.
         lost: What each of the choices loses, as ``by`` measures it.
         total: What there is to lose.
+        is_light: Whether splits and moments were left out for want of room.
     """
 
     by: Metric
@@ -188,6 +192,18 @@ class _Study:
     mean: Array | None = None
     lost: tuple[float, ...] = ()
     total: float = 0.0
+    is_light: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what takes many."""
+        each = {id(array): array for s in self.splits for array in (s.basis, s.dual)}
+        size = sum(array.nbytes for array in each.values())
+        return size + (0 if self.moments is None else self.moments.nbytes)
+
+    def light(self) -> _Study:
+        """Return it without that."""
+        return replace(self, splits=(), moments=None, is_light=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +387,8 @@ class Lowrank(SitePass):
             means = {studies[place.where].mean is None for place in group}
             if len(means) > 1:
                 continue  # some have a bias to take up the mean, and some have none
+            if any(studies[place.where].is_light for place in group):
+                continue  # what they read is not known any more
             study = self._joined_study(joined, group, studies, ctx)
             if not self.rank:
                 alone = [_at_share(place, self._amount) for place in group]
@@ -588,10 +606,14 @@ class Lowrank(SitePass):
         known = {where: ctx.memory.get(key) for where, key in keys.items()}
         found = {where: study for where, study in known.items() if study is not None}
         missing = [place for place in places if place.where not in found]
-        for part in self._tasks(model, missing, metric, ctx):
-            with threadpool_limits(1):
-                done = ctx.map(_studied, part, "studying layers")
-            for task, study in zip(part, done, strict=True):
+        weights = {}
+        if metric == "outputs" and missing:
+            weights = self._weights(model, missing, ctx)
+        kept = sum(study.nbytes for study in found.values())
+        for part in self._tasks(model, missing, metric, weights, ctx):
+            for task, study in zip(part, _all_studied(part, ctx), strict=True):
+                kept += study.nbytes
+                study = study.light() if kept > KEPT_BYTES else study
                 found[task.place.where] = study
                 ctx.memory.put(keys[task.place.where], study)
         return found
@@ -600,15 +622,17 @@ class Lowrank(SitePass):
         return ("lowrank", mark, place.where, place.form, metric)
 
     def _tasks(
-        self, model: Model, places: Sequence[_Place], metric: Metric, ctx: Context
+        self,
+        model: Model,
+        places: Sequence[_Place],
+        metric: Metric,
+        weights: Mapping[str, Array],
+        ctx: Context,
     ) -> Iterator[list[_Task]]:
         """Yield places to study with what is known of them, some at a time."""
         if metric == "weights" or not places:
-            yield [_Task(place, metric) for place in places]
+            yield from ([_Task(place, metric)] for place in places)
             return
-        weights = {}
-        if metric == "outputs":
-            weights = self._weights(model, places, ctx)
         linear = [place.members[0] for place in places if place.kind != "table"]
         inputs = ctx.inputs(linear)
         counts = _counts(model, places, ctx)
@@ -718,25 +742,56 @@ class Lowrank(SitePass):
                 group = [known[name] for name in site.members]
                 joined = known[site.where] = _joined(group)
                 studies[site.where] = self._joined_study(joined, group, studies, quiet)
-        tasks = [
-            _Split(known[site.where], studies[site.where], site.ranks)
-            for site in chosen
-        ]
-        with threadpool_limits(1):
-            results = ctx.map(_factored, tasks, self.name)
-        for site, task, result in zip(chosen, tasks, results, strict=True):
-            _write(model, task, result)
-            place = task.place
+        results = self._factors(model, chosen, known, studies, quiet)
+        for site in chosen:
+            place, study = known[site.where], studies[site.where]
+            result = results[site.where]
+            _write(model, place, result)
             share = place.parameters(site.ranks) / place.dense
             ctx.did(
                 site.where,
                 f"{site.form} of rank {site.rank}: {share:.1%} of "
-                f"its values, {result.lost:.2%} of its energy lost by {task.study.by}",
+                f"its values, {result.lost:.2%} of its energy lost by {study.by}",
             )
         if chosen:
             model.drop_unused()
         if chosen and not self.rank:
             ctx.did(self.name, f"the same again: {self._recipe(chosen)}")
+
+    def _factors(
+        self,
+        model: Model,
+        sites: Sequence[LowrankSite],
+        places: Mapping[str, _Place],
+        studies: Mapping[str, _Study],
+        ctx: Context,
+    ) -> dict[str, _Result]:
+        """Find the factors of all sites before any of them is written."""
+        ranks = {site.where: site.ranks for site in sites}
+        found: dict[str, _Result] = {}
+
+        def work(tasks: list[_Split]) -> None:
+            with threadpool_limits(1):
+                done = ctx.map(_factored, tasks, self.name)
+            found.update(
+                (task.place.where, one) for task, one in zip(tasks, done, strict=True)
+            )
+
+        known = [where for where in ranks if not studies[where].is_light]
+        work([_Split(places[w], studies[w], ranks[w]) for w in known])
+        again = [places[where] for where in ranks if studies[where].is_light]
+        if again:
+            weights = {
+                where: study.weights.reshape(-1)
+                for where, study in studies.items()
+                if study.weights is not None
+            }
+            metric = self._metric(ctx)
+            for part in self._tasks(model, again, metric, weights, ctx):
+                full = _all_studied(part, ctx)
+                pairs = zip(part, full, strict=True)
+                work([_Split(t.place, s, ranks[t.place.where]) for t, s in pairs])
+        return found
 
     def _recipe(self, sites: Sequence[LowrankSite]) -> str:
         """Return a recipe that gives these layers these ranks."""
@@ -1136,6 +1191,11 @@ class _Task:
     is_moment: bool = False
 
 
+def _all_studied(tasks: Sequence[_Task], ctx: Context) -> list[_Study]:
+    with threadpool_limits(1):
+        return ctx.map(_studied, tasks, "studying layers")
+
+
 def _studied(task: _Task) -> _Study:
     """Find out what each choice of ranks loses."""
     place = task.place
@@ -1239,7 +1299,8 @@ def _studied_table(task: _Task, table: Array) -> _Study:
             by, columns = "outputs", task.weight
     found = split(table, inputs=columns, outputs=rows, damping=1e-6)
     lost = tuple(found.lost(ranks[0]) for ranks in task.place.choices)
-    return _Study(by, (found,), lost=lost, total=found.total)
+    weights = None if columns is None else columns[None]
+    return _Study(by, (found,), weights=weights, lost=lost, total=found.total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -1289,7 +1350,7 @@ def _factored(task: _Split) -> _Result:
         else:
             found = study.splits[group]
             left, right = found.factors(array, task.ranks[0])
-            factors.append((left, right))
+            factors.append((_narrow(place, left), _narrow(place, right)))
             lost += found.lost(task.ranks[0])
             if study.mean is not None:
                 missing = np.asarray(array - left @ right)
@@ -1297,14 +1358,23 @@ def _factored(task: _Split) -> _Result:
             shift.append(missing @ study.mean[group])
     return _Result(
         factors,
-        chains,
+        [
+            replace(chain, kernels=tuple(_narrow(place, k) for k in chain.kernels))
+            for chain in chains
+        ],
         np.concatenate(shift) if shift else None,
         lost / max(study.total, 1e-300),
     )
 
 
-def _write(model: Model, task: _Split, result: _Result) -> None:
-    place = task.place
+def _narrow(place: _Place, array: Array) -> Array:
+    """Return values in the type they will be written in, where they fit it."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(place.weight.dtype)
+    return narrow if np.isfinite(narrow.astype(np.float64)).all() else array
+
+
+def _write(model: Model, place: _Place, result: _Result) -> None:
     layer, weight = place.members[0], place.weight
     if place.kind == "kernel":
         splitting.place_kernels(model, weight, layer.uses, result.chains)
@@ -1317,14 +1387,13 @@ def _write(model: Model, task: _Split, result: _Result) -> None:
         ((left, right),) = result.factors
         splitting.place_recurrent(model, weight, layer.uses, left, right)
     else:
-        _write_products(model, task, result)
+        _write_products(model, place, result)
         return
     if result.shift is not None:
         _shift(model, layer, result.shift)
 
 
-def _write_products(model: Model, task: _Split, result: _Result) -> None:
-    place = task.place
+def _write_products(model: Model, place: _Place, result: _Result) -> None:
     if len(place.members) == 1:
         layer = place.members[0]
         # Its bias is found by its only node, which changes.

@@ -72,7 +72,7 @@ def at_full_rank(model: Model, conv: decompose.Form) -> list[str]:
         study = lowrank._studied(lowrank._Task(place, "weights"))
         ranks = decompose.full_ranks(place.form, place.shape)
         task = lowrank._Split(place, study, ranks)
-        lowrank._write(model, task, lowrank._factored(task))
+        lowrank._write(model, place, lowrank._factored(task))
         done.append(layer.name)
     return done
 
@@ -481,6 +481,21 @@ def test_an_operator_without_gradient_gives_all_layers_the_same_share() -> None:
     if ctx.skips:
         assert "have the same share" in ctx.skips[0][1]
     assert {str(site.how()["rank"]) for site in sites} == {"16"}
+
+
+def test_layers_that_do_not_fit_into_memory_are_studied_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def bytes_of() -> bytes:
+        model = two_layers()
+        ctx = with_data(model, x=draw((64, 64), 5))
+        Lowrank(keep=0.4).apply(model, ctx)
+        return model.to_bytes()
+
+    wanted = bytes_of()
+    monkeypatch.setattr(lowrank, "KEPT_BYTES", 0)
+    monkeypatch.setattr(lowrank, "HELD_BYTES", 0)
+    assert bytes_of() == wanted
 
 
 def test_time_is_measured_where_an_amount_is_of_time(
