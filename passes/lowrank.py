@@ -666,7 +666,7 @@ class Lowrank(SitePass):
     ) -> dict[str, Array]:
         """Return what an error of each output weighs, by place."""
         values: dict[str, int] = {}
-        names: dict[str, list[str]] = {}
+        names: dict[str, list[tuple[str, float]]] = {}
         inside = {id(node) for node in model.graph.nodes}
         for place in places:
             for use in place.members[0].uses:
@@ -674,7 +674,7 @@ class Lowrank(SitePass):
                 if place.kind == "recurrent" or id(use.node) not in inside:
                     continue
                 values[use.output.name] = axis
-                names.setdefault(place.where, []).append(use.output.name)
+                names.setdefault(place.where, []).append((use.output.name, use.alpha))
         if not values:
             return {}
         samples = ctx.samples.calibration
@@ -692,7 +692,7 @@ class Lowrank(SitePass):
             return {}
         found = {}
         for where, tensors in names.items():
-            total = np.sum([seen[name] for name in tensors], axis=0)
+            total = np.sum([seen[n] * factor**2 for n, factor in tensors], axis=0)
             if total.size and np.isfinite(total).all() and total.max() > 0:
                 found[where] = total
         return found
