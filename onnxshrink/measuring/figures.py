@@ -62,6 +62,7 @@ class KeptFigures:
         """
         self._file = file
         self._what = what
+        self._known: dict[str, float] = {}
 
     def get(self, key: Sequence[object], measure: Callable[[], float]) -> float:
         """Return the number of a key, measured where the file does not have it.
@@ -72,11 +73,13 @@ class KeptFigures:
         """
         text = json.dumps(key)
         mark = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        known = self._read().get(mark)
-        if known is None:
-            known = measure()
-            self._write({**self._read(), mark: known})
-        return known
+        if mark not in self._known:
+            kept = self._read()
+            if mark not in kept:
+                kept[mark] = measure()
+                self._write({**self._read(), mark: kept[mark]})
+            self._known[mark] = kept[mark]
+        return self._known[mark]
 
     def _read(self) -> dict[str, float]:
         """Return what the file holds; nothing where it makes no sense."""

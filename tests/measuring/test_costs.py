@@ -156,6 +156,15 @@ def test_a_layer_is_measured_once_on_a_machine(
     assert len(runs) == 3
 
 
+def test_without_a_folder_a_layer_is_measured_once_in_a_run(
+    tmp_path: Path, runs: list[float]
+) -> None:
+    (tmp_path / "file").write_text("")
+    measured = MeasuredCosts(tmp_path / "file", threads=1)
+    assert measured.matmul(1, 8, 8) == measured.matmul(1, 8, 8)
+    assert len(runs) == 1
+
+
 def test_what_does_not_run_has_the_seconds_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

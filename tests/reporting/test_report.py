@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from rich.console import Console
 from onnxshrink.base import Promise, Savings, Site
 from onnxshrink.errors import OutputError, UsageError
 from onnxshrink.measuring.measure import Stats
-from onnxshrink.registry import get
-from onnxshrink.reporting.plan import Planned, render_plan
 from onnxshrink.reporting.report import (
     Report,
     Step,
@@ -235,36 +232,6 @@ def test_the_table_fits_its_terminal_and_loses_no_figure(width: int) -> None:
 def test_a_step_is_one_line() -> None:
     assert step_line(report().steps[1]) == "prune: 1.72 MB -> 150 kB (2.0 s)"
     assert step_line(report().steps[2]) == "quantize: rolled back: top1 fell (1.0 s)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shared(Site):
-    """A place with a share."""
-
-    share: float
-
-
-def test_a_plan_shows_the_largest_sites_first_and_says_what_it_hides() -> None:
-    sites = tuple(
-        Shared(f"w{n}", "Gemm", Savings(n, 2 * n), share=0.5) for n in range(30)
-    )
-    skipped = (("tiny", "has 3 values"),)
-    planned = [
-        Planned(get("prune")(), sites, skipped, "planned without fold"),
-        Planned(get("fold")(), None),
-    ]
-    screen = Console(file=io.StringIO(), width=120, markup=False)
-    render_plan(screen, "prune,fold", planned)
-    shown = screen.file.getvalue()  # type: ignore[attr-defined]
-    assert shown.index("w29") < shown.index("w28")
-    assert "29 B" in shown
-    assert "58" in shown
-    assert "share=0.5" in shown
-    assert "w3 " not in shown
-    assert "... and 10 more; -v lists all" in shown
-    assert "leaves tiny alone: has 3 values" in shown
-    assert "planned without fold" in shown
-    assert "acts on the whole model" in shown
 
 
 # --- files ------------------------------------------------------------------------
