@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model, attribute
 from onnxshrink.quantization.weightonly import SMALL_TABLE, home, within_reach
 from onnxshrink.solvers import codebook, kmeans
+from onnxshrink.solvers.allocation import share_out
 from onnxshrink.structure import layers
 from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import Layout, LinearWeight, Role, Use
 from onnxshrink.tensors import LazyTensor, bits_of
+from onnxshrink.training.importance import output_metrics
 
 __all__ = ["Codebook", "CodebookSite"]
 
@@ -38,6 +40,8 @@ _REPEATS = 16
 """How often each value of a bias occurs at least: so often ``distill`` ties it."""
 _REFITS = 2
 """How often codes and table take turns where the inputs are known."""
+_PROBED = 64
+"""Samples on which it is measured what errors cost the outputs."""
 _SCALINGS = 4
 """How often scales and table take turns."""
 
@@ -172,7 +176,7 @@ class Codebook(SitePass):
         found = list(self._layers(model, ctx))
         counts = {layer.name: self.count for layer in found}
         if self.bytes is not None and found:
-            counts = self._divided(found, ctx)
+            counts = self._divided(model, found, ctx)
         sites = []
         for layer in found:
             count = counts[layer.name]
@@ -260,22 +264,34 @@ class Codebook(SitePass):
             found += groups * outputs * item
         return found
 
-    def _divided(self, found: Sequence[LinearWeight], ctx: Context) -> dict[str, int]:
-        """Divide values among layers so that the sum of relative errors is least."""
+    def _divided(
+        self, model: Model, found: Sequence[LinearWeight], ctx: Context
+    ) -> dict[str, int]:
+        """Divide values among layers so that the sum of errors is least.
+
+        With data the error is what the model's outputs lose of their energy, else what
+        each weight loses of its own.
+        """
         curves: dict[str, list[float]] = {}
+        weights = _output_weights(model, found, ctx) if _has_data(ctx) else {}
         for batch in self._studies(found, ctx):
+            batch = [replace(one, weights=weights.get(one.name)) for one in batch]
             done = ctx.map(_error_curve, batch, "studying weights")
             curves.update(zip((one.name for one in batch), done, strict=True))
-        options = {
-            layer.name: [
-                (self._stored(layer, count), error, count)
+        items = [
+            [
+                (float(self._stored(layer, count)), error)
                 for count, error in zip(COUNTS, curves[layer.name], strict=True)
             ]
             for layer in found
-        }
+        ]
         total = sum(layer.weight.nbytes for layer in found)
         assert self.bytes is not None
-        chosen = _cheapest(options, int(self.bytes * total))
+        places = share_out(items, self.bytes * total)
+        chosen = {
+            layer.name: COUNTS[place]
+            for layer, place in zip(found, places, strict=True)
+        }
         spent = sum(self._stored(layer, chosen[layer.name]) for layer in found)
         if spent > self.bytes * total:
             ctx.skipped(
@@ -384,7 +400,9 @@ class _Study:
         tensor: Its values.
         layout: How they are rows.
         gram: Of the layer's inputs, [groups, inputs, inputs], if known.
-        squares: Sum of squares of each input, [groups, inputs], if known.
+        squares: Mean square of each input, [groups, inputs], if known.
+        weights: What a squared error of each output costs the model's outputs,
+            [groups * outputs], if known.
         options: The pass.
         bias: Whether it is a bias.
         tables: How many tables it gets.
@@ -402,6 +420,7 @@ class _Study:
     tables: int
     count: int = 0
     shares_rows: bool = False
+    weights: Float64 | None = None
 
     @classmethod
     def of(
@@ -412,7 +431,7 @@ class _Study:
             layer.weight.tensor,
             layer.layout,
             None if seen is None else seen.gram,
-            None if seen is None else seen.squares,
+            None if seen is None else seen.squares / max(seen.count, 1),
             options,
             _is_bias(layer),
             options._tables(layer),
@@ -882,9 +901,18 @@ def _error_curve(task: _Study) -> list[float]:
     array: Array = task.tensor.read()
     dim = task.options.dim
     importance = task.importance()
+    absolute = task.squares is not None and task.weights is not None
+    if task.squares is not None and task.weights is not None:
+        groups, outputs, width = task.layout.matrices_shape
+        rows = task.weights.reshape(groups, outputs, 1)
+        cost = np.broadcast_to(
+            rows * task.squares[:, None, :], (groups, outputs, width)
+        )
+        importance = _narrowed(task.layout.array(cost), task.layout.shape)
     given = np.ones(1) if importance is None else importance
     share: Array = np.broadcast_to(given, array.shape)
     energy = float((share * array.astype(np.float64) ** 2).sum()) or 1.0
+    energy = 1.0 if absolute else energy
     if dim > 1 and not task.bias:
         vectors = array.reshape(-1, dim)
         flat = np.ascontiguousarray(share).reshape(-1, dim)
@@ -900,42 +928,38 @@ def _error_curve(task: _Study) -> list[float]:
     return [float(errors[count - 1]) / energy for count in COUNTS]
 
 
-def _cheapest(
-    options: Mapping[str, Sequence[tuple[int, float, int]]], budget: int
-) -> dict[str, int]:
-    """Choose for each layer so that errors are least and bytes within a budget.
-
-    Lagrange: along the convex hull of each layer's bytes and errors, the steepest step
-    of all is taken first, until the next one does not fit.
-    """
-    hulls: dict[str, list[tuple[int, float, int]]] = {}
-    for name, points in options.items():
-        hull: list[tuple[int, float, int]] = []
-        for point in sorted(points):
-            if hull and point[1] >= hull[-1][1]:
+def _output_weights(
+    model: Model, found: Sequence[LinearWeight], ctx: Context
+) -> dict[str, Float64]:
+    """Return what an error of each output of layers costs the model's outputs."""
+    inside = {id(node) for node in model.graph.nodes}
+    values: dict[str, int] = {}
+    names: dict[str, list[str]] = {}
+    for layer in found:
+        for use in layer.uses:
+            if use.role != "weight" or id(use.node) not in inside:
                 continue
-            while len(hull) > 1:
-                (x0, y0, _), (x1, y1, _) = hull[-2:]
-                if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
-                    break
-                hull.pop()
-            hull.append(point)
-        hulls[name] = hull
-    at = dict.fromkeys(hulls, 0)
-    spent = sum(hull[0][0] for hull in hulls.values())
-    steps = sorted(
-        ((hull[i + 1][1] - hull[i][1]) / (hull[i + 1][0] - hull[i][0]), name, i + 1)
-        for name, hull in hulls.items()
-        for i in range(len(hull) - 1)
-    )
-    for _, name, to in steps:
-        if at[name] != to - 1:
-            continue
-        more = hulls[name][to][0] - hulls[name][to - 1][0]
-        if spent + more <= budget:
-            spent += more
-            at[name] = to
-    return {name: hulls[name][place][2] for name, place in at.items()}
+            if use.node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+                values[use.output.name] = use.output_channels
+                names.setdefault(layer.name, []).append(use.output.name)
+    samples = ctx.samples.calibration
+    if not values or samples is None:
+        return {}
+    few = samples.take(slice(0, _PROBED))
+    try:
+        seen = output_metrics(model, values, few, seed=ctx.seed, threads=ctx.threads)
+    except (ModelError, UsageError) as error:
+        ctx.skipped("bytes", f"layers are weighed by their own outputs alone: {error}")
+        return {}
+    weights = {}
+    for layer in found:
+        groups, outputs, _ = layer.layout.matrices_shape
+        parts = [seen[name] for name in names.get(layer.name, ())]
+        if parts and all(part.size == groups * outputs for part in parts):
+            total = np.sum(parts, axis=0)
+            if np.isfinite(total).all() and total.max() > 0:
+                weights[layer.name] = total
+    return weights
 
 
 # --- writing --------------------------------------------------------------------------

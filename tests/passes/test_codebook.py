@@ -304,3 +304,22 @@ def test_values_of_a_bias_repeat_so_often_that_training_ties_them() -> None:
     assert len(np.unique(model.weight("b").read())) == 300 // 16
     chosen = find_trainable(model, ["y"], (), (), lambda *_: None)
     assert {one.name for one in chosen if isinstance(one, Tied)} == {"w", "b"}
+
+
+def test_a_budget_goes_to_the_layer_that_the_outputs_feel() -> None:
+    rng = RNG(14)
+    text = """g (float[N,64] x) => (float[N,64] y)
+    { h = MatMul(x, a)
+      l = MatMul(x, b)
+      s = Mul(l, k)
+      y = Add(h, s) }"""
+    weights = {name: rng.standard_normal((64, 64)).astype(np.float32) for name in "ab"}
+    model = make(text, **weights, k=np.array(0.01, np.float32))
+    ctx = context(model, x=correlated(64, 64))
+    counts = {
+        site.where: site.values
+        for site in Codebook(bytes=0.12).sites(model, ctx)
+        if isinstance(site, CodebookSite)
+    }
+    # What b gives is a hundredth of what a gives.
+    assert counts["a"] > 4 * counts["b"]
