@@ -221,11 +221,14 @@ def _layout(data_type: int, shape: tuple[int, ...]) -> Layout:
         bits = 0
     while shape[:1] == (1,):
         shape = shape[1:]
-    width = math.prod(shape[1:]) if len(shape) > 1 else 0
+    inner = shape[1:]
+    width = math.prod(inner) if inner else 0
     if width > 1 << 20:
+        inner = shape[-1:]
         width = shape[-1]
     if not 2 <= width <= 1 << 20:
         width = 0
+    inner = inner if width else ()
     if bits in (1, 2, 4):
         return Layout(1, False, width, bits)
     if bits not in (8, 16, 32, 64, 128):
@@ -234,7 +237,9 @@ def _layout(data_type: int, shape: tuple[int, ...]) -> Layout:
     floating = data_type in _FLOATS
     if data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
         return Layout(size // 2, floating, 2 * width)
-    return Layout(min(size, 8), floating, width)
+    if bits == 128:
+        return Layout(8)
+    return Layout(size, floating, width, inner=inner)
 
 
 def _block_bytes(layout: Layout) -> int:

@@ -8,6 +8,7 @@ Tested in tests/package/test_coders.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +22,18 @@ from onnxshrink.package.symbols import (
     squeeze,
     unlzma,
 )
+from onnxshrink.storage.census import VECTORS, group_tables, vector_table
 
 __all__ = ["Layout", "decode_block", "encode_block"]
 
 Array = np.ndarray[Any, Any]
 
-RAW, LZMA, PLANES, TABLE, MASK, BITS = range(6)
+RAW, LZMA, PLANES, TABLE, MASK, BITS, PARTS = range(7)
 _DEEPEST = 4
 _MOST_ITEMS = 1 << 26
 _WORTH = 0.98
 _MASKED = 0.05
+_SIZES = (1, 2, 4, 8)
 """Share of zeros from which keeping them apart is tried."""
 
 
@@ -42,6 +45,7 @@ class Layout:
         size: Bytes of an element: 1, 2, 4 or 8.
         floating: Whether an element is a sign, an exponent and a mantissa.
         width: Elements in a row, if the block is a matrix; 0 if not.
+        inner: Dimensions of a row, of which ``width`` is the product.
         bits: Bits of an element if they are fewer than 8, else 8.
     """
 
@@ -49,6 +53,7 @@ class Layout:
     floating: bool = False
     width: int = 0
     bits: int = 8
+    inner: tuple[int, ...] = ()
 
 
 def encode_block(data: Array, layout: Layout, *, tiny: bool = False) -> bytes:
@@ -102,6 +107,8 @@ def _encode(items: Array, layout: Layout, tiny: bool, inside: bool) -> bytes:
         found.append(_table(items, table, layout, slow))
     else:
         found.append(_planes(items, layout, slow))
+        if layout.size > 1 and not inside:
+            found += _shared(items, layout, tiny)
     if not inside and _MASKED * items.size <= zeros < items.size:
         mask = (items != 0).view(np.uint8)
         rest = items[items != 0]
@@ -148,6 +155,36 @@ def _table(items: Array, table: Array, layout: Layout, tiny: bool) -> bytes:
     return out + encode_symbols(codes, table.size, layout.width, tiny=tiny)
 
 
+def _shared(items: Array, layout: Layout, tiny: bool) -> list[bytes]:
+    """Return forms by tables of vectors, or of parts, where there are such."""
+    found = []
+    for dim in VECTORS:
+        if (made := vector_table(items, dim)) is not None:
+            table, codes = made
+            size = dim * layout.size
+            out = bytes([TABLE, size, len(table) - 1])
+            plain = Layout(layout.size, layout.floating)
+            out += _encode(table.reshape(-1), plain, False, inside=True)
+            width = layout.width // dim if layout.width % dim == 0 else 0
+            out += encode_symbols(codes, len(table), width, tiny=tiny)
+            found.append(out)
+    rows = items.size // layout.width if layout.width else 0
+    if rows and rows * math.prod(layout.inner) == items.size:
+        groups = group_tables(items, (rows, *layout.inner))
+    else:
+        groups = group_tables(items, (items.size,))
+    if groups is not None:
+        _, parts, behind = groups.split
+        number = groups.tables.shape[1]
+        out = bytes([PARTS, layout.size, number - 1]) + varint(parts) + varint(behind)
+        tables = np.ascontiguousarray(groups.tables.reshape(-1))
+        plain = Layout(layout.size, layout.floating)
+        out += _encode(tables, plain, False, inside=True)
+        codes = groups.ranks.reshape(-1)
+        found.append(out + encode_symbols(codes, number, layout.width, tiny=tiny))
+    return found
+
+
 def _planes(items: Array, layout: Layout, tiny: bool) -> bytes:
     size = layout.size
     if layout.floating:
@@ -177,11 +214,11 @@ def _decode(reader: Reader, count: int, depth: int) -> Array:
         return np.frombuffer(unlzma(data, count), np.uint8)
     if form == BITS:
         return _decode_bits(reader, count, depth)
-    if form not in (PLANES, TABLE, MASK):
+    if form not in (PLANES, TABLE, MASK, PARTS):
         raise Damaged(f"there is no form {form}")
     size = reader.byte()
     rotated, size = size >> 7, size & 127
-    if size not in (1, 2, 4, 8) or count % size:
+    if not size or count % size or (form in (PLANES, MASK) and size not in _SIZES):
         raise Damaged(f"{count} bytes are no elements of {size}")
     items = count // size
     kind = f"<u{size}"
@@ -195,11 +232,20 @@ def _decode(reader: Reader, count: int, depth: int) -> Array:
             values >>= np.array(1, values.dtype)
             values |= sign
         return values.view(np.uint8)
-    if form == TABLE:
+    if form in (TABLE, PARTS):
         number = reader.byte() + 1
-        table = _decode(reader, number * size, depth + 1).view(kind)
+        parts, behind = 1, max(1, items)
+        if form == PARTS:
+            parts, behind = reader.number(max(1, items)), reader.number(max(1, items))
+            if (
+                not parts * behind
+                or items % (parts * behind)
+                or parts * number * size > count
+            ):
+                raise Damaged(f"{items} elements are not {parts} parts of {behind}")
+        table = _decode(reader, parts * number * size, depth + 1)
         codes = decode_symbols(reader, items, number)
-        return table.take(codes).view(np.uint8)
+        return _looked_up(table.reshape(-1, size), codes, parts, behind)
     others = reader.number(items)
     mask = decode_symbols(reader, items, 2).view(np.bool_)
     if int(np.count_nonzero(mask)) != others:
@@ -207,6 +253,19 @@ def _decode(reader: Reader, count: int, depth: int) -> Array:
     out = np.zeros(items, kind)
     out[mask] = _decode(reader, others * size, depth + 1).view(kind)
     return out.view(np.uint8)
+
+
+def _looked_up(table: Array, codes: Array, parts: int, behind: int) -> Array:
+    """Return the bytes of values; ``table`` has the rows of one part after another."""
+    size = table.shape[1]
+    values = np.ascontiguousarray(table).view(f"V{size}").reshape(parts, -1)
+    if parts == 1:
+        return np.asarray(values[0].take(codes).view(np.uint8))
+    split = codes.reshape(-1, parts, behind)
+    out = np.empty(split.shape, values.dtype)
+    for part, own in enumerate(values):
+        out[:, part] = own.take(split[:, part])
+    return out.reshape(-1).view(np.uint8)
 
 
 def _decode_bits(reader: Reader, count: int, depth: int) -> Array:

@@ -60,8 +60,7 @@ def decode_files(package: bytes) -> Iterator[tuple[str, bytes]]:
     for _ in range(index.number()):
         name = index.take(index.number()).decode()
         files.append((name, [index.number() for _ in range(index.number())]))
-    at = 6  # blocks follow each other from here on
-    tensors = []
+    at, tensors = 6, []
     for _ in range(index.number()):
         size, blocks = index.number(), index.number()
         each = index.number() if blocks > 1 else size
@@ -94,25 +93,26 @@ def block(stream: _Stream, count: int) -> bytes:
         return _unlzma(stream.take(stream.number())) if form else stream.take(count)
     size = stream.take(1)[0]
     if form == 5:  # elements of 1, 2 or 4 bits, the lowest first
-        parts = np.frombuffer(block(stream, count * (8 // size)), np.uint8)
-        shifts = np.arange(0, 8, size)
-        return bytes((parts.reshape(count, -1) << shifts).sum(axis=1).tolist())
+        small = np.frombuffer(block(stream, count * (8 // size)), np.uint8)
+        whole = small.reshape(count, -1) << np.arange(0, 8, size)
+        return bytes(whole.sum(axis=1).tolist())
     rotated, size = size >> 7, size & 127
     items = count // size
     if form == 2:  # planes, the highest byte first
         planes = [symbols(stream, items, 256) for _ in range(size)][::-1]
-        rows = np.array(planes, np.uint8).reshape(size, items).T
-        values = np.ascontiguousarray(rows).view(f"<u{size}")
+        bytes_ = np.array(planes, np.uint8).reshape(size, items).T
+        values = np.ascontiguousarray(bytes_).view(f"<u{size}")
         one, top = values.dtype.type(1), values.dtype.type(8 * size - 1)
         return bytes(values >> one | values << top if rotated else values)
-    if form == 3:  # a table and its codes
+    if form in (3, 6):  # a table, or one for each part, and codes
         number = stream.take(1)[0] + 1
-        table = block(stream, number * size)
-        codes = symbols(stream, items, number)
-        return b"".join(table[code * size : code * size + size] for code in codes)
+        parts, behind = [stream.number() if form == 6 else n for n in (1, items)]
+        table = block(stream, parts * number * size)
+        codes = enumerate(symbols(stream, items, number))
+        rows = [(n // behind % parts * number + code) * size for n, code in codes]
+        return b"".join(table[at : at + size] for at in rows)
     if form == 4:  # where values are not zero, and those that are not
-        others = stream.number()
-        mask = symbols(stream, items, 2)
+        others, mask = stream.number(), symbols(stream, items, 2)
         rest = _Stream(block(stream, others * size))
         return b"".join(rest.take(size) if bit else bytes(size) for bit in mask)
     raise ValueError(f"damaged: form {form}")
@@ -127,7 +127,7 @@ def symbols(stream: _Stream, count: int, alphabet: int) -> list[int]:
         places = [place * bits for place in range(count)]
         return [data[at // 8] >> at % 8 & (1 << bits) - 1 for at in places]
     if coder == 1:  # all the same
-        return count * [*stream.take(1)]
+        return [*stream.take(1) * count]
     if coder == 4:
         return [*_unlzma(stream.take(stream.number()))]
     if coder == 6:

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxshrink.package import adaptive, huffman, rans, symbols
-from onnxshrink.package.forms import Layout, decode_block, encode_block
+from onnxshrink.package.forms import (
+    PARTS,
+    PLANES,
+    Layout,
+    decode_block,
+    encode_block,
+)
 from onnxshrink.package.reading import Damaged, Reader, varint
 
 Array = np.ndarray[Any, Any]
@@ -267,6 +273,13 @@ def test_the_same_values_give_the_same_bytes() -> None:
     raw = np.frombuffer(odd_floats(np.float32, 20000).tobytes(), np.uint8)
     layout = Layout(4, True, 100)
     assert encode_block(raw, layout) == encode_block(raw.copy(), layout)
+
+
+def test_tables_larger_than_their_block_are_refused() -> None:
+    """Parts of one element with 256 values each, from a few bytes."""
+    head = bytes([PARTS, 8, 255]) + varint(1000) + varint(1)
+    with pytest.raises(Damaged, match="are not 1000 parts"):
+        decode_block(Reader(head + bytes([PLANES, 8]) + bytes([1, 0] * 8)), 8000)
 
 
 @given(st.binary(max_size=200), st.integers(0, 100))

@@ -81,6 +81,32 @@ def test_tensors_of_several_blocks_and_bits(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(plain.decode_files(package)) == [("", data)]
 
 
+def shared_values(kind: str) -> Array:
+    """Weights whose channels or blocks have tables of their own, or vectors one."""
+    rng = np.random.default_rng(7)
+    codes = rng.binomial(15, 0.5, (120, 90))
+    if kind == "vectors":
+        table = rng.normal(size=(40, 2)).astype(np.float32)
+        return table[codes[:, :45] + 8].reshape(120, 90)
+    table = rng.normal(size=16).astype(np.float32)
+    scale = rng.random(120 if kind == "rows" else 90).astype(np.float32)
+    return table[codes] * (scale[:, None] if kind == "rows" else scale)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "vectors"])
+def test_tables_of_channels_and_of_vectors_are_in_both(kind: str) -> None:
+    values = shared_values(kind)
+    raw = np.frombuffer(values.tobytes(), np.uint8)
+    layout = forms.Layout(4, True, 90, inner=(90,))
+    coded = forms.encode_block(raw, layout)
+    assert coded[0] == (forms.TABLE if kind == "vectors" else forms.PARTS)
+    assert len(coded) < 0.4 * raw.size
+    assert np.array_equal(forms.decode_block(Reader(coded), raw.size), raw)
+    assert plain.block(plain._Stream(coded), raw.size) == raw.tobytes()
+    data = model_of(values)
+    assert list(plain.decode_files(b"".join(pack_bytes(data)))) == [("", data)]
+
+
 def coded_by(coder: int, coded: bytes, count: int, alphabet: int) -> None:
     assert coded[0] == coder
     fast = symbols.decode_symbols(Reader(coded), count, alphabet)
@@ -131,7 +157,7 @@ def test_extreme_guesses_are_the_same_in_both() -> None:
 
 def test_forms_of_the_writer_are_those_of_the_page() -> None:
     assert (forms.RAW, forms.LZMA, forms.PLANES) == (0, 1, 2)
-    assert (forms.TABLE, forms.MASK, forms.BITS) == (3, 4, 5)
+    assert (forms.TABLE, forms.MASK, forms.BITS, forms.PARTS) == (3, 4, 5, 6)
 
 
 def test_it_runs_as_a_program(tmp_path: Path) -> None:
