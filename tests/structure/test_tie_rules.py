@@ -1,0 +1,365 @@
+"""Rules of single operators: which channels they leave free, and that these can go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnxshrink import runtime
+from onnxshrink.model import Model
+from onnxshrink.structure import channels
+from onnxshrink.structure.channels import Group
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph from ``x`` to ``y`` in which the weight ``w`` makes the channels.
+
+    Attributes:
+        text: Nodes.
+        weights: Constants by name, random ones by their shape.
+        why: Part of the reason why they are fixed; empty if they are free.
+        inexact: Part of the reason why outputs change although nothing weighs them.
+        x: Shape of the input.
+        opset: Version of ai.onnx.
+        size: How many channels there are.
+        runs: Whether onnxruntime survives it.
+    """
+
+    text: str
+    weights: Mapping[str, Sequence[int] | Array] = field(default_factory=dict)
+    why: str = ""
+    inexact: str = ""
+    x: str = "N,3"
+    opset: int = 17
+    size: int = 4
+    runs: bool = True
+
+    def model(self) -> Model:
+        text = self.text
+        if "w" not in self.weights:
+            text = "h = MatMul(x, w) " + text
+        inputs = f"float[{self.x}] x"
+        proto = onnx.parser.parse_model(
+            f'<ir_version: 8, opset_import: ["" : {self.opset}]> '
+            f"example ({inputs}) => (float[] y) {{ {text} }}"
+        )
+        rng = np.random.default_rng(0)
+        for name, value in {"w": (3, 4), **self.weights}.items():
+            array = (
+                value
+                if isinstance(value, np.ndarray)
+                else rng.standard_normal(value).astype(np.float32)
+            )
+            proto.graph.initializer.append(numpy_helper.from_array(array, name))
+        known = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+        shape = known.graph.output[0].type.tensor_type.shape
+        proto.graph.output[0].type.tensor_type.shape.CopyFrom(shape)
+        return Model.load(proto)
+
+
+HW = "1,3,5,5"
+CONV = "h = Conv(x, w) "
+OUT: dict[str, Any] = {"out": (4, 2)}
+IMAGE: dict[str, Any] = {"w": (4, 3, 1, 1), "out": (2, 4, 1, 1)}
+SEQUENCE = "N,6,3"
+POSITIVE = np.array([1, 2, 3, 4], np.float32)
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+CASES = {
+    "a bias of Gemm": Case(
+        "h = Gemm(x, w, b) y = MatMul(h, out)", {"w": (3, 4), "b": (4,), **OUT}
+    ),
+    "Gemm with both transposed": Case(
+        "h = Gemm<transA = 1, transB = 1>(x, w) y = Gemm<transB = 1>(h, out)",
+        {"w": (4, 3), "out": (2, 4)},
+        x="3,N",
+    ),
+    "a vector behind": Case("y = MatMul(h, out)", {"out": (4,)}),
+    "a vector in front": Case(
+        "t = Transpose<perm = [1, 0]>(h) y = MatMul(out, t)", {"out": (4,)}
+    ),
+    "a stack of matrices": Case(
+        "h = MatMul(x, w) y = MatMul(h, out)",
+        {"w": (2, 3, 4), "out": (2, 4, 2)},
+        x="2,5,3",
+    ),
+    "a product of two values": Case(
+        "t = Transpose<perm = [0, 2, 1]>(h) y = MatMul(h, t)",
+        inexact="MatMul sums products of two values along it",
+        x=SEQUENCE,
+    ),
+    "Einsum": Case('y = Einsum<equation = "nc,cd->nd">(h, out)', OUT),
+    "Einsum with blanks": Case('y = Einsum<equation = " nc , cd -> nd ">(h, out)', OUT),
+    "Einsum that keeps them": Case(
+        'k = Einsum<equation = "nc,c->nc">(h, g) y = MatMul(k, out)', {"g": (4,), **OUT}
+    ),
+    "Einsum of two values": Case(
+        'y = Einsum<equation = "nc,nc->n">(h, h)',
+        inexact="Einsum sums products of two values along it",
+    ),
+    "Einsum with an ellipsis": Case(
+        'y = Einsum<equation = "...c,cd->...d">(h, out)', OUT, "equation that is not"
+    ),
+    "Einsum without an arrow": Case(
+        'y = Einsum<equation = "nc,cd">(h, out)', OUT, "equation that is not followed"
+    ),
+    "Einsum of a diagonal": Case(
+        't = MatMul(s, h) y = Einsum<equation = "cc->c">(t)',
+        {"s": (4, 3)},
+        "equation that is not followed",
+        x="3,3",
+    ),
+    "BatchNormalization": Case(
+        "b = BatchNormalization(h, g, g, g, v) y = MatMul(b, out)",
+        {"g": (4,), "v": POSITIVE, **OUT},
+    ),
+    "BatchNormalization in training": Case(
+        "b, m, s = BatchNormalization<training_mode = 1>(h, g, g, g, v) "
+        "y = MatMul(b, out)",
+        {"g": (4,), "v": POSITIVE, **OUT},
+        "is in training mode",
+    ),
+    "InstanceNormalization": Case(
+        CONV + "b = InstanceNormalization(h, g, g) y = Conv(b, out)",
+        {"g": (4,), **IMAGE},
+        x=HW,
+    ),
+    "LayerNormalization": Case(
+        "b = LayerNormalization(h, g) y = MatMul(b, out)",
+        {"g": (4,), **OUT},
+        inexact="LayerNormalization takes the variance along it",
+    ),
+    "LayerNormalization of other axes": Case(
+        "t = Transpose<perm = [0, 2, 1]>(h) b = LayerNormalization(t, g) "
+        "u = Transpose<perm = [0, 2, 1]>(b) y = MatMul(u, out)",
+        {"g": (6,), **OUT},
+        x=SEQUENCE,
+    ),
+    "a mean of LayerNormalization that is read": Case(
+        "b, m = LayerNormalization(h, g) c = MatMul(b, out) y = Add(c, m)",
+        {"g": (4,), **OUT},
+        inexact="LayerNormalization takes the variance along it",
+    ),
+    "a sum over other axes": Case(
+        "r = ReduceSum<keepdims = 0>(h, axes) y = MatMul(r, out)",
+        {"axes": ints(1), **OUT},
+        x=SEQUENCE,
+    ),
+    "a mean that keeps axes": Case(
+        "r = ReduceMean<axes = [-2]>(h) y = MatMul(r, out)", OUT, x=SEQUENCE
+    ),
+    "a sum over them": Case(
+        "y = ReduceSum(h, axes)",
+        {"axes": ints(-1)},
+        inexact="ReduceSum runs along it",
+        x=SEQUENCE,
+    ),
+    "a sum over all axes": Case(
+        "y = ReduceSum<keepdims = 0>(h)", inexact="ReduceSum runs along it"
+    ),
+    "a sum over no axes": Case(
+        "r = ReduceSum<noop_with_empty_axes = 1>(h) y = MatMul(r, out)", OUT
+    ),
+    "Softmax of other axes": Case(
+        "s = Softmax<axis = 1>(h) y = MatMul(s, out)", OUT, x=SEQUENCE
+    ),
+    "Softmax of the axes from one on": Case(
+        "s = Softmax<axis = 1>(h) y = MatMul(s, out)",
+        OUT,
+        "Softmax divides by the sum",
+        x=SEQUENCE,
+        opset=12,
+    ),
+    "Pad of other axes": Case(
+        "p = Pad(h, pads) y = MatMul(p, out)",
+        {"pads": ints(0, 1, 0, 0, 2, 0), **OUT},
+        x=SEQUENCE,
+    ),
+    "Pad of theirs": Case(
+        "p = Pad(h, pads) y = MatMul(p, out)",
+        {"pads": ints(0, 1, 0, 0), "out": (5, 2)},
+        "Pad extends it",
+    ),
+    "Pad of chosen axes": Case(
+        "p = Pad(h, pads, , axes) y = MatMul(p, out)",
+        {"pads": ints(1, 0), "axes": ints(1), "out": (5, 2)},
+        "has pads that are not followed",
+        opset=18,
+    ),
+    "Slice of other axes": Case(
+        "s = Slice(h, starts, ends, axes) y = MatMul(s, out)",
+        {"starts": ints(1), "ends": ints(3), "axes": ints(-2), **OUT},
+        x=SEQUENCE,
+    ),
+    "Slice of the first axes": Case(
+        "s = Slice(h, starts, ends) y = MatMul(s, out)",
+        {"starts": ints(0, 1), "ends": ints(9, 3), **OUT},
+        x=SEQUENCE,
+    ),
+    "Slice of theirs": Case(
+        "s = Slice(h, starts, ends, axes) y = MatMul(s, out)",
+        {"starts": ints(0), "ends": ints(3), "axes": ints(-1), "out": (3, 2)},
+        "Slice takes a part of it",
+    ),
+    "Gather of one from another axis": Case(
+        "g = Gather<axis = 1>(h, at) y = MatMul(g, out)",
+        {"at": np.array(2), **OUT},
+        x=SEQUENCE,
+    ),
+    "Gather of some from another axis": Case(
+        "g = Gather<axis = -2>(h, at) y = MatMul(g, out)",
+        {"at": ints(2, 0), **OUT},
+        x=SEQUENCE,
+    ),
+    "Gather of them": Case(
+        "g = Gather<axis = 1>(h, at) y = MatMul(g, out)",
+        {"at": ints(2, 0), "out": (2, 2)},
+        "Gather picks from it by number",
+    ),
+    "Split that leaves out an output": Case(
+        'p, "" = Split<axis = 1>(h, sizes) y = MatMul(p, out)',
+        {"sizes": ints(2, 2), "out": (2, 2)},
+        "leaves out an output",
+        runs=False,
+    ),
+    "Concat with a part of unknown size": Case(
+        "u = Compress<axis = 1>(x, picked) c = Concat<axis = 1>(h, u) "
+        "y = MatMul(c, out)",
+        {"picked": np.array([True, False, True]), "out": (6, 2)},
+        "has parts of unknown size",
+    ),
+    "Expand to a stated size": Case(
+        "u = Unsqueeze(h, axis) e = Expand(u, wanted) y = MatMul(e, out)",
+        {"axis": ints(1), "wanted": ints(1, 5, 1), **OUT},
+        x="2,3",
+    ),
+    "Expand that states their size": Case(
+        "e = Expand(h, wanted) y = MatMul(e, out)",
+        {"wanted": ints(2, 4), **OUT},
+        "Expand states its size",
+        x="2,3",
+    ),
+    "Flatten": Case(
+        CONV + "f = Flatten(h) y = MatMul(f, out)",
+        {"w": (4, 3, 1, 1), "out": (100, 2)},
+        x=HW,
+    ),
+    "Squeeze": Case(
+        CONV + "p = GlobalMaxPool(h) s = Squeeze(p, axes) y = MatMul(s, out)",
+        {"w": (4, 3, 1, 1), "axes": ints(2, 3), **OUT},
+        x=HW,
+    ),
+    "Transpose without an order": Case(
+        "t = Transpose(h) y = MatMul(out, t)", {"out": (2, 4)}
+    ),
+    "a bias of Conv": Case(
+        "h = Conv(x, w, b) y = Conv(h, out)", {"b": (4,), **IMAGE}, x=HW
+    ),
+    "ConvTranspose": Case(
+        "h = ConvTranspose(x, w, b) y = ConvTranspose(h, out)",
+        {"w": (3, 4, 2, 2), "b": (4,), "out": (4, 2, 1, 1)},
+        x=HW,
+    ),
+    "whole groups of ConvTranspose": Case(
+        CONV + "g = ConvTranspose<group = 2>(h, up) y = Conv(g, out)",
+        {"w": (4, 3, 1, 1), "up": (4, 3, 2, 2), "out": (2, 6, 1, 1)},
+        x=HW,
+        size=2,
+    ),
+    "a depthwise convolution": Case(
+        CONV + "d = Conv<group = 4, pads = [1, 1, 1, 1]>(h, each) y = Conv(d, out)",
+        {"each": (4, 1, 3, 3), **IMAGE},
+        x=HW,
+    ),
+    "a kernel in one dimension": Case(
+        CONV + "y = Conv(h, out)", {"w": (4, 3, 2), "out": (2, 4, 1)}, x="1,3,7"
+    ),
+    "positions that MaxPool counts": Case(
+        CONV + "p, i = MaxPool<kernel_shape = [2, 2]>(h) f = Cast<to = 1>(i) "
+        "a = Add(p, f) y = Conv(a, out)",
+        IMAGE,
+        "MaxPool counts positions in it",
+        x=HW,
+    ),
+    "Clip with bounds": Case(
+        "c = Clip(h, low, high) y = MatMul(c, out)",
+        {"low": np.array(-1, np.float32), "high": np.array(4, np.float32), **OUT},
+    ),
+    "PRelu with a slope for each": Case(
+        "p = PRelu(h, slope) y = MatMul(p, out)", {"slope": (4,), **OUT}
+    ),
+    "Where with a broadcast condition": Case(
+        "m = ReduceMax<axes = [1]>(x) c = Greater(m, zero) z = Where(c, h, zero) "
+        "y = MatMul(z, out)",
+        {"zero": np.array(0, np.float32), **OUT},
+    ),
+    "codes with a scale for each": Case(
+        "q = QuantizeLinear(h, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, out)",
+        {"s": POSITIVE / 16, "z": np.zeros(4, np.int8), **OUT},
+    ),
+    "a cumulative sum": Case(
+        "c = CumSum(h, axis) y = MatMul(c, out)",
+        {"axis": np.array(1, np.int32), **OUT},
+        "CumSum (c) reads or makes it",
+    ),
+}
+
+
+def made_by(model: Model, weight: str) -> Group:
+    return next(
+        one
+        for one in channels.find(model)
+        for part in one.where
+        if part.weight.name == weight and part.role == "producer"
+    )
+
+
+def run(model: Model) -> Array:
+    info = model.inputs[0]
+    shape = [dim if isinstance(dim, int) else 2 for dim in info.shape or ()]
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    found = runtime.session(model, threads=1, optimize="off").run({info.name: x})
+    return np.asarray(found["y"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_says_what_is_free(name: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    one = made_by(model, "w")
+    assert one.size == case.size or case.why
+    assert case.why in one.why
+    assert bool(one.why) == bool(case.why)
+    assert case.inexact in one.inexact
+    assert bool(one.inexact) == bool(case.inexact)
+    if case.runs:
+        run(model)
+    if case.why:
+        return
+    # Channels that nothing weighs can go without a change of the outputs.
+    for part in one.where:
+        if part.role == "consumer":
+            values = part.weight.read().copy()
+            np.moveaxis(values, part.axis, 0)[part.offsets[1].ravel()] = 0
+            model.set_weight(part.weight.name, values)
+    wanted = run(model)
+    one = made_by(model, "w")
+    channels.remove(model, one, [i for i in range(one.size) if i != 1])
+    model.check()
+    found = run(model)
+    assert found.shape == wanted.shape
+    if not case.inexact:
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
