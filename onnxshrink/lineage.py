@@ -9,7 +9,8 @@ something else to a value says so:
   stands for that of the BatchNormalization folded into it;
 - ``keep(value, axis, positions)``: only some positions of an axis are left, as of
   channels that are removed;
-- ``scale(value, factor)``: the value is a multiple of what it was;
+- ``scale(value, factor, axis)``: the value is a multiple of what it was, the same
+  everywhere or one for each position of an axis;
 - ``split(value, into)``: a weight became several, as ``W`` became ``A`` and ``B`` in
   ``(X A) B``;
 - ``add(value)``: the value is new, such as ``X A``, or it changed so much that the
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 __all__ = ["Lineage", "Origin"]
 
 Indices = NDArray[np.int64]
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,24 +47,32 @@ class Origin:
         kept: Positions there of each position here, int64 [size], for the axes that
             are not as they were.
         factor: What the value there is multiplied with.
+        factors: The same for each position here, float64 [size], by axis; axes may be
+            counted from the end.
         is_part: Whether the value there was split, and this is one of the parts.
     """
 
     name: str
     kept: Mapping[int, Indices] = field(default_factory=dict)
     factor: float = 1.0
+    factors: Mapping[int, Float64] = field(default_factory=dict)
     is_part: bool = False
 
     def take(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return what the value should be, from the array that it was."""
         for axis, positions in self.kept.items():
             array = array.take(positions, axis)
+        for axis, factors in self.factors.items():
+            shape = [1] * array.ndim
+            shape[axis] = -1
+            array = array * factors.reshape(shape).astype(array.dtype)
         return array if self.factor == 1.0 else array * array.dtype.type(self.factor)
 
     @property
     def is_whole(self) -> bool:
         """Whether the value is just what it was, but for its name."""
-        return not (self.kept or self.is_part) and self.factor == 1.0
+        is_scaled = bool(self.factors) or self.factor != 1.0
+        return not (self.kept or self.is_part or is_scaled)
 
     def __str__(self) -> str:
         """Say it in a few words."""
@@ -73,6 +83,7 @@ class Origin:
             f"axis {axis}: {_ranges(positions)}"
             for axis, positions in sorted(self.kept.items())
         ]
+        words += [f"axis {axis}: scaled" for axis in sorted(self.factors)]
         return ", ".join(words)
 
 
@@ -146,15 +157,37 @@ class Lineage:
         if axis < 0:
             raise ValueError(f"axis is counted from 0, not {axis}")
         chosen = np.asarray(positions, np.int64)
+        if any(other < 0 for other in origin.factors):
+            self.add(value)  # which axis is scaled depends on how many there are
+            return
         before = origin.kept.get(axis)
         now = chosen if before is None else before[chosen]
-        self._origins[value] = replace(origin, kept={**origin.kept, axis: now})
+        factors = dict(origin.factors)
+        if axis in factors:
+            factors[axis] = factors[axis][chosen]
+        kept = {**origin.kept, axis: now}
+        self._origins[value] = replace(origin, kept=kept, factors=factors)
 
-    def scale(self, value: str, factor: float) -> None:
-        """Say that a value is a multiple of what it was just before."""
+    def scale(
+        self, value: str, factor: float | Float64, axis: int | None = None
+    ) -> None:
+        """Say that a value is a multiple of what it was just before.
+
+        Args:
+            value: The value.
+            factor: One number, or with ``axis`` one for each position.
+            axis: The axis; it may be counted from the end.
+        """
         origin = self.origin(value)
-        if origin is not None:
-            self._origins[value] = replace(origin, factor=origin.factor * factor)
+        if origin is None:
+            return
+        if axis is None:
+            whole = replace(origin, factor=origin.factor * float(factor))
+        else:
+            factors = dict(origin.factors)
+            factors[axis] = np.asarray(factor, np.float64) * factors.get(axis, 1.0)
+            whole = replace(origin, factors=factors)
+        self._origins[value] = whole
 
     def split(self, value: str, into: Iterable[str]) -> None:
         """Say that a weight, or another value, was split into several."""
@@ -189,7 +222,8 @@ class Lineage:
             found[value] = None
             if origin is not None:
                 kept = {str(axis): p.tolist() for axis, p in origin.kept.items()}
-                found[value] = [origin.name, kept, origin.factor, origin.is_part]
+                by = {str(axis): f.tolist() for axis, f in origin.factors.items()}
+                found[value] = [origin.name, kept, origin.factor, by, origin.is_part]
         return found
 
     @classmethod
@@ -204,10 +238,14 @@ class Lineage:
             if entry is None:
                 made.add(value)
                 continue
-            name, kept, factor, is_part = entry
-            positions = {int(k): np.asarray(p, np.int64) for k, p in kept.items()}
-            origin = Origin(str(name), positions, float(factor), bool(is_part))
-            made._origins[value] = origin
+            name, kept, factor, by, is_part = entry
+            made._origins[value] = Origin(
+                str(name),
+                {int(axis): np.asarray(p, np.int64) for axis, p in kept.items()},
+                float(factor),
+                {int(axis): np.asarray(f, np.float64) for axis, f in by.items()},
+                bool(is_part),
+            )
         return made
 
 

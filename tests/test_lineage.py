@@ -16,6 +16,7 @@ from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
 from onnxshrink.lineage import Lineage, Origin
 from onnxshrink.model import Model
+from onnxshrink.quantization import correction, smoothing
 from onnxshrink.samples import Splits
 from onnxshrink.structure import channels
 from onnxshrink.testing import example_models
@@ -66,6 +67,30 @@ def test_what_stands_for_a_value_is_what_that_was() -> None:
     assert (origin.name, origin.factor) == ("norm", 0.25)
     assert str(origin) == "norm * 0.25, axis 1: 1-2"
     np.testing.assert_array_equal(origin.take(np.float32([[8, 4, 0]])), [[1, 0]])
+
+
+def test_factors_of_an_axis_go_with_its_positions() -> None:
+    lineage = Lineage()
+    lineage.keep("y", 1, [0, 2, 3])
+    lineage.scale("y", np.array([1.0, 2.0, 4.0]), 1)
+    lineage.scale("y", np.array([1.0, 0.5, 1.0]), 1)
+    lineage.keep("y", 1, [2, 1])
+    lineage.keep("y", 0, [1])
+
+    origin = lineage.origin("y")
+
+    assert origin is not None
+    old = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(origin.take(old), [[7 * 4, 6 * 1]])
+    assert "axis 1: scaled" in str(origin)
+    back = Lineage.from_json(json.loads(json.dumps(lineage.to_json(["y"]))))
+    again = back.origin("y")
+    assert again is not None
+    np.testing.assert_array_equal(again.take(old), origin.take(old))
+    # How many axes there are is not known.
+    lineage.scale("y", np.array([2.0, 2.0]), -1)
+    lineage.keep("y", 1, [0])
+    assert lineage.is_new("y")
 
 
 def test_a_new_value_stays_new_whatever_becomes_of_it() -> None:
@@ -254,6 +279,38 @@ def test_after_fold_values_of_real_models_are_what_lineage_says(name: str) -> No
     assert assert_true(twin, model, feed) > 10
     if name == "residual-cnn":
         assert changed >= 5  # outputs of Convs are those of BatchNormalizations
+
+
+# --- so does what is done before weights are quantized ------------------------------
+
+
+def test_after_equalization_values_are_what_lineage_says() -> None:
+    model = Model.load(MODELS / "lenet-5.onnx")
+    twin = model.copy()
+    ctx = make_context(Splits.build(model), model)
+    assert correction.equalize(twin, ctx) > 1
+    samples = ctx.samples.calibration
+    assert samples is not None
+    assert sum(o is not None for _, o in twin.lineage.changes()) > 3
+    assert assert_true(twin, model, samples.read(np.arange(3))) > 5
+
+
+def test_after_smoothing_values_are_what_lineage_says() -> None:
+    model = folded(Model.load(MODELS / "vit.onnx"))
+    model.lineage = Lineage()
+    twin = model.copy()
+    ctx = make_context(Splits.build(model), model)
+    random = np.random.default_rng(0)
+    count = 0
+    for group in smoothing.groups(twin):
+        width = group.weights()[0].shape[1]
+        smoothing.apply(twin, group, random.uniform(0.5, 2.0, width))
+        count += 1
+    assert count > 8
+    samples = ctx.samples.calibration
+    assert samples is not None
+    assert sum(o is not None for _, o in twin.lineage.changes()) > 8
+    assert assert_true(twin, model, samples.read(np.arange(2))) > 20
 
 
 # --- channels and blocks --------------------------------------------------------------

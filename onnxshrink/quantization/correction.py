@@ -164,7 +164,9 @@ def equalize(model: Model, ctx: Context) -> int:
             change.factors.append((side.split, side.spread(factor)))
         for shift in pair.shifts:
             _scale_shift(model, shift, 1 / scale)
-        model.lineage.add(*pair.between)
+        axis = 1 if pair.first.node.op.startswith("Conv") else -1
+        for value in pair.between:
+            model.lineage.scale(value, 1 / scale, axis)
         ctx.did(
             pair.first.weight.name,
             f"{len(scale)} channels equalized with {pair.second.weight.name}, by "

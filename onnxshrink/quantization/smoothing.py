@@ -395,7 +395,7 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
     if chain is not None:
         for divided in chain:
             divided.divide(model, factors)
-            model.lineage.add(*_between(divided.node.outputs[0], group.tensor))
+        _say_divided(model, [part.node for part in chain], group.tensor, factors)
         return ", ".join(
             dict.fromkeys(part.node.name or part.node.op for part in chain)
         )
@@ -411,12 +411,27 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
     return "a Mul"
 
 
-def _between(tensor: gs.Tensor, last: gs.Tensor) -> Iterator[str]:
-    """Yield the names of the values from one to another, each read by one node."""
-    while tensor is not last:
-        yield tensor.name
-        tensor = tensor.outputs[0].outputs[0]
-    yield last.name
+def _say_divided(
+    model: Model, nodes: Sequence[Node], last: gs.Tensor, factors: Float64
+) -> None:
+    """Say in the lineage which values are divided: those from some nodes to a value.
+
+    Each is read by one node. Their channels come last, but for those between the two
+    Reshapes around heads, which are taken for new.
+    """
+    divided: dict[str, bool] = {last.name: True}
+    for node in nodes:
+        tensor, is_last = node.outputs[0], True
+        while tensor is not last:
+            divided[tensor.name] = is_last
+            reader = tensor.outputs[0]
+            is_last = is_last and reader.op != "Reshape"
+            tensor = reader.outputs[0]
+    for name, is_last in divided.items():
+        if is_last:
+            model.lineage.scale(name, 1 / factors, -1)
+        else:
+            model.lineage.add(name)
 
 
 @dataclass(frozen=True, eq=False)
