@@ -299,6 +299,28 @@ def test_a_word_that_comes_too_late_is_explained(tmp_path: Path) -> None:
     fails("-q", "passes", says="onnxshrink passes", tmp_path=tmp_path)
 
 
+def test_verbose_shows_what_each_changed_value_was(tmp_path: Path) -> None:
+    file = text_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        thin (float[N,1] x) => (float[N,1] y)
+        <float[1,4] w = {1, 9, 8, 1}, float[4,1] v = {1, 1, 1, 1}>
+        { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }""",
+        tmp_path / "thin.onnx",
+    )
+    arguments = (file, "--passes", "student:keep=1,width=0.5,round_to=1")
+    arguments += ("--on-breach", "keep")
+    shown = run(*arguments, "-v")
+    assert shown.exit_code == 0, shown.stderr
+    lines = [s for s in shown.stdout.splitlines() if s.startswith("lineage: ")]
+    assert lines == [
+        "lineage: w: was w, axis 1: 1-2",
+        "lineage: v: was v, axis 0: 1-2",
+        "lineage: h: was h, axis 1: 1-2",
+        "lineage: r: was r, axis 1: 1-2",
+    ]
+    assert "lineage" not in run(*arguments).stdout
+
+
 def test_a_bug_is_one_line_and_verbose_shows_where(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
