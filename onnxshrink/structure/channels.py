@@ -131,7 +131,12 @@ def remove_all(model: Model, kept: Iterable[tuple[Group, Sequence[int]]]) -> Non
             gone.setdefault(axis, []).append(positions[_gone(model, group, keep)])
     if ties is None:
         return
-    ties.cut({axis: np.concatenate(parts).ravel() for axis, parts in gone.items()})
+    ties.cut(
+        {
+            axis: np.concatenate([p.ravel() for p in parts])
+            for axis, parts in gone.items()
+        }
+    )
 
 
 def _gone(model: Model, group: Group, keep: Sequence[int]) -> NDArray[np.bool_]:
