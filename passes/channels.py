@@ -624,8 +624,8 @@ def _refitted(
     for name in seen:
         layer, inputs = readers[name], seen[name]
         moments = _moments(layer, inputs) if name in gone else None
-        if moments is None:
-            continue
+        if moments is None or layer.kind == "ConvTranspose":
+            continue  # one bias is added to all positions that a kernel makes
         values = layer.weight.read()
         dense = layer.layout.matrices(values)[0].astype(np.float64)
         fitted = refit(dense, moments, ~gone[name])

@@ -71,7 +71,7 @@ def block_losses(
     inner = np.linalg.inv(inverse[blocks[:, :, None], blocks[:, None, :]])
     parts = scaled[:, blocks]
     found = np.einsum("obi,bij,obj->b", parts, inner, parts, optimize=True)
-    return np.maximum(np.asarray(found), 0.0)
+    return np.asarray(np.maximum(found, 0.0))
 
 
 def refit(weights: Array, moments: Array, kept: Array) -> Float64:

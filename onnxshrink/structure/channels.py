@@ -104,7 +104,25 @@ def find(model: Model) -> list[Group]:
     functions. Time and memory grow linearly with the sizes of all axes. The groups hold
     for the model as it is now: find them again after a change.
     """
-    return _named(Ties(model, RULES))
+    ties = Ties(model, RULES)
+    found = _named(ties)
+    if not ties.has_choice:
+        return found
+    # Whole groups of a convolution can go, or the same channels of each of its groups,
+    # which is what a shuffle leaves.
+    inner = _named(Ties(model, RULES, prefers="inner"))
+    return max((found, inner), key=_removable)
+
+
+def _removable(groups: Sequence[Group]) -> int:
+    """Return how many entries of weights channels could be removed from."""
+    sizes = {
+        id(part.weight.constant): part.weight.size
+        for group in groups
+        if not group.why
+        for part in group.where
+    }
+    return sum(sizes.values())
 
 
 def remove(model: Model, group: Group, keep: Sequence[int]) -> None:
@@ -131,12 +149,8 @@ def remove_all(model: Model, kept: Iterable[tuple[Group, Sequence[int]]]) -> Non
             gone.setdefault(axis, []).append(positions[_gone(model, group, keep)])
     if ties is None:
         return
-    ties.cut(
-        {
-            axis: np.concatenate([p.ravel() for p in parts])
-            for axis, parts in gone.items()
-        }
-    )
+    # Channels of different groups may take different numbers of positions of an axis.
+    ties.cut({a: np.concatenate([p.ravel() for p in ps]) for a, ps in gone.items()})
 
 
 def _gone(model: Model, group: Group, keep: Sequence[int]) -> NDArray[np.bool_]:

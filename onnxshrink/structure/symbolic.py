@@ -686,8 +686,11 @@ def sliced(dim: Dim, start: int, end: int, step: int) -> Dim | None:
 def _conv(facts: Facts, node: Node) -> Dims | None:
     dims, weight = facts.shape(node.inputs[0]), facts.shape(node.inputs[1])
     theirs = facts.dims.get(node.outputs[0])
-    if dims is None or weight is None or theirs is None or len(theirs) < 2:
+    if dims is None or weight is None or len(dims) < 2 or len(dims) != len(weight):
         return None
+    if theirs is None or len(theirs) != len(dims):
+        # onnx knows nothing where it does not know an operator in front.
+        theirs = tuple(facts.fresh() for _ in dims)
     return (dims[0], weight[0], *theirs[2:])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Node, attribute
-from onnxshrink.model.topology import is_onnx
+from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.structure.symbolic import Dims, static
 from onnxshrink.structure.ties import MergedAxis, Role, Rule, Ties, UnknownError
 
@@ -28,7 +28,9 @@ def _input(node: Node, index: int) -> gs.Tensor | None:
 
 
 def _outputs(node: Node) -> list[gs.Tensor]:
-    return [tensor for tensor in node.outputs if tensor.name]
+    """Return the outputs that somebody reads; the first in any case."""
+    named = [tensor for tensor in node.outputs if tensor.name]
+    return named[:1] + [t for t in named[1:] if t.outputs or returned_by(t)]
 
 
 def _pointwise(ties: Ties, node: Node) -> None:
@@ -100,24 +102,37 @@ def _conv(ties: Ties, node: Node) -> None:
     inputs, outputs = sizes
     if group < 1 or not inputs or not outputs or inputs % group or outputs % group:
         raise UnknownError("has groups that do not divide its channels")
-    # Whole groups go: their inputs, outputs and rows of the weight.
+    each, makes = inputs // group, outputs // group
+    before, after, rows = ties.axis(x, 1), ties.axis(y, 1), ties.axis(w, 1)
+    assert before is not None
+    assert after is not None
+    assert rows is not None
     if is_transposed:
         ties.tie(x, 1, w, 0)
     else:
         ties.tie(w, 0, y, 1)
-    ties.fix(w, f"{node.op} has {group} groups of it", 1)
-    ties.use(node, w, 0, "filter")
-    before, after = ties.axis(x, 1), ties.axis(y, 1)
-    assert before is not None
-    assert after is not None
-    heads = ties.positions(after)[:: outputs // group]
-    ties.join(ties.positions(before), np.repeat(heads, inputs // group))
-    ties.join(ties.positions(after), np.repeat(heads, outputs // group))
-    each = inputs // group
+    whole = ties.extra(group)
+    why = f"{node.op} has {group} groups of it"
+    if makes == 1 or each == 1:
+        # Whole groups go: their inputs, outputs and rows of the weight.
+        ties.fix(w, why, 1)
+        ties.use(node, w, 0, "filter")
+        ties.join(ties.positions(before), np.repeat(ties.positions(whole), each))
+        ties.join(ties.positions(after), np.repeat(ties.positions(whole), makes))
+    else:
+        # Whole groups, or the same channels of each group.
+        ties.has_choice = True
+        ties.use(node, w, 0, "consumer" if is_transposed else "producer")
+        ties.use(node, w, 1, "producer" if is_transposed else "consumer")
+        inside, made = ties.extra(each), ties.extra(makes)
+        ties.merged.append(MergedAxis(before, (whole, inside), why))
+        ties.merged.append(MergedAxis(after, (whole, made), why))
+        other = made if is_transposed else inside
+        ties.join(ties.positions(rows), ties.positions(other))
 
     def edit(size: Callable[[int], int]) -> None:
-        if size(before) != inputs:
-            node.attrs["group"] = size(before) // each
+        if size(whole) != group:
+            node.attrs["group"] = size(whole)
 
     ties.edits.append(edit)
 
@@ -133,6 +148,92 @@ def _batch_norm(ties: Ties, node: Node) -> None:
     for tensor, role in zip(node.inputs[1:], roles, strict=False):
         ties.tie(tensor, 0, y, 1)
         ties.use(node, tensor, 0, role)
+
+
+def _group_norm(ties: Ties, node: Node) -> None:
+    """Whole groups go; the statistics of the others do not change."""
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    count = int(attribute(node, "num_groups", 0))
+    number, size = ties.axis(x, 1), ties.sizes(x)[1]
+    if number is None or not size or count < 1 or size % count:
+        raise UnknownError("has channels whose number is unknown")
+    _same_axes(ties, x, y, range(rank))
+    _spatial(ties, node, x)
+    whole = ties.extra(count)
+    ties.join(ties.positions(number), np.repeat(ties.positions(whole), size // count))
+    roles: tuple[Role, ...] = ("scale", "shift")
+    for tensor, role in zip(node.inputs[1:], roles, strict=False):
+        given = ties.axis(tensor, 0)
+        if given is None or ties.axes.sizes[given] not in (size, count):
+            raise UnknownError("has scales that are not followed")
+        # Before opset 21 there is one for each group.
+        each = ties.axes.sizes[given] // count
+        ties.join(ties.positions(given), np.repeat(ties.positions(whole), each))
+        ties.use(node, tensor, 0, role)
+
+    def edit(size: Callable[[int], int]) -> None:
+        if size(whole) != count:
+            node.attrs["num_groups"] = size(whole)
+
+    ties.edits.append(edit)
+
+
+def _local_response(ties: Ties, node: Node) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    _same_axes(ties, x, y, range(len(ties.shape(x))))
+    ties.mix(x, 1, f"{node.op} divides by what neighbours have")
+
+
+def _recurrent(ties: Ties, node: Node) -> None:
+    """Hidden units go, with their rows of all gates."""
+    gates = _GATES[node.op]
+    x, w, r = node.inputs[0], node.inputs[1], node.inputs[2]
+    if attribute(node, "layout", 0):
+        raise UnknownError("counts samples first")
+    sizes = ties.sizes(r)
+    hidden = sizes[2] if len(sizes) == 3 else None
+    if hidden is None or sizes[1] != gates * hidden:
+        raise UnknownError("has a number of hidden units that is not known")
+    units = ties.extra(hidden)
+
+    def tie_units(tensor: gs.Tensor, axis: int, role: Role) -> None:
+        number = ties.axis(tensor, axis)
+        if number is None or ties.axes.sizes[number] % hidden:
+            raise UnknownError("has a number of hidden units that is not known")
+        times = ties.axes.sizes[number] // hidden
+        ties.join(ties.positions(number), np.tile(ties.positions(units), times))
+        ties.use(node, tensor, axis, role)
+
+    ties.tie(x, 2, w, 2)
+    ties.use(node, w, 2, "consumer")
+    tie_units(w, 1, "producer")
+    tie_units(r, 1, "producer")
+    tie_units(r, 2, "consumer")
+    for index in (3, 5, 6, 7):  # biases, first states, peepholes
+        tensor = _input(node, index)
+        if tensor is not None:
+            last = len(ties.shape(tensor)) - 1
+            tie_units(tensor, last, "scale" if index == 7 else "shift")
+    lengths = _input(node, 4)
+    if lengths is not None:
+        ties.fix(lengths, f"{node.op} takes it as lengths")
+    for tensor in _outputs(node):
+        if not tensor.name:
+            continue
+        rank = len(ties.shape(tensor))
+        number = ties.axis(tensor, rank - 1)
+        if number is None or ties.axes.sizes[number] != hidden:
+            raise UnknownError("gives states of a size that is not known")
+        ties.join(ties.positions(number), ties.positions(units))
+        ties.fix(tensor, f"{node.op} moves along it", *range(rank - 1))
+    ties.fix(x, f"{node.op} moves along it", 0)
+
+    def edit(size: Callable[[int], int]) -> None:
+        if size(units) != hidden:
+            node.attrs["hidden_size"] = size(units)
+
+    ties.edits.append(edit)
 
 
 def _instance_norm(ties: Ties, node: Node) -> None:
@@ -391,15 +492,54 @@ def _slice(ties: Ties, node: Node) -> None:
     rank = len(ties.shape(x))
     for tensor in node.inputs[1:]:
         ties.fix(tensor, "Slice takes it as a setting")
-    starts = _constant_axes(ties, node, 1, "starts")
+    starts = _constant_axes(ties, node, 1, "starts") or []
+    ends = _constant_axes(ties, node, 2, "ends") or []
     axes = _constant_axes(ties, node, 3)
-    cut = {a % rank for a in (range(len(starts or ())) if axes is None else axes)}
+    steps = _constant_axes(ties, node, 4, "steps") or [1] * len(starts)
+    cut = [a % rank for a in (range(len(starts)) if axes is None else axes)]
     for axis in range(rank):
-        if axis in cut:
+        if axis not in cut:
+            ties.tie(x, axis, y, axis)
+    parts: list[tuple[int, int, int]] = []
+    for place, axis in enumerate(cut):
+        whole, part = ties.axis(x, axis), ties.axis(y, axis)
+        if whole is None or part is None or steps[place] != 1:
             ties.fix(x, "Slice takes a part of it", axis)
             ties.fix(y, "Slice takes a part of it", axis)
-        else:
-            ties.tie(x, axis, y, axis)
+            continue
+        size = ties.axes.sizes[whole]
+        first, last, _ = slice(starts[place], ends[place]).indices(size)
+        taken = ties.positions(whole)[first:last]
+        if len(taken) != ties.axes.sizes[part]:
+            raise UnknownError("takes a part of a size that is not known")
+        ties.join(taken, ties.positions(part))
+        # What stays in front of the part, and in it, says where it begins and ends.
+        front = ties.extra(first)
+        ties.join(ties.positions(front), ties.positions(whole)[:first])
+        parts.append((place, front, part))
+
+    def edit(size: Callable[[int], int]) -> None:
+        new = [
+            (place, size(front), size(front) + size(part))
+            for place, front, part in parts
+            if size(front) != ties.axes.sizes[front]
+            or size(part) != ties.axes.sizes[part]
+        ]
+        if not new:
+            return
+        begins, stops = list(starts), list(ends)
+        for place, first, last in new:
+            begins[place], stops[place] = first, last
+        if len(node.inputs) == 1:
+            node.attrs["starts"], node.attrs["ends"] = begins, stops
+            return
+        for index, values in ((1, begins), (2, stops)):
+            node.inputs[index] = ties.model.add_weight(
+                f"{y.name}_{'starts' if index == 1 else 'ends'}",
+                np.array(values, np.int64),
+            )
+
+    ties.edits.append(edit)
 
 
 def _resize(ties: Ties, node: Node) -> None:
@@ -660,6 +800,7 @@ def _tie_block(
     ties.merged.append(MergedAxis(whole[0], known, why))
 
 
+_GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 _SAME = """
     Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf
     Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not
@@ -689,6 +830,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["LayerNormalization", "RMSNormalization"], _layer_norm),
     **dict.fromkeys(["LogSoftmax", "Softmax"], _softmax),
     **dict.fromkeys(["Resize", "Upsample"], _resize),
+    **dict.fromkeys(_GATES, _recurrent),
     **dict.fromkeys(["DequantizeLinear", "QuantizeLinear"], _quantize),
     **dict.fromkeys(["Flatten", "Squeeze", "Unsqueeze"], _reshape_kin),
     "BatchNormalization": _batch_norm,
@@ -697,7 +839,9 @@ RULES: dict[str, Rule] = {
     "Expand": _expand,
     "Gather": _gather,
     "Gemm": _gemm,
+    "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
+    "LRN": _local_response,
     "MatMul": _matmul,
     "Pad": _pad,
     "Reshape": _reshape,

@@ -94,14 +94,24 @@ class Axes:
 class Ties:
     """The positions of all axes of a model, and which of them go together."""
 
-    def __init__(self, model: Model, rules: Mapping[str, Rule]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        rules: Mapping[str, Rule],
+        *,
+        prefers: Literal["outer", "inner"] = "outer",
+    ) -> None:
         """Read all nodes of the main graph.
 
         Args:
             model: The model; it is not changed.
             rules: What an operator of ONNX's own ties, by its type.
+            prefers: Which part of a merged axis is followed where several could be:
+                groups and heads, or the channels inside them.
         """
         self.model = model
+        self.has_choice = False
+        self._prefers = prefers
         self._rules = rules
         overridable = [w.constant for w in model.weights() if w.is_input]
         self.facts: Facts = facts_of(model, overridable)
@@ -185,6 +195,10 @@ class Ties:
         root = tensor if weight is None else weight.constant
         return self.axes.number(root, axis, size)
 
+    def extra(self, size: int) -> int:
+        """Return the number of a new axis that no tensor has: groups, hidden units."""
+        return self.axes.number(gs.Variable(""), 0, size)
+
     def positions(self, axis: int) -> Indices:
         """Return the numbers of an axis's positions."""
         start = self.axes.starts[axis]
@@ -262,12 +276,18 @@ class Ties:
             is_fixed[labels[self.positions(axis)]] = True
         for merged in self.merged:
             free = [
-                a for a in merged.parts if not is_fixed[labels[self.positions(a)]].any()
+                a
+                for a in merged.parts
+                if self.axes.sizes[a] > 1
+                if not is_fixed[labels[self.positions(a)]].any()
             ]
-            chosen = free[0] if free else merged.parts[0]
+            place = 0 if self._prefers == "outer" else -1
+            chosen = free[place] if free else merged.parts[0]
             for axis in merged.parts:
                 if axis != chosen:
                     self.fixed.setdefault(axis, merged.why)
+                    # The next choice has to agree with this one.
+                    is_fixed[labels[self.positions(axis)]] = True
             sizes = [self.axes.sizes[axis] for axis in merged.parts]
             place = merged.parts.index(chosen)
             stride = math.prod(sizes[place + 1 :])
@@ -327,7 +347,7 @@ class Ties:
                 continue
             left = np.delete(np.arange(self.axes.sizes[number]), gone[number])
             named = [self.axes.tensors[number], *self._aliases.get(root, ())]
-            for value in dict.fromkeys(tensor.name for tensor in named):
+            for value in dict.fromkeys(t.name for t in named if t.name):
                 self.model.lineage.keep(value, axis, left)
             if root in self._known:
                 by_root.setdefault(root, {})[axis] = gone[number]

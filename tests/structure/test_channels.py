@@ -282,7 +282,7 @@ def test_a_reshape_of_single_entries_gets_new_ones() -> None:
     [
         ("b = Softmax<axis = 1>(a)", "Softmax divides by the sum along it"),
         ("b = CumSum(a, axis)", "CumSum"),
-        ("b = Slice(a, axis, ends, axis)", "Slice takes a part of it"),
+        ("b = Slice(a, axis, ends, axis, two)", "Slice takes a part of it"),
         ("b = Expand(a, wide)", "Expand"),
     ],
 )
@@ -294,10 +294,11 @@ def test_an_operator_that_mixes_channels_fixes_them(node: str, why: str) -> None
             y = MatMul(b, out)
         }}""",
         {
-            "w": (3, 5 if "Slice" in node else 4),
+            "w": (3, 9 if "Slice" in node else 4),
             "out": (4, 2),
             "axis": np.array([1]),
-            "ends": np.array([5]),
+            "two": np.array([2]),
+            "ends": np.array([9]),
             "wide": np.array([1, 4]),
         },
     )
@@ -642,3 +643,183 @@ def test_a_class_token_follows_the_channels_of_the_others() -> None:
     keep = [i for i in range(6) if i not in (1, 4)]
     channels.remove(model, one, keep)
     assert model.weight("token").shape == (1, 1, 4)
+
+
+def check_every_group(model: Model, least: int = 1) -> list[Group]:
+    """Remove a channel of every group that is free; return the groups."""
+    free = [one for one in channels.find(model) if not one.why]
+    assert len(free) >= least, [one.why for one in channels.find(model)]
+    for one in free:
+        check_removal(model, one.name, [one.size - 1])
+        if one.size > 2:
+            check_removal(model, one.name, [0, 1])
+    return free
+
+
+def test_a_value_that_is_joined_twice_goes_twice() -> None:
+    model = built(
+        """(float[N,3] x) => (float[N,2] y) {
+            a = MatMul(x, wa)
+            b = MatMul(x, wb)
+            c = Concat<axis = 1>(a, b, a)
+            y = MatMul(c, out)
+        }""",
+        {"wa": (3, 4), "wb": (3, 5), "out": (13, 2)},
+    )
+    assert [one.size for one in check_every_group(model)] == [4, 5]
+    both = [(one, [1, 2]) for one in channels.find(model) if not one.why]
+    channels.remove_all(model, both)
+    model.check()
+    assert model.weight("out").shape == (2 * 2 + 2, 2)
+
+
+def test_features_of_two_resolutions_meet_on_one_axis() -> None:
+    model = built(
+        """(float[N,3,4,4] x) => (float[N,2] y) {
+            a = Conv(x, wa)
+            b = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a)
+            c = Conv(x, wc)
+            d = GlobalAveragePool(c)
+            e = Flatten(b)
+            f = Flatten(d)
+            g = Concat<axis = 1>(e, f)
+            y = MatMul(g, out)
+        }""",
+        {"wa": (4, 3, 1, 1), "wc": (6, 3, 1, 1), "out": (22, 2)},
+    )
+    check_every_group(model, 2)
+    channels.remove_all(
+        model, [(one, [0, 3]) for one in channels.find(model) if not one.why]
+    )
+    model.check()
+    assert model.weight("out").shape == (2 * 4 + 2, 2)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_channels_behind_a_shuffle_can_go(shuffled: bool) -> None:
+    shuffle = """
+            s = Reshape(b, split)
+            t = Transpose<perm = [0, 2, 1, 3, 4]>(s)
+            c = Reshape(t, whole)"""
+    model = built(
+        f"""(float[2,4,5,5] x) => (float[2,2,5,5] y) {{
+            a = Conv(x, first)
+            r = Relu(a)
+            b = Conv<group = 2, pads = [1, 1, 1, 1]>(r, one)
+            {shuffle if shuffled else "c = Identity(b)"}
+            d = Conv<group = 2>(c, two)
+            y = Conv(d, last)
+        }}""",
+        {
+            "first": (8, 4, 1, 1),
+            "one": (8, 4, 3, 3),
+            "two": (8, 4, 1, 1),
+            "last": (2, 8, 1, 1),
+            "split": np.array([2, 2, 4, 5, 5]),
+            "whole": np.array([2, 8, 5, 5]),
+        },
+    )
+    found = check_every_group(model, 3 if shuffled else 1)
+    if shuffled:
+        sizes = {one.name: one.size for one in found}
+        # Channel 3 of one group is channel 3 of the other, before and behind it.
+        assert sizes == {"first[0]": 4, "one": 2, "two": 4}
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_hidden_units_go_with_all_their_gates(op: str, directions: int) -> None:
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
+    direction = "bidirectional" if directions == 2 else "forward"
+    model = built(
+        f"""(float[5,2,3] x) => (float[5,2,2] y) {{
+            e = MatMul(x, into)
+            h = {op}<hidden_size = 4, direction = "{direction}">(e, w, r, b)
+            t = Transpose<perm = [0, 2, 1, 3]>(h)
+            f = Reshape(t, flat)
+            y = MatMul(f, out)
+        }}""",
+        {
+            "into": (3, 6),
+            "w": (directions, gates * 4, 6),
+            "r": (directions, gates * 4, 4),
+            "b": (directions, gates * 8),
+            "flat": np.array([5, 2, directions * 4]),
+            "out": (directions * 4, 2),
+        },
+    )
+    found = check_every_group(model, 2)
+    units = next(one for one in found if "r" in one.names)
+    assert units.size == 4
+    channels.remove(model, units, [0, 2, 3])
+    assert model.weight("r").shape == (directions, gates * 3, 3)
+    assert model.graph.nodes[1].attrs["hidden_size"] == 3
+
+
+def test_whole_groups_of_a_norm_go() -> None:
+    model = built(
+        """(float[N,3,4,4] x) => (float[N,2,4,4] y) {
+            a = Conv(x, w)
+            b = GroupNormalization<num_groups = 3>(a, scale, shift)
+            y = Conv(b, out)
+        }""",
+        {"w": (6, 3, 1, 1), "scale": (6,), "shift": (6,), "out": (2, 6, 1, 1)},
+        opset=21,
+    )
+    (one,) = check_every_group(model)
+    assert one.size == 3
+    channels.remove(model, one, [1])
+    assert model.graph.nodes[1].attrs["num_groups"] == 1
+
+
+def test_a_norm_over_neighbours_is_inexact() -> None:
+    model = built(
+        """(float[N,3,4,4] x) => (float[N,2,4,4] y) {
+            a = Conv(x, w)
+            b = LRN<size = 3>(a)
+            y = Conv(b, out)
+        }""",
+        {"w": (6, 3, 1, 1), "out": (2, 6, 1, 1)},
+    )
+    (one,) = check_every_group(model)
+    assert "neighbours" in one.inexact
+
+
+def test_an_output_that_nobody_reads_fixes_nothing() -> None:
+    model = built(
+        """(float[N,3,4,4] x) => (float[N,2,4,4] y) {
+            a = Conv(x, w)
+            b, mask = Dropout(a)
+            y = Conv(b, out)
+        }""",
+        {"w": (6, 3, 1, 1), "out": (2, 6, 1, 1)},
+    )
+    check_every_group(model)
+
+
+def test_parts_that_slices_take_follow_the_whole() -> None:
+    model = built(
+        """(float[N,3] x) => (float[N,2] y) {
+            h = MatMul(x, w)
+            p = Slice(h, zero, four, one)
+            q = Slice(h, four, end, one)
+            a = MatMul(p, left)
+            b = MatMul(q, right)
+            y = Add(a, b)
+        }""",
+        {
+            "w": (3, 10),
+            "left": (4, 2),
+            "right": (6, 2),
+            "zero": np.array([0]),
+            "four": np.array([4]),
+            "one": np.array([1]),
+            "end": np.array([2**62]),
+        },
+    )
+    assert [one.size for one in check_every_group(model)] == [4, 6]
+    channels.remove_all(
+        model, [(one, [1, 3]) for one in channels.find(model) if not one.why]
+    )
+    model.check()
+    assert run(model, feed_of(model))["y"].shape[1] == 2
