@@ -24,7 +24,7 @@ __all__ = ["block_losses", "energies", "refit"]
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
-_DAMPING = 1e-4
+_DAMPING = 1e-6
 """Share of the mean diagonal that is added to moments before they are inverted."""
 
 
