@@ -346,6 +346,25 @@ def test_a_bias_that_is_not_free_says_why(why: str) -> None:
         bias.write(np.zeros(2))
 
 
+def test_a_bias_that_a_caller_may_set_is_not_known() -> None:
+    model = built(
+        "y = Gemm (x, w, b)", {"w": (3, 2), "b": (2,)}, "float[2,3] x, float[2] b"
+    )
+    bias = the_layer(model, only=["w"]).bias
+    assert bias is not None
+    assert bias.why_unknown == "is a graph input that a caller may set"
+
+
+def test_codes_of_a_bias_whose_scale_does_not_fit_are_refused() -> None:
+    weights = {"w": (3, 2), **CODES_OF_BIAS, "s": np.ones(3, np.float32)}
+    model = built("b = DequantizeLinear <axis = 0> (q, s) y = Gemm (x, w, b)", weights)
+    bias = the_layer(model, only=["w"]).bias
+    assert bias is not None
+    assert "a scale that does not fit" in bias.why_not
+    with pytest.raises(ModelError, match="a scale that does not fit"):
+        bias.read()
+
+
 @pytest.mark.parametrize(
     ("nodes", "weights"),
     [
