@@ -1168,7 +1168,7 @@ def _takes_mean(model: Model, place: _Place) -> Literal["kept", "made", ""]:
         return "kept"
     if layer.bias is not None or use.alpha != 1.0:
         return ""
-    if takes_bias(model, use.node):
+    if takes_bias(use.node):
         return "kept"
     return "made" if use.kind == "MatMul" else ""
 

@@ -752,7 +752,7 @@ class _Finder:
         """Whether a node may be given a bias: one that adds it as it is."""
         node = use.node
         plain = (use.alpha, attribute(node, "beta", 1.0)) == (1.0, 1.0)
-        fits = plain and use.index == 1 and takes_bias(self.model, node)
+        fits = plain and use.index == 1 and takes_bias(node)
         return self.options.bias and fits
 
     def _unlike(self, layer: LinearWeight, use: Use) -> Repair | str:

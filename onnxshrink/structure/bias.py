@@ -133,13 +133,12 @@ def bias_at(model: Model, node: Node, channels: int, axis: int) -> Bias | None:
     return None if found is None else _described(model, *found, channels, axis)
 
 
-def takes_bias(model: Model, node: Node) -> bool:
-    """Whether a node has an input for a bias that nothing is connected to."""
-    if not _adds_bias(node):
-        return False
-    if node.op == "Gemm" and model.opset < 11:  # C is optional from there on
-        return False
-    return len(node.inputs) < 3 or not node.inputs[2].name
+def takes_bias(node: Node) -> bool:
+    """Whether a node has an input for a bias that nothing is connected to.
+
+    Before opset 11 a Gemm must have one, so it takes no other.
+    """
+    return _adds_bias(node) and (len(node.inputs) < 3 or not node.inputs[2].name)
 
 
 def _adds_bias(node: Node) -> bool:

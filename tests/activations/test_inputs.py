@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from onnxshrink.engine import make_context
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples, Splits
+from onnxshrink.statistics import ChannelNorm, Gram, Statistic
+from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import find
 
 Array = np.ndarray[Any, Any]
@@ -148,6 +151,62 @@ def test_a_layer_that_is_too_wide_has_norms_and_a_mean() -> None:
     assert all(
         one.gram is None for one in ctx.inputs(find(model), grams=False).values()
     )
+
+
+def test_a_folder_keeps_what_took_long_or_what_it_was_given_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two()
+    own, given = tmp_path / "own", tmp_path / "given"
+    ctx = replace(context(model, random(6, 5, 3)), folder=own)
+    inputs.gather_inputs(ctx, list(find(model)))
+    assert list(own.iterdir()) == []  # it was done at once
+    inputs.gather_inputs(ctx, list(find(model)), folder=given)
+    assert len(list(given.iterdir())) == 1
+    monkeypatch.setattr(inputs.kept, "SAVE_SECONDS", 0.0)
+    inputs.gather_inputs(ctx, list(find(model)))
+    assert len(list(own.iterdir())) == 1
+
+
+def test_what_random_inputs_show_is_not_kept(tmp_path: Path) -> None:
+    model = two()
+    splits = Splits.build(model, None)
+    ctx = make_context(samples=splits, reference=model)
+    inputs.gather_inputs(ctx, list(find(model)), folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_of_another_width_are_refused() -> None:
+    (layer, *_) = find(two())
+    wrong = Gram(-1)
+    with pytest.raises(ModelError, match="nothing was seen"):
+        InputStatistics.of(layer, [wrong])
+    wrong.update(np.ones((2, 4), np.float32))
+    with pytest.raises(ModelError, match="v has 3 inputs, but 4 were seen"):
+        InputStatistics.of(layer, [wrong])
+
+
+def test_one_reading_without_a_matrix_leaves_norms_only() -> None:
+    (layer, *_) = find(two())
+    parts: list[Statistic] = [Gram(-1), ChannelNorm(-1)]
+    for part in parts:
+        part.update(np.ones((2, 3), np.float32))
+    both = InputStatistics.of(layer, parts)
+    assert (both.count, both.gram) == (4, None)
+    assert both.squares.tolist() == both.sums.tolist() == [[4, 4, 4]]
+
+
+def test_groups_are_cut_by_the_bytes_of_their_matrices() -> None:
+    every = list(find(two()))  # 3, 3 and 4 inputs: 72, 72 and 128 bytes
+
+    def cut(held: int, largest: int) -> list[list[str]]:
+        parts = inputs.groups_of(every, held, largest)
+        return [[layer.name for layer in part] for part in parts]
+
+    assert cut(272, 1000) == [["v", "w", "u"]]
+    assert cut(271, 1000) == [["v", "w"], ["u"]]
+    assert cut(10, 1000) == [["v"], ["w"], ["u"]]
+    assert cut(144, 100) == [["v", "w", "u"]]  # u has norms only, which are small
 
 
 CONVS = {

@@ -15,7 +15,7 @@ from onnxshrink import runtime
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 from onnxshrink.quantization.schemes import MIN_OPSET
-from onnxshrink.structure.bias import takes_bias
+from onnxshrink.structure.bias import bias_at, takes_bias
 from onnxshrink.structure.codes import CODES
 from onnxshrink.structure.layers import LinearWeight, find, free_bias, layer_at
 
@@ -355,6 +355,48 @@ def test_a_bias_that_a_caller_may_set_is_not_known() -> None:
     assert bias.why_unknown == "is a graph input that a caller may set"
 
 
+def test_codes_of_a_bias_end_where_their_type_does() -> None:
+    nodes = "b = DequantizeLinear <axis = 0> (q, s) y = Gemm (x, w, b)"
+    bias = the_layer(built(nodes, {"w": (3, 2), **CODES_OF_BIAS}), only=["w"]).bias
+    assert bias is not None
+    limits = np.iinfo(np.int32)
+    written = bias.write(np.array([1e12, -1e12]))
+    assert written.tolist() == [limits.max * 0.5, limits.min * 0.25]
+
+
+def test_a_decoded_bias_that_others_read_is_not_free() -> None:
+    nodes = """b = DequantizeLinear <axis = 0> (q, s)
+    h = Gemm (x, w, b) y = Add (h, b)"""
+    bias = the_layer(built(nodes, {"w": (3, 2), **CODES_OF_BIAS}), only=["w"]).bias
+    assert bias is not None
+    assert (bias.why_unknown, bias.why_not) == ("", "is read by other nodes too")
+
+
+def test_an_operator_of_another_domain_has_no_bias() -> None:
+    model = built("h = MatMul (x, w) y = Add (h, b)", {"w": (3, 2), "b": (2,)})
+    node = the_layer(model, only=["w"]).node
+    assert bias_at(model, node, 2, -1) is not None
+    node.domain = "local"
+    assert bias_at(model, node, 2, -1) is None
+
+
+def test_a_bias_takes_up_changes_of_as_many_outputs_as_it_has() -> None:
+    def layer_of(kernel: int) -> LinearWeight:
+        shape = (3, 2, kernel, kernel)
+        nodes = "y = ConvTranspose (x, w, b)"
+        model = built(nodes, {"w": shape, "b": (2,)}, "float[2,3,4,4] x")
+        return the_layer(model, only=["w"])
+
+    assert free_bias(layer_of(1)) is not None
+    assert free_bias(layer_of(2)) is None  # each place of the kernel is an output
+
+
+def test_inputs_of_a_stack_have_no_statistic() -> None:
+    stack = the_layer(built("y = MatMul (x, w)", {"w": (2, 3, 5)}, "float[2,4,3] x"))
+    assert stack.statistics_for("gram") is None
+    assert stack.uses[0].input is not None
+
+
 def test_codes_of_a_bias_whose_scale_does_not_fit_are_refused() -> None:
     weights = {"w": (3, 2), **CODES_OF_BIAS, "s": np.ones(3, np.float32)}
     model = built("b = DequantizeLinear <axis = 0> (q, s) y = Gemm (x, w, b)", weights)
@@ -421,7 +463,7 @@ def test_where_a_bias_may_be_added(
     nodes: str, weights: dict[str, Any], takes: bool
 ) -> None:
     model = built(nodes, weights)
-    assert takes_bias(model, the_layer(model, only=["w"]).node) is takes
+    assert takes_bias(the_layer(model, only=["w"]).node) is takes
 
 
 @pytest.mark.parametrize("attrs", ["alpha = 2.0", "beta = 2.0"])
