@@ -576,6 +576,7 @@ class _Alternation:
         self._gram, self._cross = gram, cross
         self._before = compose(start)
         self._taps = self._before.shape[:-2]
+        self._start_image = self._times_gram()
         self._image = np.zeros_like(cross.T)
         _, lower = _damped(gram, _dead(gram[None])[0], 1e-6)
         best, _ = lapack.dpotrs(lower, cross, lower=1)
@@ -596,8 +597,26 @@ class _Alternation:
             step = self._inner(seen, weighing, wanted, mask, away)
         self.now[index] = old + _back(step, old.shape)
         change = _flat(compose(self.now) - self._before)
-        self._image = change @ self._gram
+        self._image = self._times_gram() - self._start_image
         self.gained = float((change * (2 * self._cross.T - self._image)).sum())
+
+    def _times_gram(self) -> Float64:
+        """Return the product of the factors times ``G``, [outputs, inputs * taps].
+
+        Through the few values between the factors, where that is less work.
+        """
+        outputs, inputs = self._before.shape[-2:]
+        taps, size = math.prod(self._taps), len(self._gram)
+        first, rest = self.now[0], compose(self.now[1:])
+        inner = first.shape[-2]
+        if inner * (size + taps * outputs) > outputs * size:
+            return np.asarray(_flat(compose(self.now)) @ self._gram)
+        wide = np.broadcast_to(first, (*self._taps, *first.shape[-2:]))
+        behind = np.broadcast_to(rest, (*self._taps, *rest.shape[-2:]))
+        by_tap = self._gram.reshape(inputs, taps, size).transpose(1, 0, 2)
+        given = _listed(wide) @ by_tap
+        joined = _listed(behind).transpose(1, 0, 2).reshape(outputs, -1)
+        return np.asarray(joined @ given.reshape(-1, size))
 
     def _read(self, index: int) -> tuple[Float64, Float64]:
         """Return what a factor reads at each tap of those behind it.

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from onnxshrink import runtime, testing
+from onnxshrink import Pass, Report, runtime, shrink, testing
 from onnxshrink.activations import regression
 from onnxshrink.activations.regression import (
     ConvRows,
@@ -31,6 +35,8 @@ from onnxshrink.statistics import ConvWindow
 from onnxshrink.structure import layers
 
 Array = np.ndarray[Any, Any]
+
+ROOT = Path(__file__).parents[2]
 
 
 def _random(seed: int, *shape: int) -> Array:
@@ -821,6 +827,57 @@ def test_scales_of_codes_stay_positive_where_outputs_are_turned_round() -> None:
     assert (scale > 0).all()
     np.testing.assert_array_equal(scale[:2], coded["s"][:2])
     assert (scale[2:] != coded["s"][2:]).all()
+
+
+def _run(text: str | Sequence[Pass], name: str = "lenet-300-100") -> Report:
+    """Run passes over a real model with a few of its images; keep all of them."""
+    images = np.load(ROOT / "models" / "mnist.npz")
+    data = {
+        "image": images["train_x"][:600].astype(np.float32)[:, None] / 255,
+        "labels": images["train_y"][:600].astype(np.int64),
+    }
+    return shrink(
+        ROOT / "models" / f"{name}.onnx",
+        text,
+        data=data,
+        labels="labels",
+        on_breach="keep",
+        measure_latency=False,
+        measure_memory=False,
+        jobs=1,
+        threads=1,
+    ).report
+
+
+def test_every_layer_that_student_thins_is_repaired() -> None:
+    report = _run("student:keep=1,width=0.3 recover")
+    thin, repaired = report.steps
+    done = dict(repaired.did)
+    assert {"fc2.weight", "fc3.weight"} <= set(done)  # fc1 lost outputs, no inputs
+    assert "gives what it gave" in dict(repaired.skipped)["fc1.weight"]
+    before, after = (step.verdict.quality()["top1"] for step in (thin, repaired))
+    assert after > before + 5
+
+
+def test_the_pass_of_the_guide_is_repaired_in_both_factors() -> None:
+    guide = (ROOT / "passes" / "README.md").read_text(encoding="utf-8")
+    source = guide.split("```python")[1].split("```")[0]
+    module = types.ModuleType("thin")
+    sys.modules["thin"] = module  # dataclasses look for it
+    try:
+        exec(compile(source, "thin.py", "exec"), module.__dict__)
+        report = _run([module.__dict__["Thin"](rank=6), Recover()])
+    finally:
+        del sys.modules["thin"]
+    split, repaired = report.steps
+    done = dict(repaired.did)
+    halves = [where for where, _ in split.did]
+    assert halves
+    for where in halves:
+        factors = {name for name in done if name.startswith(where)}
+        assert len(factors) == 2, done
+        assert all("jointly with" in done[name] for name in factors)
+    assert repaired.verdict.damage < split.verdict.damage
 
 
 # --- what it leaves alone -------------------------------------------------------------
