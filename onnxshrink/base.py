@@ -490,16 +490,25 @@ class Context(metaclass=_ContextType):
         """Record a weight or node that was left alone, and why."""
         self.skips.append((where, why))
 
+    @property
+    def has_data(self) -> bool:
+        """Whether there are calibration samples; random inputs are none."""
+        samples = self.samples.calibration
+        return samples is not None and bool(samples.used) and not self.samples.random
+
     def need_data(
         self,
         why: str,
         split: Literal["calibration", "training", "validation"] = "calibration",
+        *,
+        instead: str = "",
     ) -> Samples:
         """Return samples the pass cannot do without; random inputs are none.
 
         Args:
             why: What they are for, after "to": ``"to see what the layers read"``.
             split: Which of the samples.
+            instead: What would do without, such as ``importance=magnitude``.
 
         Raises:
             UsageError: There are none; says what for, and how to give them.
@@ -512,7 +521,7 @@ class Context(metaclass=_ContextType):
         raise UsageError(
             f"{split} samples are needed {why}, and {words}; give "
             f"{'samples' if random else 'more'} with --data, such as --data "
-            "samples.npz (data= in Python)"
+            f"samples.npz (data= in Python){f', or {instead}' if instead else ''}"
         )
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -169,9 +169,9 @@ class Codebook(SitePass):
         Raises:
             UsageError: ``rounding=gptq`` is asked for without data.
         """
-        if self.rounding == "gptq" and not _has_data(ctx):
-            raise UsageError(
-                "rounding=gptq needs calibration data; give --data, or rounding=nearest"
+        if self.rounding == "gptq":
+            ctx.need_data(
+                "to see what layers read (rounding=gptq)", instead="rounding=nearest"
             )
         found = list(self._layers(model, ctx))
         counts = {layer.name: self.count for layer in found}
@@ -355,7 +355,7 @@ class Codebook(SitePass):
         self, found: Sequence[LinearWeight], ctx: Context
     ) -> Iterator[list[_Study]]:
         """Yield what is known of layers, a bounded number at a time."""
-        wants = self.rounding != "nearest" and _has_data(ctx) and bool(found)
+        wants = self.rounding != "nearest" and ctx.has_data and bool(found)
         seen = ctx.inputs(found) if wants else {}
         batch: list[_Study] = []
         held = 0
@@ -811,10 +811,6 @@ def _row_codes(task: _Study, rows: Float64, tables: Float64, owner: Array) -> Ar
 
 
 # --- what is known of a weight --------------------------------------------------------
-
-
-def _has_data(ctx: Context) -> bool:
-    return ctx.samples.calibration is not None and not ctx.samples.random
 
 
 def _is_bias(layer: LinearWeight) -> bool:

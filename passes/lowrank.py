@@ -586,9 +586,7 @@ class Lowrank(SitePass):
     # --- what activations and gradients say ---------------------------------------
 
     def _metric(self, ctx: Context) -> Metric:
-        samples = ctx.samples.calibration
-        has_data = bool(samples and samples.used) and not ctx.samples.random
-        if self.metric == "weights" or (self.metric == "auto" and not has_data):
+        if self.metric == "weights" or (self.metric == "auto" and not ctx.has_data):
             if self.scope == "global":
                 ctx.need_data("to see what the outputs lose (scope=global)")
             return "weights"

@@ -366,14 +366,13 @@ class Prune(SitePass):
     # --- what activations say -----------------------------------------------------
 
     def _measure(self, ctx: Context) -> Measure:
-        has_data = ctx.samples.calibration is not None and not ctx.samples.random
         if self.importance == "auto":
-            return "obs" if has_data and self.threshold is None else "magnitude"
+            return "obs" if ctx.has_data and self.threshold is None else "magnitude"
         wanted: Measure = "obs" if self.importance == "sparsegpt" else self.importance
-        if wanted != "magnitude" and not has_data:
-            raise UsageError(
-                f"importance={self.importance} needs calibration data; give --data, or "
-                "importance=magnitude"
+        if wanted != "magnitude":
+            ctx.need_data(
+                f"to see what weights multiply (importance={self.importance})",
+                instead="importance=magnitude",
             )
         return wanted
 

@@ -204,7 +204,7 @@ class Quantize(SitePass):
             ("rounding", self.rounding, ("learned", "gptq", "adaround")),
         ):
             if value in looks and (random or not usable):
-                raise UsageError(f"{option}={value} looks at activations: give --data")
+                ctx.need_data(f"to see activations ({option}={value})")
         return usable and not random
 
     def _form(

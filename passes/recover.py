@@ -153,10 +153,9 @@ class Recover(SitePass):
             UsageError: There are some, but no real data.
         """
         found = self._repairs(model, ctx)
-        if found and (ctx.samples.random or ctx.samples.calibration is None):
-            raise UsageError(
-                f"recover compares what {found[0].where} and others give with the "
-                "reference on real samples, and there are none; give --data"
+        if found:
+            ctx.need_data(
+                f"to compare what {found[0].where} and others give with the reference"
             )
         return [
             RecoverSite(

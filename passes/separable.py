@@ -106,7 +106,7 @@ class Separable(SitePass):
 
     def sites(self, model: Model, ctx: Context) -> Sequence[Site]:
         """List the convolutions that a separable form pays for."""
-        if self.norm == "add" and not _has_data(ctx):
+        if self.norm == "add" and not ctx.has_data:
             ctx.need_data("to write down means and variances of outputs (norm=add)")
         shapes = _shapes(model, ctx)
         found: list[Site] = []
@@ -208,7 +208,7 @@ class Separable(SitePass):
             if layer.name in chosen
         ]
         small = [layer for layer in found if _patch(layer) <= _LARGEST]
-        seen = ctx.inputs(small) if _has_data(ctx) and small else {}
+        seen = ctx.inputs(small) if ctx.has_data and small else {}
         mark = fingerprint(model)
         fits = []
         for number, layer in enumerate(found):
@@ -452,11 +452,6 @@ def _why_not(layer: LinearWeight) -> str:
     if not np.isfinite(layer.weight.read()).all():
         return "it holds NaN or infinity"
     return ""
-
-
-def _has_data(ctx: Context) -> bool:
-    samples = ctx.samples.calibration
-    return samples is not None and bool(samples.used) and not ctx.samples.random
 
 
 def _shapes(model: Model, ctx: Context) -> Mapping[str, Sequence[int]]:

@@ -225,5 +225,9 @@ def test_data_that_leaves_none_for_training_is_told_from_none() -> None:
     ctx = context(Splits(calibration=samples))
 
     assert ctx.need_data("to see what layers read") is samples
+    assert ctx.has_data
+    assert not context().has_data
+    with pytest.raises(UsageError, match=r"or importance=magnitude$"):
+        context().need_data("to rank", instead="importance=magnitude")
     with pytest.raises(UsageError, match="the data given leaves none; give more with"):
         ctx.need_data("to learn scales", "training")

@@ -80,7 +80,7 @@ def test_feedback_without_data_is_refused() -> None:
         "g (float[N,8] x) => (float[N,8] y) { y = MatMul(x, w) }",
         w=RNG(0).standard_normal((8, 8)).astype(np.float32),
     )
-    with pytest.raises(UsageError, match="needs calibration data"):
+    with pytest.raises(UsageError, match=r"needed to see what .*--data.*or rounding="):
         Codebook(rounding="gptq").sites(model, context(model))
 
 

@@ -150,7 +150,7 @@ def test_a_layer_that_reads_infinity_is_named(form: str) -> None:
 )
 def test_rounding_by_activations_without_any_is_refused(option: str) -> None:
     (step,) = Pipeline.parse(f"quantize:activations=none,{option}").passes
-    with pytest.raises(UsageError, match=f"{option} looks at activations: give --data"):
+    with pytest.raises(UsageError, match=rf"to see activations \({option}\).*--data"):
         testing.apply(step, convolutions())
 
 
@@ -230,7 +230,7 @@ def test_static_without_data_says_what_to_give() -> None:
 @pytest.mark.parametrize("equalize", ["smooth", "awq"])
 def test_equalization_of_activations_needs_data(equalize: str) -> None:
     (step,) = Pipeline.parse(f"quantize:equalize={equalize}").passes
-    with pytest.raises(UsageError, match="give --data"):
+    with pytest.raises(UsageError, match=r"needed to see activations .*--data"):
         testing.apply(step, convolutions())
 
 
