@@ -273,7 +273,7 @@ class Codebook(SitePass):
         each weight loses of its own.
         """
         curves: dict[str, list[float]] = {}
-        weights = _output_weights(model, found, ctx) if _has_data(ctx) else {}
+        weights = _output_weights(model, found, ctx) if ctx.has_data else {}
         for batch in self._studies(found, ctx):
             batch = [replace(one, weights=weights.get(one.name)) for one in batch]
             done = ctx.map(_error_curve, batch, "studying weights")
