@@ -5,27 +5,64 @@ Tested in tests/statistics/test_statistics.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxshrink.errors import ModelError
+from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.statistics.base import (
     Array,
     Float64,
     Statistic,
+    Stored,
     around,
     chunks,
     gathered,
     grown,
     numeric,
+    stored,
 )
 
 __all__ = ["ChannelNorm", "Mean", "Moments"]
 
 
+class Norms(Stored):
+    """A statistic that holds sums of squares, sums and a number of rows."""
+
+    squares: Float64 | None
+    sums: Float64 | None
+    rows: int
+
+    @property
+    def _axes(self) -> int:
+        """How many axes the sums have."""
+        return 1
+
+    def state(self) -> dict[str, Array]:
+        """Return the sums as arrays."""
+        nothing = np.zeros((0,) * self._axes)
+        return {
+            "squares": nothing if self.squares is None else self.squares,
+            "sums": nothing if self.sums is None else self.sums,
+            "rows": np.array([self.rows]),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over stored sums."""
+        squares = stored(state, "squares", "f", *(None,) * self._axes)
+        sums = stored(state, "sums", "f", *squares.shape)
+        rows = int(stored(state, "rows", "i", 1)[0])
+        if rows < 0 or (rows > 0) > (squares.size > 0):
+            raise UsageError("a stored norm contradicts itself")
+        if np.any(squares < 0):
+            raise UsageError("a stored norm has negative squares")
+        self.rows = rows
+        self.squares, self.sums = (squares, sums) if squares.size else (None, None)
+
+
 @dataclass(eq=False)
-class ChannelNorm(Statistic):
+class ChannelNorm(Norms):
     """Sum of squares of each channel: the activation norm of Wanda.
 
     Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language

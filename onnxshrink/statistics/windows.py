@@ -18,11 +18,11 @@ from onnxshrink.statistics import base
 from onnxshrink.statistics.base import (
     Array,
     Float64,
-    Statistic,
     gathered,
     grown,
     numeric,
 )
+from onnxshrink.statistics.moments import Norms
 from onnxshrink.statistics.products import Products, product, refuse_large
 from onnxshrink.statistics.rows import Sample
 
@@ -149,7 +149,7 @@ class ConvWindow:
 
 
 @dataclass(eq=False)
-class ConvNorm(Statistic):
+class ConvNorm(Norms):
     """Sum of squares of what each entry of a kernel multiplies: Wanda for Conv.
 
     The input is unfolded into patches as im2col does; entry [g, c, k...] is the sum
@@ -167,6 +167,10 @@ class ConvNorm(Statistic):
     squares: Float64 | None = field(init=False, default=None)
     sums: Float64 | None = field(init=False, default=None)
     rows: int = field(init=False, default=0)
+
+    @property
+    def _axes(self) -> int:
+        return 2 + len(self.window.kernel)
 
     @property
     def norm(self) -> Float64:

@@ -23,9 +23,11 @@ from onnxshrink.statistics import (
     ChannelNorm,
     ChannelRange,
     ConvGram,
+    ConvNorm,
     ConvWindow,
     Gram,
     Histogram,
+    Mean,
     Multi,
     Range,
 )
@@ -344,6 +346,7 @@ def test_ranges_of_channels_leave_fills_out():
         Range,
         lambda: Range(axis=-1),
         Gram,
+        ChannelNorm,
         lambda: Multi(a=observer(), b=Gram(), c=Range()),
     ],
 )
@@ -373,6 +376,36 @@ def test_a_stored_gram_of_patches_goes_on_as_it_was():
     first.update(x[2:])
     assert np.allclose(first.matrix, whole.matrix)  # type: ignore[arg-type]
     assert first.rows == whole.rows
+
+
+def test_a_stored_norm_of_patches_goes_on_as_it_was():
+    x = np.random.default_rng(0).normal(size=(4, 4, 5, 5)).astype(np.float32)
+    make = lambda: ConvNorm(ConvWindow((3, 3), group=2))  # noqa: E731
+    whole, first, again = make(), make(), make()
+    whole.update(x)
+    first.update(x[:2])
+    again.restore(first.state())
+    again.update(x[2:])
+    assert np.allclose(again.squares, whole.squares)  # type: ignore[arg-type]
+    assert np.allclose(again.sums, whole.sums)  # type: ignore[arg-type]
+    assert again.rows == whole.rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"squares": -np.ones(2)},
+        {"squares": np.zeros((2, 2))},
+        {"squares": np.zeros(0), "sums": np.zeros(0)},
+        {"sums": np.zeros(3)},
+        {"rows": np.array([-1])},
+    ],
+)
+def test_a_stored_norm_that_contradicts_itself_is_refused(change):
+    found = ChannelNorm()
+    found.update(np.ones((3, 2), np.float32))
+    with pytest.raises(UsageError, match="stored"):
+        ChannelNorm().restore(found.state() | change)
 
 
 @pytest.mark.parametrize(
@@ -582,6 +615,6 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path):
 
 def test_statistics_that_cannot_be_stored_are_refused(tmp_path: Path):
     model = chain()
-    for statistic in (ChannelNorm(), Multi(a=observer(), b=ChannelNorm())):
-        with pytest.raises(UsageError, match=r"ChannelNorm.* cannot be"):
+    for statistic in (Mean(), Multi(a=observer(), b=Mean())):
+        with pytest.raises(UsageError, match=r"Mean.* cannot be"):
             gather_cached(model, {"h": statistic}, context(model), tmp_path)  # type: ignore[dict-item]
