@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +42,10 @@ _REFITS = 2
 """How often codes and table take turns where the inputs are known."""
 _PROBED = 64
 """Samples on which it is measured what errors cost the outputs."""
+_SPARSE = 0.5
+"""Share of zeros from which the error of a weight is not fed on to others."""
+_DESCENDED = 1 << 34
+"""Products that a sweep over a layer's columns may take."""
 _SCALINGS = 4
 """How often scales and table take turns."""
 
@@ -58,6 +62,7 @@ class CodebookSite(Site):
         group: Output channels that share a table, if not all do.
         block: Weights that share a table, if not all do.
         scale: ``channel`` if each output channel has a factor of its own.
+        trade: Share of the outputs' energy that a bit is worth, if there is a rate.
     """
 
     values: int = 16
@@ -65,6 +70,7 @@ class CodebookSite(Site):
     group: int | None = None
     block: int | None = None
     scale: str = ""
+    trade: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +106,9 @@ class Codebook(SitePass):
             range (``linear``) or over the weights (``quantile``).
         bytes: Share of their bytes that all weights together may take: values are
             divided among them, and bits and values are not given.
-        rate: Bits a weight that an ideal coder may take for the codes: frequent codes
-            are preferred to nearer ones.
+        rate: Bits a weight that an ideal coder may take for the codes of all weights
+            together: frequent codes are preferred to nearer ones, in all weights by as
+            much as the outputs lose by a bit saved.
         also: ``biases``, which get as many values, or fp16 where a table is larger.
         only: Act only on these weights or nodes: names, glob patterns or op types.
         skip: Leave these weights or nodes alone: names, glob patterns or op types.
@@ -140,6 +147,10 @@ class Codebook(SitePass):
             raise UsageError("bytes chooses the values; leave out bits and values")
         if self.rate is not None and not 0 < self.rate <= 8:
             raise UsageError(f"rate is above 0 and up to 8 bits, not {self.rate}")
+        if self.rate is not None and (
+            self.granularity != "tensor" or self.scale != "none"
+        ):
+            raise UsageError("rate goes with granularity=tensor and scale=none only")
         if self.dim == 1:
             return
         for name, plain in (
@@ -177,6 +188,9 @@ class Codebook(SitePass):
         counts = {layer.name: self.count for layer in found}
         if self.bytes is not None and found:
             counts = self._divided(model, found, ctx)
+        trades: dict[str, float] = {}
+        if self.rate is not None and found:
+            trades = self._traded(model, found, counts, ctx)
         sites = []
         for layer in found:
             count = counts[layer.name]
@@ -199,6 +213,7 @@ class Codebook(SitePass):
                     group=self.group if self.granularity == "channel" else None,
                     block=self.block if self.granularity == "block" else None,
                     scale=self.scale if self.scale != "none" else "",
+                    trade=trades.get(layer.name),
                 )
             )
         return sites
@@ -305,6 +320,45 @@ class Codebook(SitePass):
         ctx.did("bytes", f"as a pipeline: {steps}")
         return chosen
 
+    def _traded(
+        self,
+        model: Model,
+        found: Sequence[LinearWeight],
+        counts: Mapping[str, int],
+        ctx: Context,
+    ) -> dict[str, float]:
+        """Return what a bit is worth to each layer, as a share of its energy.
+
+        To the model's outputs it is worth the same in all of them (Lagrange).
+        """
+        assert self.rate is not None
+        weights = _output_weights(model, found, ctx) if ctx.has_data else {}
+        curves: dict[str, codebook.RateCurve] = {}
+        worth: dict[str, float] = {}
+        for batch in self._studies(found, ctx):
+            for one in batch:
+                if one.bias:
+                    continue
+                array = one.tensor.read()
+                count = counts[one.name]
+                zero = _keeps_zero(array, count)
+                curves[one.name] = codebook.RateCurve(array, count, zero)
+                worth[one.name] = _energy_share(one, array, weights.get(one.name))
+        if not curves:
+            return {}
+        size = sum(curve.size for curve in curves.values())
+
+        def rate(trade: float) -> float:
+            bits = 0.0
+            for name, curve in curves.items():
+                bits += curve.bits(trade / worth[name] * curve.energy)
+            return bits / size
+
+        trade = codebook.trade_for(rate, self.rate, 1.0)
+        if rate(trade) > 1.05 * self.rate:
+            ctx.skipped("rate", f"{self.rate:g} bits a weight are too few for these")
+        return {name: trade / worth[name] for name in curves}
+
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Return the site with more values, up to 256, in equal ratios."""
         if strength >= 1:
@@ -315,9 +369,11 @@ class Codebook(SitePass):
         if count <= site.values:
             return site
         share = math.log2(256 / count) / max(math.log2(256 / site.values), 1e-9)
+        trade = None if site.trade is None else site.trade * 1e-3 ** (1 - strength)
         return replace(
             site,
             values=count,
+            trade=trade,
             savings=Savings(bytes=int(site.savings.bytes * (0.75 + 0.25 * share))),
         )
 
@@ -336,13 +392,18 @@ class Codebook(SitePass):
         mark = fingerprint(model) if found else ""
         # Back-off asks for the same weight with as many values again and again.
         keys = {
-            name: ("codebook", str(self), mark, name, site.values)
+            name: ("codebook", str(self), mark, name, site.values, site.trade)
             for name, site in wanted.items()
         }
         results = {name: ctx.memory.get(key) for name, key in keys.items()}
         missing = [layer for layer in found if results[layer.name] is None]
         for batch in self._studies(missing, ctx):
-            tasks = [replace(one, count=wanted[one.name].values) for one in batch]
+            tasks = [
+                replace(
+                    one, count=wanted[one.name].values, trade=wanted[one.name].trade
+                )
+                for one in batch
+            ]
             for task, result in zip(
                 tasks, ctx.map(_share, tasks, self.name), strict=True
             ):
@@ -407,6 +468,7 @@ class _Study:
         bias: Whether it is a bias.
         tables: How many tables it gets.
         count: Values in a table.
+        trade: Share of the layer's energy that a bit is worth, if there is a rate.
         shares_rows: Whether codes are wanted beside values.
     """
 
@@ -419,6 +481,7 @@ class _Study:
     bias: bool
     tables: int
     count: int = 0
+    trade: float | None = None
     shares_rows: bool = False
     weights: Float64 | None = None
 
@@ -494,14 +557,14 @@ def _share(task: _Study) -> _Result:
         return _shared_channels(task, array)
     importance = task.importance()
     zero = _keeps_zero(array, task.count)
-    table, lengths, trade = _fitted(array, task.count, zero, options, importance)
+    table, lengths, trade = _fitted(task, array, zero, importance)
     if task.gram is None:
         if lengths is None:
             codes = kmeans.assign(array, table)
         else:
             codes = codebook.assign_by_rate(array, table, lengths, trade)
     else:
-        codes, table = _fed_back(task, array, table, importance, lengths, trade)
+        codes, table = _fed_back(task, array, table, lengths)
     table = _narrow(table, array.dtype)
     values = table[codes]
     words = _words(array, values, len(np.unique(table)), task.gram, task.layout)
@@ -513,17 +576,20 @@ def _share(task: _Study) -> _Result:
 
 
 def _fitted(
-    array: Array,
-    count: int,
-    zero: bool,
-    options: Codebook,
-    importance: Float64 | None,
+    task: _Study, array: Array, zero: bool, importance: Float64 | None
 ) -> tuple[Float64, Float64 | None, float]:
     """Return a table, and lengths and trade-off if there is a rate."""
-    if options.rate is not None:
-        return codebook.fit_by_rate(array, count, rate=options.rate, zero=zero)
+    if task.trade is not None:
+        energy = float(np.square(array, dtype=np.float64).sum())
+        return codebook.fit_by_rate(
+            array, task.count, trade=task.trade * energy, zero=zero
+        )
     table = kmeans.fit(
-        array, count, importance=importance, zero=zero, initial=options.initial
+        array,
+        task.count,
+        importance=importance,
+        zero=zero,
+        initial=task.options.initial,
     )
     return table, None, 0.0
 
@@ -532,9 +598,7 @@ def _fed_back(
     task: _Study,
     array: Array,
     table: Float64,
-    importance: Float64 | None,
     lengths: Float64 | None,
-    trade: float,
 ) -> tuple[Array, Float64]:
     """Choose codes by what the layer's outputs lose, and refit the table to them."""
     assert task.gram is not None
@@ -549,29 +613,39 @@ def _fed_back(
     def lost(codes: Array, values: Array) -> float:
         return codebook.output_error(rows, values[codes], gram)
 
-    scale = float(np.einsum("gii->", task.gram)) / max(
-        1, task.gram.shape[0] * task.gram.shape[1]
-    )
-    best: tuple[float, Array, Float64] | None = None
+    trade = 0.0
+    if task.trade is not None:
+        trade = task.trade * codebook.output_error(rows, np.zeros_like(rows), gram)
+    share = np.broadcast_to(np.asarray(task.importance()), array.shape)
+    mean = float(np.einsum("gii->", gram)) / max(1, gram.shape[0] * gram.shape[1])
+    diagonal = mean * task.layout.matrices(share).reshape(rows.shape)
     if lengths is None:
-        nearest = kmeans.assign(rows, table)
-        best = (lost(nearest, table), nearest, table)
+        codes = kmeans.assign(rows, table)
+    else:
+        codes = codebook.assign_by_rate(rows, table, lengths, trade, diagonal)
+    best = (lost(codes, table), codes, table)
     bits = lengths
+    # What is zero makes up for nothing: a pruned layer has too little left to feed on.
+    feeds = lengths is None and float(np.mean(rows == 0)) < _SPARSE
+    descends = rows.size * rows.shape[1] <= _DESCENDED
     for _ in range(_REFITS + 1):
-        codes = codebook.feedback(
-            rows, task.gram, table, lengths=bits, trade=trade * scale
-        )
+        if feeds:
+            codes = codebook.feedback(rows, gram, table)
+        if descends:
+            codes = codebook.descend(
+                rows, gram, table, codes, lengths=bits, trade=trade
+            )
         if bits is not None:
             counts = np.bincount(codes.reshape(-1), minlength=len(table))
             bits = codebook.lengths_of(np.maximum(counts, 0.5))
-        refitted = codebook.refit(rows, task.gram, table, codes)
+        refitted = codebook.refit(rows, gram, table, codes)
         error = lost(codes, refitted)
-        if best is None or error < best[0] or bits is not None:
+        if error < best[0] or bits is not None:
             best = (error, codes, refitted)
         order = np.argsort(refitted, kind="stable")
         table = refitted[order]
+        codes = np.argsort(order).astype(np.uint8)[codes]
         bits = None if bits is None else bits[order]
-    assert best is not None
     return placed(best[1]), best[2]
 
 
@@ -922,6 +996,17 @@ def _error_curve(task: _Study) -> list[float]:
         array, 256, importance=importance, zero=_keeps_zero(array, 256)
     )
     return [float(errors[count - 1]) / energy for count in COUNTS]
+
+
+def _energy_share(one: _Study, array: Array, weights: Float64 | None) -> float:
+    """Return what the model's outputs lose if all of a weight goes; 1 if not known."""
+    if weights is None or one.squares is None:
+        return 1.0
+    matrices = np.square(one.layout.matrices(array), dtype=np.float64)
+    groups, outputs, _ = one.layout.matrices_shape
+    energies = np.einsum("goi,gi->go", matrices, one.squares)
+    share = float((energies * weights.reshape(groups, outputs)).sum())
+    return max(share, 1e-12)
 
 
 def _output_weights(

@@ -171,6 +171,45 @@ def test_a_refitted_table_is_the_least_squares_solution() -> None:
     assert codebook.refit(weight, gram, pinned, codes)[2] == 0.0
 
 
+@pytest.mark.parametrize("stacks", [1, 2])
+@pytest.mark.parametrize("trade", [0.0, 20.0])
+def test_descent_never_loses_and_no_single_change_would_gain(
+    trade: float, stacks: int
+) -> None:
+    weight, gram = layer(8, 12, stacks=stacks)
+    weight[np.abs(weight) < 0.5] = 0.0
+    table = np.array([-1.0, 0.0, 1.0])
+    lengths = np.array([3.0, 1.0, 2.0])
+
+    def total(codes: Array) -> float:
+        bits = float(lengths[codes].sum())
+        return codebook.output_error(weight, table[codes], gram) + trade * bits
+
+    start = kmeans.assign(weight, table)
+    codes = codebook.descend(
+        weight, gram, table, start, lengths=lengths, trade=trade, sweeps=50
+    )
+    assert total(codes) < total(start)
+    assert (table[codes][weight == 0] == 0).all()
+    for row, column in zip(*np.nonzero(weight), strict=True):
+        for code in range(3):
+            other = codes.copy()
+            other[row, column] = code
+            assert total(other) >= total(codes) - 1e-6 * total(codes)
+
+
+def test_a_curve_of_rates_says_what_a_fit_takes() -> None:
+    values = np.random.default_rng(2).standard_normal(50_000)
+    curve = codebook.RateCurve(values, 16, zero=False)
+    assert curve.energy == pytest.approx(float(values @ values))
+    rates = [curve.bits(trade) for trade in (0.0, 0.01, 0.1, 1.0)]
+    assert rates == sorted(rates, reverse=True)
+    centroids, lengths, trade = codebook.fit_by_rate(values, 16, trade=0.1)
+    codes = codebook.assign_by_rate(values, centroids, lengths, trade)
+    bits = 50_000 * codebook.entropy(np.bincount(codes))
+    assert bits == pytest.approx(rates[2], rel=0.15)
+
+
 def test_inputs_that_never_vary_do_no_harm() -> None:
     weight, gram = layer(5, 8)
     gram[3], gram[:, 3] = 0.0, 0.0
