@@ -445,6 +445,7 @@ class _PipelineRun:
             seed=manager.seed,
             progress=manager.progress,
             answers=answers,
+            timed_against=self.original,
         )
 
     # --- the whole run ------------------------------------------------------------

@@ -91,6 +91,7 @@ class Validator:
         seed: int = 0,
         progress: Progress | None = None,
         answers: Mapping[str, Array] | None = None,
+        timed_against: Source | None = None,
     ) -> None:
         """Set up the judge; nothing runs yet.
 
@@ -110,6 +111,7 @@ class Validator:
             progress: Receives progress.
             answers: What outputs should be, by name, the first axis evaluation samples;
                 by default what the reference gives. Other outputs do not count then.
+            timed_against: What the latency is a multiple of; by default the reference.
 
         Raises:
             UsageError: No evaluation samples, or a metric that does not exist.
@@ -126,6 +128,7 @@ class Validator:
         self._batch_size = batch_size
         self._progress = progress
         self._answers = answers
+        self._timed_against = reference if timed_against is None else timed_against
         self._labels = self.samples.labels
         self._metric = metric
         if isinstance(metric, str) and ":" in metric:
@@ -481,7 +484,7 @@ class Validator:
     def _latency_ratio(self, session: runtime.Session) -> float:
         from onnxshrink.measuring.measure import latencies
 
-        reference = self._session(self._source)
+        reference = self._session(self._timed_against)
         _, ratio = latencies(session, reference, self.samples.read([0]))
         return ratio if ratio is not None else 1.0
 

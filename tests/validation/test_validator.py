@@ -737,3 +737,23 @@ def test_progress_is_reported():
     judge.check(linear())
     assert seen[:3] == [(1, 3, "reference"), (2, 3, "reference"), (3, 3, "reference")]
     assert seen[-1] == (3, 3, "check")
+
+
+def test_latency_is_a_multiple_of_the_model_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A model that was taught is the reference, and another one is what came.
+    def latencies(session: Any, baseline: Any, feed: Any) -> tuple[float, float]:
+        (one,), (other,) = session.run(feed).values(), baseline.run(feed).values()
+        return 1.0, float(one.ravel()[0] / other.ravel()[0])
+
+    monkeypatch.setattr("onnxshrink.measuring.measure.latencies", latencies)
+    taught = linear(2 * W)
+    judge = Validator(
+        taught,
+        splits(taught),
+        Budget(max_latency_ratio=1.5),
+        timed_against=linear(W),
+    )
+    verdict = judge.check(taught)
+    assert "latency is 2.00 of the reference's, more than 1.50" in verdict.reason
