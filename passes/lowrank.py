@@ -129,6 +129,9 @@ class _Place:
             across = math.prod(steps[1:])
             rest = math.prod(kernel[1:])
             return ranks[0] * (inputs * kernel[0] * across + outputs * rest) / dense
+        if self.form == "cp":
+            before = inputs * math.prod(steps) + size + outputs
+            return ranks[0] * before / dense
         if self.form == "tucker":
             few, many = ranks
             before = inputs * few * math.prod(steps)
@@ -224,7 +227,8 @@ class Lowrank(SitePass):
     layers.
 
     ``conv=spatial`` is 3x1 then 1x3 (Jaderberg et al. 2014), ``channel`` 3x3 to few
-    channels then 1x1 (Zhang et al. 2016), ``tucker`` 1x1, 3x3, 1x1 (Kim et al. 2016).
+    channels then 1x1 (Zhang et al. 2016), ``tucker`` 1x1, 3x3, 1x1 (Kim et al. 2016),
+    ``cp`` the same with a 3x3 of each channel by itself (Lebedev et al. 2015).
     Kernels with one axis, 1x1 and ConvTranspose are always split by ``channel``.
 
     Attributes:
@@ -837,7 +841,7 @@ def _place_of(model: Model, layer: LinearWeight, conv: Form) -> _Place | str:
     kernel = shape[2:]
     if form == "spatial" and sum(size > 1 for size in kernel) < 2:
         form = "channel"
-    if form == "tucker" and math.prod(kernel) == 1:
+    if form in ("tucker", "cp") and math.prod(kernel) == 1:
         form = "channel"
     for other in layer.uses:
         why = splitting.why_not_conv(other.node, form)
@@ -1108,16 +1112,19 @@ class _Prices:
                 (ranks[0], outputs, rest, made),
             ]
         else:
-            few, many = ranks
+            few, many = ranks if place.form == "tucker" else ranks * 2
             chain = [
                 (inputs, few, ones, given),
                 (few, many, kernel, made),
                 (many, outputs, ones, made),
             ]
         total = Cost(seconds=0.0)
-        for ins, outs, size, where in chain:
+        for number, (ins, outs, size, where) in enumerate(chain):
+            alone = groups
+            if ranks is not None and place.form == "cp" and number == 1:
+                alone = ins * groups
             total += self.costs.conv(
-                ins * groups, outs * groups, size, where, groups=groups
+                ins * groups, outs * groups, size, where, groups=alone
             )
         return total
 

@@ -318,8 +318,13 @@ def place_kernels(
         data = node.inputs[0]
         for index, tensor in enumerate(made):
             attrs = _window(old, arrays[index].shape[2:], owners, index)
-            if len(chains) > 1:
-                attrs["group"] = len(chains)
+            groups = len(chains)
+            if chains[0].form == "cp" and index == 1:  # a kernel for each channel
+                groups = len(arrays[index])
+            if groups > 1:
+                attrs["group"] = groups
+            else:
+                node.attrs.pop("group", None)
             if index < count - 1:
                 name = f"{node.name or node.op}_{_place(index, count)}"
                 label = f"{node.outputs[0].name}_{_place(index, count)}"

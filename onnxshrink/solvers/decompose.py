@@ -2,7 +2,7 @@
 
 A kernel is an array [outputs, inputs, k1, ..., kn] of one group; the metric of data is
 the second moment of its patches, [inputs * k, inputs * k] in the order of
-``kernel.reshape(outputs, -1)``. Three forms, each exact at full rank:
+``kernel.reshape(outputs, -1)``. Four forms, each exact at full rank:
 
 - ``channel``: k1 x .. x kn with few outputs, then 1 x .. x 1 (Zhang et al. 2016,
   "Accelerating Very Deep Convolutional Networks", section 3.1; for 1 x 1 and for
@@ -12,6 +12,9 @@ the second moment of its patches, [inputs * k, inputs * k] in the order of
   as long may change places: ``decomposed`` takes what fits better.
 - ``tucker``: 1 x .. x 1, k1 x .. x kn, 1 x .. x 1 (Kim et al. 2016, "Compression of
   Deep Convolutional Neural Networks", section 3.1: Tucker-2 by HOSVD, then sweeps).
+- ``cp``: 1 x .. x 1, k1 x .. x kn of each channel by itself, 1 x .. x 1: canonical
+  polyadic decomposition (Lebedev et al. 2015, "Speeding-up Convolutional Neural
+  Networks Using Fine-tuned CP-Decomposition", section 3), axes of the kernel together.
 
 ``refit`` improves all factors jointly by alternating least squares on
 ``E |W x - W' x|^2``: each factor enters linearly, so each is a least-squares problem.
@@ -28,7 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
+from scipy.linalg import lapack, solve_triangular
 
 from onnxshrink.errors import UsageError
 from onnxshrink.solvers.svd import DAMPING, balanced, split, truncated
@@ -50,9 +53,9 @@ __all__ = [
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
-Form = Literal["channel", "spatial", "tucker"]
+Form = Literal["channel", "spatial", "tucker", "cp"]
 
-FORMS: tuple[Form, ...] = ("channel", "spatial", "tucker")
+FORMS: tuple[Form, ...] = ("channel", "spatial", "tucker", "cp")
 _SWEEPS = 3
 _STEPS = 8
 """Steps of conjugate gradients for each factor in each sweep."""
@@ -60,6 +63,10 @@ _LEAST_GAIN = 1e-2
 """Share of the error that a sweep must take off for another to follow."""
 _HOOI = 3
 """Sweeps of higher-order orthogonal iteration."""
+_ALS = 40
+"""Sweeps of alternating least squares for the factors of ``cp``."""
+_POINTS = 5
+"""Ranks of ``cp`` that are tried to know what others lose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +84,8 @@ class Chain:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Channels between the kernels."""
+        if self.form == "cp":
+            return (len(self.kernels[0]),)
         return tuple(len(kernel) for kernel in self.kernels[:-1])
 
     @property
@@ -101,14 +110,18 @@ def full_ranks(form: Form, shape: Sequence[int]) -> tuple[int, ...]:
         return (min(outputs, inputs * first * rest),)
     if form == "spatial":
         return (min(inputs * first, outputs * rest),)
+    if form == "cp":
+        size = first * rest
+        return (min(inputs * min(outputs, size), outputs * min(inputs, size)),)
     return min(inputs, outputs * first * rest), min(outputs, inputs * first * rest)
 
 
 def parameters(form: Form, shape: Sequence[int], ranks: Sequence[int]) -> int:
     """Return how many values the kernels of a form have.
 
-    ``r (c k + o)`` for ``channel``, ``r (c k1 + o k2..kn)`` for ``spatial`` and
-    ``c r + k r s + s o`` for ``tucker``, for ``c`` inputs and ``o`` outputs.
+    ``r (c k + o)`` for ``channel``, ``r (c k1 + o k2..kn)`` for ``spatial``,
+    ``c r + k r s + s o`` for ``tucker`` and ``r (c + k + o)`` for ``cp``, for ``c``
+    inputs and ``o`` outputs.
 
     Args:
         form: The form.
@@ -120,6 +133,8 @@ def parameters(form: Form, shape: Sequence[int], ranks: Sequence[int]) -> int:
         return ranks[0] * (inputs * first * rest + outputs)
     if form == "spatial":
         return ranks[0] * (inputs * first + outputs * rest)
+    if form == "cp":
+        return ranks[0] * (inputs + first * rest + outputs)
     few, many = ranks
     return inputs * few + few * many * first * rest + many * outputs
 
@@ -158,6 +173,8 @@ def decomposed(
         chains = [tucker(kernel, (few, many), seen) for kernel, _, seen in tasks]
     elif form == "channel":
         chains = [channel(kernel, ranks[0], seen) for kernel, _, seen in tasks]
+    elif form == "cp":
+        chains = [cp(kernel, ranks[0], seen) for kernel, _, seen in tasks]
     else:
         orders = [
             [spatial(k, ranks[0], seen, first=axis) for k, _, seen in tasks]
@@ -212,6 +229,8 @@ def losses(
         matrix, seen = _columns(weighed, moment)
         found = split(matrix, inputs=seen)
         return [found.lost(ranks[0]) for ranks in choices]
+    if form == "cp":
+        return _losses_of_cp(weighed, [ranks[0] for ranks in choices], moment)
     tall, seen = _inputs(weighed, moment)
     one, two = split(tall, inputs=seen), split(flat, inputs=moment)
     return [one.lost(ranks[0]) + two.lost(ranks[1]) for ranks in choices]
@@ -387,6 +406,126 @@ def _inputs(kernel: Array, moment: Array | None) -> tuple[Array, Array | None]:
     return tall, np.einsum("ckdk->cd", square) / k
 
 
+def cp(
+    kernel: Array,
+    rank: int,
+    moment: Array | None = None,
+    damping: float = DAMPING,
+    sweeps: int = _ALS,
+) -> Chain:
+    """Return 1 x .. x 1, a kernel for each channel, and 1 x .. x 1.
+
+    By alternating least squares from leading singular vectors, the inputs whitened
+    where there is data. At full rank the factors are those of the SVD of what each
+    input, or each output, does: exact.
+
+    Args:
+        kernel: [outputs, inputs, k1, ..., kn].
+        rank: Channels in between.
+        moment: Second moment of the patches; ``None`` minimises the kernel's error.
+        damping: As in ``svd.split``.
+        sweeps: Of alternating least squares.
+    """
+    _check("cp", kernel.shape, (rank,))
+    tensor, root = _whitened(kernel, moment, damping)
+    outs, ins, taps = _polyadic(tensor, rank, sweeps)
+    into = (
+        ins.T if root is None else solve_triangular(root, ins, lower=True, trans="T").T
+    )
+    ones = (1,) * (kernel.ndim - 2)
+    return Chain(
+        "cp",
+        (
+            np.ascontiguousarray(into).reshape(rank, kernel.shape[1], *ones),
+            np.ascontiguousarray(taps.T).reshape(rank, 1, *kernel.shape[2:]),
+            outs.reshape(len(kernel), rank, *ones),
+        ),
+    )
+
+
+def _whitened(
+    kernel: Array, moment: Array | None, damping: float
+) -> tuple[Float64, Float64 | None]:
+    """Return [outputs, inputs, k] times the root of what inputs are, and the root."""
+    outputs, inputs, first, rest = _sizes(kernel.shape)
+    tensor = np.asarray(kernel, np.float64).reshape(outputs, inputs, first * rest)
+    _, seen = _inputs(kernel, moment)
+    if seen is None:
+        return tensor, None
+    mean = max(float(np.trace(seen)) / inputs, 1e-300)
+    root = np.linalg.cholesky(seen + (damping + 1e-9) * mean * np.eye(inputs))
+    return np.asarray(np.einsum("ock,cd->odk", tensor, root)), root
+
+
+def _polyadic(
+    tensor: Float64, rank: int, sweeps: int
+) -> tuple[Float64, Float64, Float64]:
+    """Return factors [outputs, rank], [inputs, rank] and [k, rank]."""
+    outputs, inputs, taps = tensor.shape
+    if rank == min(inputs * min(outputs, taps), outputs * min(inputs, taps)):
+        return _exact(tensor)
+    rng = np.random.default_rng(0)
+    factors = []
+    for axis, size in enumerate(tensor.shape):
+        flat = np.moveaxis(tensor, axis, 0).reshape(size, -1)
+        lead, _, _ = truncated(flat, min(rank, *flat.shape))
+        more = rng.standard_normal((size, rank - lead.shape[1])) / math.sqrt(size)
+        factors.append(np.concatenate([lead, more], axis=1))
+    specs = ("ock,cr,kr->or", "ock,or,kr->cr", "ock,or,cr->kr")
+    for _ in range(sweeps):
+        for axis, spec in enumerate(specs):
+            one, two = (factors[i] for i in range(3) if i != axis)
+            normal = (one.T @ one) * (two.T @ two)
+            wanted = np.einsum(spec, tensor, one, two, optimize=True)
+            diagonal = np.einsum("ii->i", normal)
+            # Enough that terms do not grow without bound against each other.
+            diagonal += 1e-6 * max(float(diagonal.mean()), 1e-300)
+            _, found, failed = lapack.dposv(normal, wanted.T, lower=1)
+            if not failed:
+                factors[axis] = np.asarray(found).T
+    return factors[0], factors[1], factors[2]
+
+
+def _exact(tensor: Float64) -> tuple[Float64, Float64, Float64]:
+    """Return factors by an SVD of each input, or of each output if those are fewer."""
+    outputs, inputs, taps = tensor.shape
+    turned = outputs * min(inputs, taps) < inputs * min(outputs, taps)
+    if turned:
+        ins, outs, own = _exact(tensor.swapaxes(0, 1))
+        return outs, ins, own
+    found = []
+    for at in range(inputs):
+        u, s, vt = np.linalg.svd(tensor[:, at], full_matrices=False)
+        pick = np.zeros((inputs, len(s)))
+        pick[at] = 1.0
+        found.append((u * s, pick, vt.T))
+    parts = [np.concatenate(columns, axis=1) for columns in zip(*found, strict=True)]
+    return parts[0], parts[1], parts[2]
+
+
+def _losses_of_cp(
+    kernel: Float64, ranks: Sequence[int], moment: Array | None
+) -> list[float]:
+    """Return about what each rank loses, interpolated between a few."""
+    if not ranks:
+        return []
+    tensor, _ = _whitened(kernel, moment, DAMPING)
+    whole = float(np.square(tensor).sum())
+    total = whole
+    if moment is not None:
+        flat = kernel.reshape(len(kernel), -1)
+        total = float(np.vdot(flat @ moment, flat))
+    at = np.unique(np.geomspace(min(ranks), max(ranks), _POINTS).round().astype(int))
+    shares = []
+    for rank in at:
+        outs, ins, taps = _polyadic(tensor, int(rank), _ALS // 4)
+        made = np.einsum("or,cr,kr->ock", outs, ins, taps, optimize=True)
+        shares.append(float(np.square(tensor - made).sum()) / max(whole, 1e-300))
+    falling = np.maximum(np.minimum.accumulate(shares), 1e-12)
+    logs = np.interp(np.log(ranks), np.log(at), np.log(falling))
+    return [float(share) * total for share in np.exp(logs)]
+
+
 def error(kernel: Array, chain: Chain, moment: Array | None = None) -> float:
     """Return ``E |W x - W' x|^2``, or ``|W - W'|^2`` without a moment."""
     missing = (kernel - chain.composed()).reshape(len(kernel), -1)
@@ -504,6 +643,11 @@ def _even(chain: Chain) -> Chain:
     kernels = list(chain.kernels)
     for at in range(len(kernels) - 1):
         one, two = kernels[at], kernels[at + 1]
+        if chain.form == "cp" and at == 0:
+            each = [part.reshape(len(part), -1) for part in (one, two)]
+            left, right = balanced(each[1].T, each[0])
+            kernels[:2] = right.reshape(one.shape), left.T.reshape(two.shape)
+            continue
         flat = two.swapaxes(0, 1).reshape(len(one), -1)
         left, right = balanced(flat.T, one.reshape(len(one), -1))
         kernels[at] = right.reshape(one.shape)
@@ -539,6 +683,11 @@ def _adjoint(chain: Chain, index: int, kernel: Float64) -> Float64:
 def _spec(chain: Chain) -> str:
     """Return how einsum composes the kernels without their axes of size 1."""
     names = _axes(chain)
+    if chain.form == "cp":
+        first, own, last = (
+            "".join(names[axis] for axis in axes) for axes in _own_axes(chain)
+        )
+        return f"rc{first},r{own},or{last}->oc{names}"
     channels = "cabdefg"[: len(chain.kernels)] + "o"
     parts = [
         channels[i + 1] + channels[i] + "".join(names[axis] for axis in axes)
@@ -563,10 +712,12 @@ def _own_axes(chain: Chain) -> list[list[int]]:
 
 def _small(chain: Chain) -> list[Float64]:
     """Return the kernels without the axes of size 1 that others have."""
-    found = []
+    found: list[Float64] = []
     for kernel, axes in zip(chain.kernels, _own_axes(chain), strict=True):
         shape = [kernel.shape[2 + axis] for axis in axes]
-        found.append(kernel.reshape(*kernel.shape[:2], *shape))
+        is_each = chain.form == "cp" and len(found) == 1
+        channels = kernel.shape[:1] if is_each else kernel.shape[:2]
+        found.append(kernel.reshape(*channels, *shape))
     return found
 
 

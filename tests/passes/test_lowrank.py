@@ -87,7 +87,7 @@ def test_a_rank_keeps_the_laws(name: str, data: bool) -> None:
     testing.check_laws(pass_, {name: MODELS[name]}, data=data)
 
 
-@pytest.mark.parametrize("form", ["channel", "tucker"])
+@pytest.mark.parametrize("form", ["channel", "tucker", "cp"])
 @pytest.mark.parametrize("name", ["convolutions", "grouped_convolutions"])
 def test_other_forms_keep_the_laws(name: str, form: decompose.Form) -> None:
     testing.check_laws(Lowrank(rank=("1",), conv=form), {name: MODELS[name]}, data=True)
@@ -196,6 +196,12 @@ def test_full_rank_gives_other_numbers_of_axes_back(
             "8x6",
             20 * 8 + 8 * 6 * 9 + 6 * 24,
             19 * 19 * 20 * 8 + 81 * (8 * 6 * 9 + 6 * 24),
+        ),
+        (
+            "cp",
+            "8",
+            8 * (20 + 9 + 24),
+            19 * 19 * 20 * 8 + 81 * (8 * 9 + 8 * 24),
         ),
     ],
 )
@@ -553,7 +559,7 @@ def test_what_takes_as_long_in_two_is_left_alone() -> None:
         ("lowrank:rank=w:4,rank=w:5", "given twice for w"),
         ("lowrank:scope=global,metric=inputs", "does not say"),
         ("lowrank:scope=global,energy=0.9", "leave out scope"),
-        ("lowrank:conv=cp", "conv"),
+        ("lowrank:conv=fft", "conv"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(text: str, why: str) -> None:

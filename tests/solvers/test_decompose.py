@@ -34,7 +34,9 @@ def decomposed(
 ) -> Chain:
     if form == "tucker":
         return decompose.tucker(kernel, (ranks[0], ranks[1]), moment)
-    make = decompose.channel if form == "channel" else decompose.spatial
+    if form == "channel":
+        return decompose.channel(kernel, ranks[0], moment)
+    make = decompose.cp if form == "cp" else decompose.spatial
     return make(kernel, ranks[0], moment)
 
 
@@ -85,6 +87,7 @@ def test_parameters_are_those_of_the_papers() -> None:
     assert decompose.parameters("channel", shape, (10,)) == 10 * (32 * 9 + 64)
     tucker = 32 * 5 + 5 * 7 * 9 + 7 * 64
     assert decompose.parameters("tucker", shape, (5, 7)) == tucker
+    assert decompose.parameters("cp", shape, (10,)) == 10 * (32 + 9 + 64)
 
 
 def test_the_channel_form_is_the_svd_of_the_flat_kernel() -> None:
