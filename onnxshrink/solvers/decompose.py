@@ -453,7 +453,8 @@ def _whitened(
     if seen is None:
         return tensor, None
     mean = max(float(np.trace(seen)) / inputs, 1e-300)
-    root = np.linalg.cholesky(seen + (damping + 1e-9) * mean * np.eye(inputs))
+    damped = np.asarray(seen, np.float64) + (damping + 1e-9) * mean * np.eye(inputs)
+    root = np.asarray(np.linalg.cholesky(damped), np.float64)
     return np.asarray(np.einsum("ock,cd->odk", tensor, root)), root
 
 
