@@ -45,7 +45,7 @@ class Case:
 
     def model(self) -> Model:
         text = self.text
-        if "w" not in self.weights:
+        if "w" not in self.weights and "(x, w" not in text:
             text = "h = MatMul(x, w) " + text
         inputs = f"float[{self.x}] x"
         proto = onnx.parser.parse_model(
@@ -212,7 +212,23 @@ CASES = {
     "Slice of theirs": Case(
         "s = Slice(h, starts, ends, axes) y = MatMul(s, out)",
         {"starts": ints(0), "ends": ints(3), "axes": ints(-1), "out": (3, 2)},
+        size=3,
+    ),
+    "Slice of every second": Case(
+        "s = Slice(h, starts, ends, axes, steps) y = MatMul(s, out)",
+        {
+            "starts": ints(0),
+            "ends": ints(4),
+            "axes": ints(-1),
+            "steps": ints(2),
+            "out": (2, 2),
+        },
         "Slice takes a part of it",
+    ),
+    "Slice from the end": Case(
+        "s = Slice(h, starts, ends, axes) y = MatMul(s, out)",
+        {"starts": ints(-3), "ends": ints(99), "axes": ints(1), "out": (3, 2)},
+        size=3,
     ),
     "Gather of one from another axis": Case(
         "g = Gather<axis = 1>(h, at) y = MatMul(g, out)",
@@ -310,6 +326,66 @@ CASES = {
         "q = QuantizeLinear(h, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, out)",
         {"s": POSITIVE / 16, "z": np.zeros(4, np.int8), **OUT},
     ),
+    "a weight on the left": Case(
+        "h = MatMul(w, x) y = MatMul(out, h)", {"w": (4, 3), "out": (2, 4)}, x="3,5"
+    ),
+    "a weight times a vector": Case(
+        "h = MatMul(w, x) y = MatMul(out, h)", {"w": (4, 3), "out": (2, 4)}, x="3"
+    ),
+    "Gemm that reads them transposed": Case(
+        "t = Transpose(h) y = Gemm<transA = 1>(t, out)", OUT
+    ),
+    "Einsum that makes them": Case(
+        'h = Einsum<equation = "nc,cd->nd">(x, w) y = MatMul(h, out)', OUT
+    ),
+    "Concat along another axis": Case(
+        "c = Concat<axis = 1>(h, h) y = MatMul(c, out)", OUT, x=SEQUENCE
+    ),
+    "Gather behind their axis": Case(
+        CONV + "g = Gather<axis = 2>(h, at) y = Conv(g, out)",
+        {"at": ints(2, 0), **IMAGE},
+        x=HW,
+    ),
+    "a sum over axes that are computed": Case(
+        "axes = Add(one, one) y = ReduceSum(h, axes)",
+        {"one": ints(1)},
+        "computes its settings",
+        x=SEQUENCE,
+    ),
+    "Softmax of the last axis by default": Case(
+        "t = Transpose<perm = [0, 2, 1]>(h) s = Softmax(t) "
+        "u = Transpose<perm = [0, 2, 1]>(s) y = MatMul(u, out)",
+        OUT,
+        x=SEQUENCE,
+    ),
+    "Softmax of the axes from one on by default": Case(
+        "t = Transpose<perm = [0, 2, 1]>(h) s = Softmax(t) "
+        "u = Transpose<perm = [0, 2, 1]>(s) y = MatMul(u, out)",
+        OUT,
+        "Softmax divides by the sum",
+        x=SEQUENCE,
+        opset=12,
+    ),
+    "Pad of all axes in another order": Case(
+        "p = Pad(h, pads, , axes) y = MatMul(p, out)",
+        {"pads": ints(1, 0, 0, 0), "axes": ints(1, 0), "out": (5, 2)},
+        "has pads that are not followed",
+        opset=18,
+    ),
+    "Pad behind theirs": Case(
+        "p = Pad(h, pads) y = MatMul(p, out)",
+        {"pads": ints(0, 0, 0, 1), "out": (5, 2)},
+        "Pad extends it",
+    ),
+    "a convolution along them": Case(
+        "y = Conv(h, kernel)", {"kernel": (2, 6, 2)}, "Conv moves along it", x="1,6,3"
+    ),
+    "a pool along them": Case(
+        "p = MaxPool<kernel_shape = [2]>(h) y = MatMul(p, out)",
+        {"out": (3, 2)},
+        "MaxPool moves along it",
+        x="1,6,3",
+    ),
     "a cumulative sum": Case(
         "c = CumSum(h, axis) y = MatMul(c, out)",
         {"axis": np.array(1, np.int32), **OUT},
@@ -363,3 +439,33 @@ def test_a_rule_says_what_is_free(name: str) -> None:
     assert found.shape == wanted.shape
     if not case.inexact:
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_roles_say_what_a_weight_does_with_a_channel() -> None:
+    model = Case(
+        "a = Mul(h, g) b = Add(a, s) c = Sub(b, s2) d = Max(c, low) "
+        "n = BatchNormalization(d, bg, bs, bm, bv) y = MatMul(n, out)",
+        {
+            **dict.fromkeys(("g", "s", "s2", "low", "bg", "bs", "bm"), (4,)),
+            "bv": POSITIVE,
+            **OUT,
+        },
+    ).model()
+    roles = {part.weight.name: part.role for part in made_by(model, "w").where}
+    assert roles == {
+        "w": "producer",
+        "g": "scale",
+        "s": "shift",
+        "s2": "shift",
+        "bg": "scale",
+        "bs": "shift",
+        "bm": "shift",
+        "bv": "variance",
+        "out": "consumer",
+    }
+
+
+def test_a_depthwise_kernel_filters() -> None:
+    model = CASES["a depthwise convolution"].model()
+    roles = {part.weight.name: part.role for part in made_by(model, "w").where}
+    assert roles == {"w": "producer", "each": "filter", "out": "consumer"}
