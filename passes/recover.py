@@ -46,7 +46,7 @@ from onnxshrink.solvers.least_squares import (
 )
 from onnxshrink.statistics import ConvGram, ConvWindow
 from onnxshrink.structure import layers, products
-from onnxshrink.structure.bias import Bias, takes_bias
+from onnxshrink.structure.bias import Bias, add_behind, takes_bias
 from onnxshrink.structure.codes import Decoder
 from onnxshrink.structure.layers import LinearWeight, Use
 from onnxshrink.structure.products import Product
@@ -1134,15 +1134,8 @@ def _no_counterpart(value: str) -> str:
 
 def _outputs(model: Model, node: Node) -> list[gs.Tensor]:
     """Return what a layer gives; then that plus its bias if another node adds it."""
-    found = [node.outputs[0]]
-    if node.op == "MatMul":
-        readers = list(dict.fromkeys(found[0].outputs))
-        is_output = any(found[0] is t for t in model.graph.outputs)
-        if len(readers) == 1 and readers[0].op == "Add" and not is_output:
-            rest = [t for t in readers[0].inputs if t is not found[0]]
-            if len(rest) == 1 and model.constant(rest[0]) is not None:
-                found.append(readers[0].outputs[0])
-    return found
+    behind = add_behind(model, node) if node.op == "MatMul" else None
+    return [node.outputs[0], *([] if behind is None else behind[0].outputs)]
 
 
 def _readers(tensors: Iterable[gs.Tensor]) -> Iterator[Node]:

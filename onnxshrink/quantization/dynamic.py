@@ -30,6 +30,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, attribute
 from onnxshrink.quantization.weightonly import home, within_reach
 from onnxshrink.solvers.rounding import Grid, gptq, nearest
+from onnxshrink.structure.bias import bias_at
 from onnxshrink.structure.layers import LinearWeight, Use
 
 __all__ = [
@@ -206,9 +207,7 @@ def rewrite(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> str:
     right = np.ascontiguousarray(codes.T.astype(np.int8))
     weight = model.add_weight(f"{name}_codes", right, graph)
     for use in layer.uses:
-        factor = np.float32(
-            attribute(use.node, "alpha", 1.0) if use.node.op == "Gemm" else 1.0
-        )
+        factor = np.float32(use.alpha)
         scale = model.add_weight(f"{name}_scale", grid.scale[:, 0] * factor, graph)
         _IntegerProduct(model, use).write(weight, scale)
     return f"int8 codes for {outputs} outputs, activations coded at run time"
@@ -218,7 +217,7 @@ class _IntegerProduct:
     """One MatMul or Gemm that becomes a MatMulInteger."""
 
     def __init__(self, model: Model, use: Use) -> None:
-        self.model, self.node = model, use.node
+        self.model, self.node, self.channels = model, use.node, use.channels
         self.graph = home(model, use.node)
 
     def write(self, weight: gs.Tensor, scale: gs.Tensor) -> None:
@@ -251,14 +250,14 @@ class _IntegerProduct:
 
     def _bias(self) -> gs.Tensor | None:
         """Return what Gemm adds, times ``beta``."""
-        node = self.node
-        if node.op != "Gemm" or len(node.inputs) < 3 or not node.inputs[2].name:
+        found = bias_at(self.model, self.node, self.channels, -1)
+        if found is None or found.node is not self.node:
             return None
-        beta = float(attribute(node, "beta", 1.0))
-        bias: gs.Tensor = node.inputs[2]
-        if beta == 1.0:
+        bias = found.tensor
+        if found.factor == 1.0:
             return bias
-        factor = self.model.add_weight("beta", np.array(beta, np.float32), self.graph)
+        beta = np.array(found.factor, np.float32)
+        factor = self.model.add_weight("beta", beta, self.graph)
         return self._add("Mul", [bias, factor])
 
     def _add(self, op: str, inputs: Sequence[gs.Tensor], **attrs: Any) -> gs.Tensor:

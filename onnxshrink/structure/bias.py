@@ -17,7 +17,7 @@ from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.structure.codes import is_float
 
-__all__ = ["Bias", "bias_at", "is_shift", "takes_bias"]
+__all__ = ["Bias", "add_behind", "bias_at", "is_shift", "takes_bias"]
 
 Array = NDArray[np.float64]
 
@@ -129,7 +129,7 @@ def bias_at(model: Model, node: Node, channels: int, axis: int) -> Bias | None:
     is_known = is_onnx(node.domain) or node.domain == "com.microsoft"
     if not is_known or node.op not in (*_WITH_BIAS, "MatMul", "FusedMatMul"):
         return None
-    found = _add_behind(model, node)
+    found = add_behind(model, node)
     return None if found is None else _described(model, *found, channels, axis)
 
 
@@ -147,8 +147,14 @@ def _adds_bias(node: Node) -> bool:
     return node.op in _WITH_BIAS and is_onnx(node.domain)
 
 
-def _add_behind(model: Model, node: Node) -> tuple[Node, int] | None:
-    """Return the Add of a constant that alone reads what a node gives, and where."""
+def add_behind(model: Model, node: Node) -> tuple[Node, int] | None:
+    """Return the Add of a constant that alone reads what a node gives.
+
+    QuantizeLinear and DequantizeLinear may stand between.
+
+    Returns:
+        The Add, and which of its inputs is the constant; ``None`` if there is none.
+    """
     tensor = node.outputs[0]
     for _ in range(_STEPS):
         readers = list(tensor.outputs)
