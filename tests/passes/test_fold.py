@@ -17,6 +17,7 @@ from onnxshrink.base import Context
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.fold import Fold
+from onnxshrink.rewriting.constants import file_bytes
 from onnxshrink.testing import apply
 
 Array = np.ndarray[Any, Any]
@@ -318,6 +319,35 @@ def test_a_constant_that_would_grow_the_file_is_left_to_the_runtime(op: str) -> 
     assert op in ops(after)
     after, _ = folded(before, bytes=1000)
     assert ops(after) == ["MatMul"]
+
+
+def test_the_file_grows_to_the_share_of_its_bytes_at_most() -> None:
+    tiles = "".join(
+        f"b{n} = Tile(a, t{n}) x{n} = Slice(x, zero, t{n}, one) "
+        f"y{n} = MatMul(x{n}, b{n}) "
+        for n in (2, 5, 20)
+    )
+    weights = {
+        "a": np.arange(1000, dtype=np.float32).reshape(1, 1000),
+        "zero": np.array([0], np.int64),
+        "one": np.array([1], np.int64),
+        **{f"t{n}": np.array([n, 1], np.int64) for n in (2, 5, 20)},
+        **{f"s{n}": np.array([n], np.int64) for n in (2, 5, 20)},
+    }
+    before = model(
+        "(float[N,20] x) => (float[N,1000] y) { "
+        + tiles.replace("zero, t", "zero, s")
+        + "z = Add(y2, y5) y = Add(z, y20) }",
+        weights=weights,
+    )
+    size = file_bytes(before)
+    left = []
+    for share in (0, 1, 3.5, 9, 50):
+        after, _ = folded(before, bytes=share)
+        left.append(ops(after).count("Tile"))
+        assert file_bytes(after) <= max(1, share) * size
+    # 4 kB are there; 8, 20 and 80 kB would be added.
+    assert left == [3, 3, 2, 1, 0]
 
 
 def test_the_file_does_not_grow_where_constants_are_filled_in() -> None:
