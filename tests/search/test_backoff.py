@@ -282,3 +282,30 @@ def test_a_time_that_no_choice_of_sites_meets_is_given_up_at_once() -> None:
         plan = back_off(pass_, found, damage, saved="seconds", harm=lambda some: 0.5)
         assert plan is None
     assert calls == 2
+
+
+def test_a_site_that_loses_time_is_not_strengthened() -> None:
+    harm = {"w0": 2.0, "w1": 0.01, "w2": 0.1}
+
+    def damage(some: Sequence[Site]) -> float:
+        return sum(harm[name] * strength for name, strength in level(some).items())
+
+    found = timed(w0=1e-3, w1=-1e-3, w2=1e-3)
+    plan = back_off(Slower(), found, damage, saved="seconds")
+
+    assert plan is not None
+    assert plan.strengths[1:] == (0.0, 1.0)
+    assert 0.4 < plan.strengths[0] < 0.45  # 0.9 of what all could bear
+
+
+def test_among_sites_that_save_no_time_bytes_count() -> None:
+    harm = {"w0": 0.5, "w1": 0.1, "w2": 2.0}
+
+    def damage(some: Sequence[Site]) -> float:
+        return sum(harm[name] * strength for name, strength in level(some).items())
+
+    plan = back_off(Slower(), timed(w0=1e-3, w1=0.0, w2=0.0), damage, saved="seconds")
+
+    assert plan is not None
+    assert plan.strengths[0] == 1.0
+    assert plan.strengths[1] > 0.5 > 0.25 > plan.strengths[2] > 0.2
