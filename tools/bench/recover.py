@@ -1,4 +1,4 @@
-"""Test error of pruned models before and after recover, against pruning by obs."""
+"""Test error before and after recover: pruned, thinner and split models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxshrink import runtime
-from onnxshrink.base import SitePass
+from onnxshrink.base import Pass
 from onnxshrink.engine import make_context
 from onnxshrink.model import Model
 from onnxshrink.passes.prune import Prune
 from onnxshrink.passes.recover import Recover
+from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Samples, Splits
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
@@ -25,15 +26,22 @@ PRUNING: Mapping[str, Mapping[str, str]] = {
     "magnitude": {"importance": "magnitude", "scope": "global"},
     "obs": {"importance": "obs", "scope": "global"},
 }
-COLUMNS = ("zeros", "pruned by", "seed", "pruned %", "recover", "%", "seconds")
+COLUMNS = ("damage", "seed", "damaged %", "recover", "%", "seconds")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a table: each model pruned, then recovered in different ways."""
+    """Print a table: each model damaged, then recovered in different ways."""
     parser = argparse.ArgumentParser(prog="recover", description=__doc__)
     parser.add_argument("--models", default="lenet-300-100,lenet-5,residual-cnn")
     parser.add_argument("--sparsities", default="0.8,0.9")
     parser.add_argument("--prune", default="magnitude,obs")
+    parser.add_argument(
+        "--damage",
+        action="append",
+        metavar="PASSES",
+        help="pipeline text of another damage, such as student:keep=1,width=0.5; "
+        "takes the place of pruning",
+    )
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--seeds", default="0", help="of the choice of samples")
     parser.add_argument("--ridge", default=str(Recover.ridge))
@@ -58,28 +66,38 @@ def main(arguments: Sequence[str]) -> None:
         )
         for column in COLUMNS:
             table.add_column(column, justify="right")
-        for sparsity, kind, seed in product(
-            *(text.split(",") for text in (given.sparsities, given.prune, given.seeds))
+        for (label, passes), seed in product(
+            _damages(given).items(), given.seeds.split(",")
         ):
             splits = _splits(train[:-10000], given.samples, int(seed))
-            prune = Prune(sparsity=float(sparsity), **PRUNING[kind])  # type: ignore[arg-type]
-            pruned = _applied(prune, model, model, splits)
-            damaged = _error(pruned, test, labels)
-            for pass_ in _choices(given):
+            damaged = model
+            for pass_ in passes:
+                damaged = _applied(pass_, damaged, model, splits)
+            before = _error(damaged, test, labels)
+            for repair in _choices(given):
                 begin = time.perf_counter()
-                recovered = _applied(pass_, pruned, model, splits)
+                recovered = _applied(repair, damaged, model, splits)
                 seconds = time.perf_counter() - begin
-                how = f"{pass_.order} ridge {pass_.ridge:g}"
+                how = f"{repair.order} ridge {repair.ridge:g}"
                 table.add_row(
-                    sparsity,
-                    kind,
+                    label,
                     seed,
-                    f"{damaged:.2f}",
-                    how + (" norms" if pass_.norms else ""),
+                    f"{before:.2f}",
+                    how + (" norms" if repair.norms else ""),
                     f"{_error(recovered, test, labels):.2f}",
                     f"{seconds:.1f}",
                 )
         console.print(table)
+
+
+def _damages(given: argparse.Namespace) -> dict[str, tuple[Pass, ...]]:
+    if given.damage:
+        return {text: Pipeline.parse(text).passes for text in given.damage}
+    found: dict[str, tuple[Pass, ...]] = {}
+    for sparsity, kind in product(given.sparsities.split(","), given.prune.split(",")):
+        prune = Prune(sparsity=float(sparsity), **PRUNING[kind])  # type: ignore[arg-type]
+        found[f"{sparsity} by {kind}"] = (prune,)
+    return found
 
 
 def _choices(given: argparse.Namespace) -> list[Recover]:
@@ -99,7 +117,7 @@ def _splits(train: np.ndarray, count: int, seed: int) -> Splits:
     return Splits(calibration=Samples.from_arrays({"image": images}))
 
 
-def _applied(pass_: SitePass, model: Model, reference: Model, splits: Splits) -> Model:
+def _applied(pass_: Pass, model: Model, reference: Model, splits: Splits) -> Model:
     copy = model.copy()
     pass_.apply(copy, make_context(samples=splits, reference=reference))
     return copy
