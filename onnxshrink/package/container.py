@@ -417,6 +417,10 @@ class Package:
             raise ModelError(f"{self.path} was cut short while it was being read")
         return data
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to another process by path, or by the bytes if there is none."""
+        return Package, (self.path if self._memory is None else self._memory,)
+
     def same_file(self, other: Package) -> bool:
         """Whether both read the same file in the same state."""
         return self is other or (
@@ -617,6 +621,10 @@ class PackedTensor(LazyTensor):
         self._package = package
         self._number = number
         self._kept: weakref.ref[Array] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is decoded behind."""
+        return {**self.__dict__, "_kept": None}
 
     def lies_with(self, other: LazyTensor) -> bool:
         """Whether both are the same tensor of the same package."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def test_large_weights_stay_in_the_package_until_they_are_read(model: Path) -> N
     assert weight.read() is first  # decoded once while somebody holds it
     want = numpy_helper.to_array(onnx.load(str(model)).graph.initializer[0])
     assert np.array_equal(first, want)
+
+
+def test_a_weight_in_a_package_goes_to_another_process(model: Path) -> None:
+    package = kept(model)
+    for source in (package, package.read_bytes()):
+        tensor = Model.load(source).weight("w1").tensor
+        values = tensor.read()
+        again = pickle.loads(pickle.dumps(tensor))
+        assert np.array_equal(again.read(), values)
 
 
 @pytest.mark.parametrize("storage", ["auto", "plain", "tiny"])
