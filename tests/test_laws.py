@@ -32,6 +32,11 @@ def test_every_pass_keeps_the_laws(name: str, model: str) -> None:
         pytest.param("quantize:activations=dynamic", marks=pytest.mark.slow),
         pytest.param("half:mode=compute", marks=pytest.mark.slow),
         pytest.param("distill:epochs=1,lr=0.01", marks=pytest.mark.slow),
+        pytest.param("codebook:bits=3", marks=pytest.mark.slow),
+        pytest.param("codebook:values=4,scale=channel", marks=pytest.mark.slow),
+        pytest.param("codebook:dim=2,values=8", marks=pytest.mark.slow),
+        pytest.param("codebook:rate=1.5,also=biases", marks=pytest.mark.slow),
+        pytest.param("codebook:bytes=0.3", marks=pytest.mark.slow),
     ],
 )
 def test_passes_that_learn_from_data_keep_the_laws(text: str, model: str) -> None:

@@ -198,9 +198,11 @@ class Assigned(Tied):
         above = make("Slice", [whole, _vector(model, count + 1), ends[2]])
         half = model.add_weight("half", np.array(0.5, np.float32))
         middles = make("Mul", [make("Add", [below, above]), half])
-        column = make("Reshape", [master, _vector(model, -1, 1)])
-        passed = make("Cast", [make("Greater", [column, middles])], to=_T.FLOAT)
-        index = make("ReduceSum", [passed, _vector(model, 1)], keepdims=0)
+        # Entries lie along the last axis, which onnxruntime walks through fast.
+        row = make("Reshape", [master, _vector(model, 1, -1)])
+        middles = make("Reshape", [middles, _vector(model, -1, 1)])
+        passed = make("Cast", [make("Greater", [row, middles])], to=_T.FLOAT)
+        index = make("ReduceSum", [passed, _vector(model, 0)], keepdims=0)
         index = make("Cast", [index], to=_T.INT32)
         found = make("Gather", [table, index])
         # Nothing is added but the gradient: that of Round is zero.

@@ -43,7 +43,7 @@ class Recipe:
         counts: Numbers of values that are tried at the ends.
         ends: From how many zeros on values are shared.
         epochs: Of training behind that.
-        options: Of ``distill``.
+        options: Of ``distill`` between the steps.
     """
 
     path: tuple[tuple[float, int], ...]
@@ -55,20 +55,22 @@ class Recipe:
 
 RECIPES = {
     "lenet-300-100": Recipe(
-        ((0.8, 3), (0.88, 4), (0.93, 8), (0.95, 12), (0.96, 15), (0.967, 15)),
+        ((0.8, 4), (0.88, 6), (0.93, 8), (0.955, 10), (0.97, 10)),
         (8, 4),
-        0.945,
-        6,
-        "shift=1,lr=0.002,batch=256",
+        0.95,
+        5,
+        "shift=1,lr=0.001",
     ),
     "lenet-5": Recipe(
         ((0.93, 2), (0.97, 3), (0.98, 4)),
         (8,),
         0.965,
-        2,
-        "shift=1,lr=0.002,batch=256",
+        3,
+        "shift=1,lr=0.001",
     ),
 }
+LAST = "shift=1,lr=0.002,batch=256"
+"""Options of ``distill`` once values are shared."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def _stages(
         for count in recipe.counts:
             text = (
                 f"codebook:values={count},codebook:values=16,also=biases,"
-                f"distill:epochs={recipe.epochs},{recipe.options}"
+                f"distill:epochs={recipe.epochs},{LAST}"
             )
             path = folder / f"zeros-{zeros}-values-{count}.onnx"
             end = applied(now, text, path)
