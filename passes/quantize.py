@@ -560,7 +560,10 @@ def _saved(layer: LinearWeight, site: QuantizeSite, costs: LayerCosts) -> float 
         return 0.0
     before = costs.of(layer)
     after = costs.of(layer, _KERNELS[site.form], site.bits / 8)
-    return None if before is None or after is None else (before - after).seconds
+    saved = None if before is None or after is None else (before - after).seconds
+    if saved is not None and site.form == "static":
+        saved += costs.conversions(layer)
+    return saved
 
 
 def _bits(weights: str) -> int:

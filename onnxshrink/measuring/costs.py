@@ -433,6 +433,9 @@ def _packed(
 
 # --- layers that are there --------------------------------------------------------
 
+_CONVERSION = 0.29e-9
+"""Seconds to code or decode a value, on the reference processor."""
+
 
 class LayerCosts:
     """What the layers of one model cost, as they are and in other forms."""
@@ -462,6 +465,21 @@ class LayerCosts:
         """Return what a layer costs for one sample, see ``layer_cost``."""
         costs = self._ctx.costs
         return layer_cost(costs, layer, self._shapes, form=form, itemsize=itemsize)
+
+    def conversions(self, layer: LinearWeight) -> float:
+        """Return the seconds that a layer in floats costs between coded neighbours.
+
+        What it reads is decoded for it, but for an input of the model, and what it
+        gives is coded again.
+        """
+        inputs = {tensor.name for tensor in self._model.graph.inputs}
+        values = 0
+        for use in layer.uses:
+            read = use.input
+            if read is not None and read.name not in inputs:
+                values += math.prod(self._shapes.get(read.name, (0,)))
+            values += math.prod(self._shapes.get(use.output.name, (0,)))
+        return values * _CONVERSION
 
 
 def layer_cost(

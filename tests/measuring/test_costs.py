@@ -14,7 +14,7 @@ from onnxshrink import runtime
 from onnxshrink.base import Cost, Form
 from onnxshrink.errors import ModelError
 from onnxshrink.measuring import costs
-from onnxshrink.measuring.costs import FixedCosts, MeasuredCosts, layer_cost
+from onnxshrink.measuring.costs import FixedCosts, LayerCosts, MeasuredCosts, layer_cost
 from onnxshrink.model import Model
 from onnxshrink.samples import Splits
 from onnxshrink.structure.layers import find
@@ -229,6 +229,20 @@ def test_the_cost_of_layers_that_are_there(batch: int) -> None:
     assert found["k"].seconds == pytest.approx(batch * seconds(one))
     assert found["m"] == FIXED.matmul(batch * 9, 4, 16)
     assert found["g"] == FIXED.matmul(batch, 16, 8)
+
+
+def test_conversions_are_of_what_a_layer_reads_and_gives() -> None:
+    model = layered(TEXT)
+    ctx = make_context(samples=Splits.build(model), reference=model)
+    samples = ctx.samples.calibration
+    assert samples is not None
+    batch = len(samples.read([0])["x"])
+    made = LayerCosts(model, ctx)
+    found = {layer.name: made.conversions(layer) for layer in find(model)}
+    # The convolution reads an input of the model, and gives 4 channels of 3 x 3.
+    assert found["k"] == pytest.approx(batch * 4 * 9 * 0.29e-9)
+    assert found["m"] == pytest.approx(batch * 9 * (4 + 16) * 0.29e-9)
+    assert found["g"] == pytest.approx(batch * (16 + 8) * 0.29e-9)
 
 
 def test_a_weight_of_two_layers_is_stored_once() -> None:
