@@ -163,6 +163,12 @@ CHAINS = {
         {"a": (2, 4, 1, 1), "b": (3, 2, 3, 3), "c": (5, 3, 1, 1)},
         [["a"], ["b"], ["c"]],
     ),
+    "canonical polyadic": (
+        "h = Conv(x, a) i = Conv<group = 3, pads = [1, 0, 1, 0]>(h, b) "
+        "j = Conv<group = 3, strides = [1, 2]>(i, c) y = Conv(j, d)",
+        {"a": (3, 4, 1, 1), "b": (3, 1, 3, 1), "c": (3, 1, 1, 2), "d": (5, 3, 1, 1)},
+        [["a"], ["b"], ["c"], ["d"]],
+    ),
     "same padding": (
         'h = Conv<auto_pad = "SAME_UPPER", strides = [2, 2]>(x, a) y = Conv(h, b)',
         {"a": (3, 4, 3, 2), "b": (5, 3, 1, 1)},
