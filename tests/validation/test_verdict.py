@@ -69,3 +69,30 @@ def test_figures_for_a_table_are_the_least_of_all_outputs():
     verdict = judge(Promise.CLOSE, outputs, budget=Budget(), change=WORSE)
     assert verdict.quality() == {"top1": 80, "agreement": 0.97, "sqnr_db": 14}
     assert judge(Promise.CLOSE, {}, budget=Budget()).quality() == {}
+
+
+def test_an_exact_model_has_no_ratio_to_show():
+    exact = {"y": OutputMetrics(agreement=1.0)}
+    assert judge(Promise.CLOSE, exact, budget=Budget()).quality() == {"agreement": 1.0}
+
+
+def test_a_random_output_makes_no_noise():
+    outputs = {**NOISY, "r": OutputMetrics(sqnr_db=-math.inf, note="random")}
+    verdict = judge(Promise.CLOSE, outputs, budget=Budget(min_sqnr=10))
+    assert verdict.ok
+    assert verdict.noise == pytest.approx(0.1)
+
+
+def test_the_first_problem_is_the_one_that_is_told():
+    both = Budget(max_drop=1, max_latency_ratio=1.1)
+    verdict = judge(
+        Promise.CLOSE, NOISY, budget=both, change=WORSE, latency_ratio=1.2, **LARGE
+    )
+    assert verdict.problem == "budget"
+    verdict = judge(Promise.CLOSE, NOISY, budget=both, latency_ratio=1.2, **LARGE)
+    assert verdict.problem == "bytes"
+
+
+def test_latency_binds_only_where_it_is_limited_and_measured():
+    assert judge(Promise.CLOSE, NOISY, budget=Budget(), latency_ratio=9.0).ok
+    assert judge(Promise.CLOSE, NOISY, budget=Budget(max_latency_ratio=1.1)).ok
