@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onnxshrink.base import Promise
+from onnxshrink.measuring.differences import Difference, Seen
 from onnxshrink.validation import Budget, MetricChange, OutputMetrics
-from onnxshrink.validation.verdict import judge
+from onnxshrink.validation.verdict import judge, moved
 
 NOISY = {"y": OutputMetrics(max_abs=0.1, sqnr_db=20, agreement=0.9)}
 NAN = {"y": OutputMetrics(nan=3)}
@@ -96,3 +98,50 @@ def test_the_first_problem_is_the_one_that_is_told():
 def test_latency_binds_only_where_it_is_limited_and_measured():
     assert judge(Promise.CLOSE, NOISY, budget=Budget(), latency_ratio=9.0).ok
     assert judge(Promise.CLOSE, NOISY, budget=Budget(max_latency_ratio=1.1)).ok
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (None, None, ""),
+        (np.zeros(0, np.int64), np.zeros(0, np.int64), ""),
+        (np.array([1, 2]), np.array([1, 2]), ""),
+        (np.array([1, 2]), np.array([1, 3]), "50.00% of the values of 'y' differ"),
+        ([np.array([1.0])], {"a": 1.0}, "'y': list cannot be compared with dict"),
+        (np.ones(3, np.float32), np.ones(3, np.float32), ""),
+        (np.ones(3, np.float32), np.ones((3, 1), np.float32), "the shape of 'y'"),
+        (np.array([np.inf, 1]), np.array([2.0, 1]), "1 values of 'y' are finite"),
+        (np.array([1.0, 2.0]), np.array([1.0, 2.1]), "'y' differs by up to 0.1"),
+        (np.array([1.0, 2.0]), np.array([1.0, 2.0001]), ""),
+        (np.array([1.0, 2.0]), np.array([1.0, 2.0005]), "'y' differs by up to 0.0005"),
+        (np.array([1.0, 2.0], np.float16), np.array([1.0, 2.006], np.float16), ""),
+    ],
+)
+def test_the_same_is_float_noise_at_most(before: Any, after: Any, words: str):
+    seen, difference = Seen(), Difference(False)
+    seen.update("y", before, 1)
+    difference.update(before, after, 1)
+    said = moved({"y": difference}, {"y": seen}, lambda: {"y": (0.0, math.inf)})
+    assert words in said
+    assert bool(said) == bool(words)
+
+
+def test_a_model_that_is_noisy_of_itself_may_move_ten_times_as_far():
+    seen, difference = Seen(), Difference(False)
+    before, after = np.array([1.0, 2.0]), np.array([1.0, 2.002])
+    seen.update("y", before, 1)
+    difference.update(before, after, 1)
+
+    def said(error: float, level: float) -> str:
+        return moved({"y": difference}, {"y": seen}, lambda: {"y": (error, level)})
+
+    assert not said(2e-4, 80)
+    assert said(2e-6, 80)
+
+
+def test_an_output_that_differs_from_itself_is_not_compared():
+    seen, difference = Seen(), Difference(False)
+    seen.update("y", np.ones(2), 1)
+    seen.stable = False
+    difference.update(np.ones(2), np.zeros(2), 1)
+    assert not moved({"y": difference}, {"y": seen}, lambda: {"y": (0.0, math.inf)})
