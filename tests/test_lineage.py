@@ -266,6 +266,26 @@ def test_after_fold_values_are_what_lineage_says(name: str) -> None:
     assert_true(folded(model), model, feed)
 
 
+def test_what_a_product_gives_before_its_bias_is_lost_where_a_scale_is_folded_in() -> (
+    None
+):
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> '
+        "example (float[2,3,2] x) => (float[2,3,2] y) "
+        "<float[2,2] w = {1, 2, 3, 4}, float[2] b = {5, 6}, float[2] s = {7, 8}> "
+        "{ h = MatMul(x, w) z = Add(h, b) k = Mul(z, s) y = Relu(k) }"
+    )
+    model = Model.load(proto)
+    twin = folded(model)
+    names = list(twin.value_names())
+    assert not {"h", "k"} <= set(names)  # the scale went into w and b
+
+    x = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    assert assert_true(twin, model, {"x": x}) == 2
+    lost = [name for name in names if twin.lineage.is_new(name)]
+    assert "h" in lost
+
+
 @pytest.mark.parametrize("name", ["residual-cnn", "vit"])
 def test_after_fold_values_of_real_models_are_what_lineage_says(name: str) -> None:
     model = Model.load(MODELS / f"{name}.onnx")

@@ -202,6 +202,20 @@ def test_no_round_makes_the_error_larger_and_zeros_stay(
             assert (values[~factor.free] == 0).all()
 
 
+def test_the_ridge_pulls_factors_back_to_where_they_began() -> None:
+    x = np.tile([[1.0], [-1.0]], (10, 1))
+    one = full(np.ones((1, 1)))
+    sums = sums_of(x, x, 4 * x)
+    problem = FactorProblem(
+        fit=sums, held=sums, shift=False, factors=(one, one), ridge=1.0
+    )
+    products = [(c.values[0] * c.values[1]).item() for c in problem.candidates()]
+    # The last factor: 2 d = 3. The first: 2 * 2.5^2 d = 2.5 * 1.5.
+    assert products[0] == pytest.approx(2.5 * 1.3)
+    # Then, with a = 1.3: 2 a^2 d = a (4 - 3.25) - 1.5 a^2, and so on from b.
+    assert products[-1] < products[0]
+
+
 def test_the_factor_that_is_free_is_fitted_to_one_that_is_not() -> None:
     random = np.random.default_rng(6)
     one, two = random.normal(size=(4, 9)), random.normal(size=(7, 4))
