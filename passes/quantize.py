@@ -545,13 +545,40 @@ def _quantized_already(model: Model) -> str:
     return ", ".join(sorted(found))
 
 
+@dataclass(frozen=True, eq=False)
+class _Folded:
+    """A folded model, for all attempts of a step; it is never changed.
+
+    Attributes:
+        model: The model.
+        words: What folding did.
+    """
+
+    model: Model
+    words: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that count for the memory of the step: values are shared."""
+        return 1024 * sum(1 for _ in self.model.nodes())
+
+
 def _prepare(model: Model, ctx: Context) -> str:
     """Fold a model, so that layers stand beside each other; return what that did."""
-    before = sum(1 for _ in model.nodes())
-    quiet = dataclasses.replace(ctx, done=[], skips=[])
-    Fold().apply(model, quiet)
-    after = sum(1 for _ in model.nodes())
-    return f"folded first: {before} nodes -> {after}" if after < before else ""
+
+    def fold() -> _Folded:
+        folded = model.copy()
+        before = sum(1 for _ in folded.nodes())
+        Fold().apply(folded, dataclasses.replace(ctx, done=[], skips=[]))
+        after = sum(1 for _ in folded.nodes())
+        words = f"folded first: {before} nodes -> {after}" if after < before else ""
+        return _Folded(folded, words)
+
+    names = tuple(str(node.name) for node in model.nodes())
+    key = ("quantize", "folded", fingerprint(model), model.opset, names)
+    found = ctx.remember(key, fold)
+    model.become(found.model)
+    return found.words
 
 
 def _saved(layer: LinearWeight, site: QuantizeSite, costs: LayerCosts) -> float | None:

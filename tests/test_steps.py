@@ -22,6 +22,7 @@ from onnxshrink.activations import gathering
 from onnxshrink.base import Memory
 from onnxshrink.engine import make_context
 from onnxshrink.passes import prune, quantize
+from onnxshrink.passes.fold import Fold
 from onnxshrink.passes.recover import Recover
 from onnxshrink.quantization import static
 
@@ -157,12 +158,14 @@ def test_each_weight_is_rounded_once_in_a_step(
         "rounded": (quantize, "code_weight"),
         "rounded in static": (static, "round_weight"),
         "calibrated": (gathering, "_run"),
+        "folded": (Fold, "apply"),
     }
     monkeypatch.setattr(quantize, "SMALLEST", 16)
     calls = _counted(monkeypatch, places)
     model, splits, budget = _dense(), _dense_splits(), Budget(min_sqnr=sqnr)
     shared = _shrunk(model, passes, splits, budget)
     assert calls["rounded"] + calls["rounded in static"] == 3
+    assert calls["folded"] == 1
     once = calls.copy()
     calls.clear()
     _forget(monkeypatch)

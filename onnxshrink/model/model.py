@@ -168,6 +168,22 @@ class Model:
         twin._files = self._files
         return twin
 
+    def become(self, other: Model) -> None:
+        """Take everything from another model but ``source``; tensors are shared.
+
+        Nodes, tensors and weights of this model that were held before belong to no
+        model afterwards. New names are chosen as they would be in ``other``.
+
+        Args:
+            other: A model that was worked out from a copy of this one; it is not
+                changed.
+        """
+        twin = other.copy()
+        twin.source = self.source
+        twin._names = None if other._names is None else set(other._names)
+        twin._numbers = dict(other._numbers)
+        self.__dict__.update(twin.__dict__)
+
     # --- what is there ------------------------------------------------------------
 
     @property

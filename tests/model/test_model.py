@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxshrink
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.lineage import Lineage
 from onnxshrink.model import MAX_IR_VERSION, Model, Variable
 from onnxshrink.model.saving import encoded
 from onnxshrink.model.topology import domain_key, is_onnx
@@ -739,6 +740,28 @@ def test_a_copy_is_independent() -> None:
         twin.metadata["k"] = "v"
         twin.ir_version = 9
         assert model.to_bytes() == want
+
+
+def test_a_model_becomes_another_and_both_go_on_alone() -> None:
+    for source in (CONTROL, CALLED, SMALL):
+        model = Model.load(canonical(text(source)))
+        worked = model.copy()
+        for node in list(worked.nodes()):
+            node.name = worked.fresh("renamed")
+        worked.metadata["k"] = "v"
+        worked.lineage = Lineage()
+        want = worked.to_bytes()
+        model.source = Path("here.onnx")
+        model.become(worked)
+        assert model.to_bytes() == want
+        assert model.source == Path("here.onnx")
+        assert model.lineage is not worked.lineage
+        # The next name is the one that the other would have chosen.
+        assert model.fresh("renamed") == worked.fresh("renamed")
+        for node in list(model.nodes()):
+            node.name = model.fresh("other")
+        model.metadata["k"] = "w"
+        assert worked.to_bytes() == want
 
 
 def test_lists_of_nodes_find_and_remove_after_any_edits() -> None:
