@@ -43,6 +43,8 @@ from onnxshrink.solvers import svd
 
 Array = NDArray[Any]
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
+KEEP = {"lenet-300-100": "0.25", "lenet-5": "0.25", "residual-cnn": "0.5", "vit": "0.5"}
+"""Share of the parameters that stay of the layers that are split."""
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 CONVOLUTIONS = frozenset({"Conv", "FusedConv"})
 
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--passes", action="append", help="one of several pipelines")
     parser.add_argument("--then", default="", help="passes behind each of them")
+    parser.add_argument("--models", default=",".join(KEEP), help="of digits")
     parser.add_argument("--seeds", default="0", help="of the choice of samples")
     parser.add_argument("--calibration", type=int, default=150)
     parser.add_argument("--test", type=int, default=400, help="pairs that measure")
@@ -271,12 +274,8 @@ def _images(given: argparse.Namespace) -> None:
 def _digits(given: argparse.Namespace) -> None:
     with np.load(MODELS / "mnist.npz") as data:
         train, test, labels = data["train_x"], data["test_x"], data["test_y"]
-    for name, keep in (
-        ("lenet-300-100", "0.25"),
-        ("lenet-5", "0.25"),
-        ("residual-cnn", "0.5"),
-        ("vit", "0.5"),
-    ):
+    for name in given.models.split(","):
+        keep = KEEP.get(name, "0.5")
         model = Model.load(MODELS / f"{name}.onnx")
         pipelines = given.passes or [f"fold,lowrank:keep={keep}"]
         Console().print(name)
