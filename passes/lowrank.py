@@ -388,6 +388,8 @@ class Lowrank(SitePass):
             joined = _joined(group)
             if self.rank and joined.where not in named:
                 continue
+            if not self.rank and studies[group[0].where].by == "weights":
+                continue  # of weights alone it said so and made MiniLM much worse
             means = {studies[place.where].mean is None for place in group}
             if len(means) > 1:
                 continue  # some have a bias to take up the mean, and some have none

@@ -394,12 +394,16 @@ def test_queries_and_keys_of_one_subspace_share_a_factor() -> None:
         q=inner @ draw((16, 64), 3),
         k=inner @ draw((16, 64), 4),
     )
-    found, ctx = testing.apply(Lowrank(keep=0.375), model)
+    found = model.copy()
+    ctx = with_data(model, x=draw((64, 64), 7))
+    Lowrank(keep=0.375).apply(found, ctx)
     assert ctx.done[0][0] == "q+k"
     assert [node.op for node in found.graph.nodes] == ["MatMul"] * 3
     feeds = {"x": draw((4, 64), 7)}
     for name, value in run(model, feeds).items():
         np.testing.assert_allclose(run(found, feeds)[name], value, atol=1e-3)
+    alone, _ = testing.apply(Lowrank(keep=0.375), model)
+    assert len(alone.graph.nodes) == 4
 
 
 def test_rows_of_a_table_weigh_as_often_as_they_are_read() -> None:
