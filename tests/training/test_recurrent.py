@@ -16,10 +16,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxshrink import _examples as examples
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
+from onnxshrink.testing import examples
 from onnxshrink.training import TrainingStep, gradients, mse, prepare
 from onnxshrink.training import rules_recurrent as recurrent
 
