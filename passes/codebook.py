@@ -109,7 +109,8 @@ class Codebook(SitePass):
         rate: Bits a weight that an ideal coder may take for the codes of all weights
             together: frequent codes are preferred to nearer ones, in all weights by as
             much as the outputs lose by a bit saved.
-        also: ``biases``, which get as many values, or fp16 where a table is larger.
+        also: ``biases``, which get as many values, if each stands for 16 entries, or
+            fp16 where a table is larger.
         only: Act only on these weights or nodes: names, glob patterns or op types.
         skip: Leave these weights or nodes alone: names, glob patterns or op types.
     """
