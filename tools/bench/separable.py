@@ -65,13 +65,13 @@ def main(arguments: Sequence[str]) -> None:
     )
     for head in (
         "seed",
-        "after",
         "bytes",
         "MACs",
         "k x k MACs",
         "time",
         "top-1 %",
         "s",
+        "after",
     ):
         table.add_column(head, justify="right" if head != "after" else "left")
     x = _scaled(test[0], model)
