@@ -386,5 +386,5 @@ def _external_files(path: Path) -> set[Path | None]:
         path.with_name(entry.value)
         for tensor in proto.graph.initializer
         for entry in tensor.external_data
-        if entry.key == "location" and ours.fullmatch(entry.value)
+        if entry.key == "location" and ours.fullmatch(str(entry.value))
     }

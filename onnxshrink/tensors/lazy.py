@@ -482,6 +482,9 @@ def external_tensor(proto: onnx.TensorProto, folder: Path | None) -> FileTensor:
         )
     if proto.HasField("raw_data") or any(len(getattr(proto, f)) for f in _TYPED_FIELDS):
         raise ModelError(f"{where} stands beside data in the model itself")
+    # protobuf gives bytes for text that is no UTF-8.
+    if any(isinstance(text, bytes) for pair in entries.items() for text in pair):
+        raise ModelError(f"{where} or an entry beside it is not UTF-8")
     parts = Path(location).parts
     if not location or "\0" in location:
         raise ModelError(f"{where} is empty or not a file name")

@@ -167,6 +167,15 @@ def test_a_harmful_or_wrong_location_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_location_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    source = external(tmp_path)
+    data = source.read_bytes()
+    assert data.count(b"w.bin") == 1
+    source.write_bytes(data.replace(b"w.bin", b"\x80.bin"))
+    with pytest.raises(ModelError, match="UTF-8"):
+        Model.load(source, check=False)
+
+
 def test_external_data_beside_data_in_the_model_is_refused(tmp_path: Path) -> None:
     for value in (WEIGHT.tobytes(), b"small"):
         source = external(tmp_path)
