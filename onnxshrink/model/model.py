@@ -331,7 +331,12 @@ class Model:
             inferred = onnx.shape_inference.infer_shapes(
                 self.skeleton(), data_prop=True
             )
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        except (
+            onnx.checker.ValidationError,
+            onnx.shape_inference.InferenceError,
+            RuntimeError,
+            ValueError,
+        ):
             inferred = self.skeleton()
         found: dict[str, ValueInfo] = {}
 

@@ -1097,3 +1097,12 @@ def test_one_function_knows_the_names_of_onnx_s_domain() -> None:
     pattern = r'[,(=] ?"ai\.onnx"|if (not )?\w+\.domain\b(?!\.)( and| or|:)'
     guilty = {p.name for p in sources if re.search(pattern, p.read_text("utf-8"))}
     assert guilty <= {"topology.py", "exporter.py"}
+
+
+def test_functions_of_one_name_leave_shapes_unknown() -> None:
+    proto = onnx.ModelProto(ir_version=8)
+    proto.graph.name = "g"
+    proto.opset_import.add(domain="", version=17)
+    for _ in range(2):
+        proto.functions.add(name="call", domain="local")
+    assert Model.load(proto, check=False).infer_shapes() == {}
