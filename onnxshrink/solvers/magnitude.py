@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,40 @@ def magnitude_bits(values: NDArray[Any]) -> NDArray[np.uint32]:
     return narrow.view(np.uint32) & _MAGNITUDE
 
 
+class _Counts(NamedTuple):
+    """The bins of a histogram that are not empty, in order, and what each holds.
+
+    Kept for every tensor of a model at once: a tensor of 256 weights fills at most 256
+    of the 65,536 bins.
+    """
+
+    bins: NDArray[np.uint16]
+    held: NDArray[np.int64]
+
+    def below(self, end: int) -> int:
+        """Return how many values are in bins before ``end``."""
+        return int(self.held[: int(np.searchsorted(self.bins, end))].sum())
+
+    def at(self, place: int) -> int:
+        """Return how many values are in the bin ``place``."""
+        return self.below(place + 1) - self.below(place)
+
+
+def _counts(task: tuple[Source, int | None]) -> _Counts:
+    """Return the histogram of one source without its empty bins."""
+    histogram = _histogram(task)
+    bins = np.flatnonzero(histogram)
+    return _Counts(bins.astype(np.uint16), histogram[bins])
+
+
+def _summed(parts: Iterable[_Counts], bins: int) -> NDArray[np.int64]:
+    """Return the whole histogram of all parts."""
+    whole = np.zeros(bins, np.int64)
+    for part in parts:
+        whole[part.bins] += part.held
+    return whole
+
+
 def _histogram(task: tuple[Source, int | None]) -> NDArray[np.int64]:
     """Count patterns by their high half, or by the low half within one high half."""
     source, high = task
@@ -70,11 +104,12 @@ def _histogram(task: tuple[Source, int | None]) -> NDArray[np.int64]:
 def smallest(
     sources: Sequence[Source],
     counts: Sequence[int],
-    run: Callable[..., list[NDArray[np.int64]]] | None = None,
+    run: Callable[..., list[Any]] | None = None,
 ) -> list[list[int]]:
     """Return how many of each source are among the smallest magnitudes of all.
 
-    Values are compared as float32. Two passes over the data, whatever its size. The
+    Values are compared as float32. Two passes over the data, whatever its size; for
+    each source its histogram's filled bins are kept. The
     last count is divided exactly; for the others, magnitudes that differ by less than
     1/256 are taken from all sources in proportion.
 
@@ -91,8 +126,8 @@ def smallest(
     """
     run = run or (lambda function, tasks: [function(task) for task in tasks])
     total = sum(source.size for source in sources)
-    coarse = run(_histogram, [(source, None) for source in sources])
-    whole = np.sum(coarse, axis=0)
+    coarse: list[_Counts] = run(_counts, [(source, None) for source in sources])
+    whole = _summed(coarse, _HIGH_BINS)
     if whole[(_INFINITY >> _LOW_BITS) + 1 :].any():
         raise ModelError("a weight holds NaN")
     ends = np.cumsum(whole)
@@ -100,28 +135,29 @@ def smallest(
     for place, count in enumerate(counts):
         count = min(max(count, 0), total)
         high = int(np.searchsorted(ends, count))
-        below = [int(part[:high].sum()) for part in coarse]
+        below = [part.below(high) for part in coarse]
         missing = count - sum(below)
         if not missing:
             divisions.append(below)
         elif place < len(counts) - 1:
-            inside = [int(part[high]) * missing // int(whole[high]) for part in coarse]
+            inside = [part.at(high) * missing // int(whole[high]) for part in coarse]
             divisions.append([b + i for b, i in zip(below, inside, strict=True)])
         else:
-            fine = run(_histogram, [(source, high) for source in sources])
+            fine = run(_counts, [(source, high) for source in sources])
             divisions.append(_divided(below, fine, missing))
     return divisions
 
 
 def _divided(
-    below: Sequence[int], halves: Sequence[NDArray[np.int64]], missing: int
+    below: Sequence[int], halves: Sequence[_Counts], missing: int
 ) -> list[int]:
     """Finish a selection from the counts of low halves within one high half."""
-    low = int(np.searchsorted(np.cumsum(np.sum(halves, axis=0)), missing))
-    inside = [int(half[:low].sum()) for half in halves]
+    whole = _summed(halves, 1 << _LOW_BITS)
+    low = int(np.searchsorted(np.cumsum(whole), missing))
+    inside = [half.below(low) for half in halves]
     ties = missing - sum(inside)
     for index, half in enumerate(halves):
-        taken = min(ties, int(half[low]))
+        taken = min(ties, half.at(low))
         inside[index] += taken
         ties -= taken
     return [b + i for b, i in zip(below, inside, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,17 @@ def test_every_row_loses_as_many_and_the_first_rows_what_is_left() -> None:
         [False, True, True],
         [False, False, True],
     ]
+
+
+def test_many_small_tensors_take_memory_by_their_weights() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(16, 16)).astype(np.float32) for _ in range(200)]
+    everything = np.sort(np.abs(np.concatenate(arrays, axis=None)))
+    count = everything.size // 2
+    tracemalloc.start()
+    (found,) = smallest([ArrayTensor(array) for array in arrays], [count])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    limit = everything[count - 1]
+    assert found == [int((np.abs(array) <= limit).sum()) for array in arrays]
+    assert peak < 10e6  # 200 whole histograms are 105 MB
