@@ -185,7 +185,9 @@ class PassManager:
             shapes: Input shapes for random inputs and measurement.
             progress: Receives progress of long work.
             on_step: Receives each step's report as soon as it is there.
-            measure_latency: Measure latency against the model the run started from.
+            measure_latency: Measure latency against the model the run started from: of
+                the model that came in and the one that is written; after each pass too
+                where the budget bounds it.
             measure_memory: Measure the memory that opening the model takes, before and
                 after, in processes of their own.
 
@@ -625,7 +627,8 @@ class _PipelineRun:
         for one in tries:
             before, attempt = accepted, one.attempt
             if one.kept:
-                stats = self._measure(attempt.path)
+                latency = self.budget.max_latency_ratio is not None
+                stats = self._measure(attempt.path, latency=latency)
                 stats = dataclasses.replace(stats, metric=one.verdict.quality())
                 accepted = _Accepted(attempt.model, attempt.path, stats)
                 if attempt.is_taught:
@@ -889,7 +892,7 @@ class _PipelineRun:
                 self.selection = self._validator(splits)
         return self.selection
 
-    def _measure(self, path: Path) -> Stats:
+    def _measure(self, path: Path, *, latency: bool = True) -> Stats:
         manager = self.manager
         manager.progress(0, 1, "measuring")
         return measure(
@@ -898,7 +901,7 @@ class _PipelineRun:
             baseline=None if path == self.original else self.original,
             threads=manager.threads,
             providers=manager.providers,
-            latency=manager.measure_latency,
+            latency=latency and manager.measure_latency,
             memory=False,
         )
 

@@ -190,6 +190,15 @@ onnxshrink model.onnx --recipe mine.toml --plan
     section="Running",
     help="Threads that passes share work among; 0 is one for each processor.",
 )
+@option(
+    "--measure",
+    type=click.Choice(["latency,memory", "latency", "memory", "none"]),
+    default="latency,memory",
+    show_default=True,
+    section="Running",
+    help="What is measured of the model that came in and the one that is written. "
+    "Between passes, latency is measured only under --max-latency.",
+)
 @option("-q", "--quiet", is_flag=True, section="Running", help="Print only errors.")
 @option(
     "-v",
@@ -241,6 +250,7 @@ def shrink(
     threads: int,
     seed: int,
     jobs: int,
+    measure: str,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -253,6 +263,8 @@ def shrink(
         raise click.UsageError("give either --passes or --recipe, not both")
     if quiet and verbose:
         raise click.UsageError("give either -q or -v, not both")
+    if max_latency is not None and "latency" not in measure:
+        raise click.UsageError("--max-latency needs --measure latency")
     if not model.name:
         raise UsageError(f"{str(model)!r} names no file; give a model")
     pipeline = _pipeline(passes, recipe)
@@ -293,6 +305,8 @@ def shrink(
             shapes=dict(shapes),
             progress=bar,
             on_step=on_step,
+            measure_latency="latency" in measure,
+            measure_memory="memory" in measure,
         )
         if plan:
             planned = manager.plan(loaded)

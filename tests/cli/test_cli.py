@@ -386,6 +386,43 @@ STATS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "ends", "memory"),
+    [
+        ([], False, True, True),
+        (["--max-latency", "100"], True, True, True),
+        (["--measure", "latency"], False, True, False),
+        (["--measure", "memory"], False, False, True),
+        (["--measure", "none"], False, False, False),
+    ],
+)
+def test_what_is_measured(
+    words: list[str],
+    steps: bool,
+    ends: bool,
+    memory: bool,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cost = runtime.LoadCost(0.1, 1 << 20)
+    monkeypatch.setattr(runtime, "load_cost", lambda *args, **kwargs: cost)
+    report = tmp_path / "run.json"
+    shown = run(model, *words, "--report", report)
+    assert shown.exit_code == 0, shown.output
+    data = json.loads(report.read_text())
+    assert (data["steps"][0]["after"]["latency_ms"] is not None) is steps
+    for place in ("baseline", "final"):
+        assert (data[place]["latency_ms"] is not None) is ends
+        assert (data[place]["peak_memory_bytes"] is not None) is memory
+
+
+def test_a_bound_on_latency_needs_its_measurement(model: Path) -> None:
+    shown = run(model, "--max-latency", "1.5", "--measure", "none")
+    assert shown.exit_code == 2
+    assert "--max-latency needs --measure latency" in shown.stderr
+
+
 def test_the_bare_command_folds_and_writes_beside_the_model(model: Path) -> None:
     before = model.read_bytes()
     shown = run(model)
