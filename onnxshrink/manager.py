@@ -503,7 +503,7 @@ class _PipelineRun:
                 f"{first.label}{after}: {failed.verdict.reason}; nothing was written"
             )
         first.kept, first.reason = False, f"rolled back: {failed.verdict.reason}"
-        if on_breach == "back-off":
+        if on_breach == "back-off" and first.verdict.problem != "unmeasured":
             return self._weakened(first, last, accepted)
         return [first]
 
@@ -1007,7 +1007,8 @@ class _PipelineRun:
         path = staging / self.name
         files = self._save(written, path)
         verdict = self.final.check(path, Promise.CLOSE)
-        if not verdict.ok and (manager.on_breach != "keep" or not verdict.keepable):
+        insists = manager.on_breach == "keep" or verdict.problem == "unmeasured"
+        if not verdict.ok and not (insists and verdict.keepable):
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
         stats = dataclasses.replace(self._measure(path), metric=verdict.quality())
         notes = list(self.splits.describe())

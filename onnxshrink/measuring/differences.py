@@ -20,6 +20,7 @@ import numpy as np
 from onnxshrink.samples.columns import Array
 
 __all__ = [
+    "EMPTY",
     "Difference",
     "OutputMetrics",
     "Seen",
@@ -29,6 +30,8 @@ __all__ = [
     "plain",
 ]
 
+EMPTY = "empty: there was no value to compare"
+"""The note of an output without values."""
 _IN_MEMORY = 32 << 20
 """Bytes of a model's outputs from which they are kept on disk."""
 _FILL = 1e30
@@ -159,8 +162,9 @@ class Seen:
     Attributes:
         scale: Largest absolute value.
         power: Sum of squares.
-        scores: Whether the output still looks like class scores.
+        scores: Whether the output still has the shape of class scores.
         classes: Number of classes, if so.
+        values: How many values were looked at.
         dtype: Dtype of the output.
         stable: Whether the reference repeats itself.
     """
@@ -170,6 +174,7 @@ class Seen:
         self.power = 0.0
         self.scores = True
         self.classes = 0
+        self.values = 0
         self.dtype: np.dtype[Any] | None = None
         self.stable = True
         self._unit = True
@@ -190,6 +195,7 @@ class Seen:
             self.scores = False
             return
         self.dtype = value.dtype
+        self.values += value.size
         if not is_float(value):
             self.scores = False
             return
@@ -209,10 +215,11 @@ class Seen:
 
     @property
     def is_scores(self) -> bool:
-        """Whether the output is class scores.
+        """Whether the output may be taken for class scores where nobody says.
 
-        [samples, classes] floats are, unless the name speaks of an embedding or every
-        row is a unit vector with negative entries, as normalised embeddings are.
+        [samples, classes] floats may, unless the name speaks of an embedding or every
+        row is a unit vector with negative entries, as normalised embeddings are. A
+        verdict goes by ``onnxshrink.validation.kinds`` instead.
         """
         return self.scores and not (self._unit and self._negative)
 
@@ -226,6 +233,7 @@ class Difference:
     Attributes:
         max_abs: Largest absolute error of floats.
         noise: Sum of squared errors.
+        values: How many values of the reference were compared.
         far: Values that are another integer, boolean or string, for 8-bit ones by more
             than one step, and floats that are finite only here.
     """
@@ -241,12 +249,14 @@ class Difference:
         self.nan = self.inf = self.reshaped = 0
         self.note = ""
         self.far = 0
+        self.values = 0
 
     def update(self, reference: Any, value: Any, samples: int) -> None:
         """Take in one batch."""
         if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
             self._compare_objects(reference, value, samples)
             return
+        self.values += reference.size
         if reference.shape != value.shape:
             self.reshaped += 1
             self._compared += reference.size
@@ -339,6 +349,8 @@ class Difference:
                 nan=self.nan,
                 inf=self.inf,
             )
+        if not self.values and not self.note and not self.reshaped:
+            return OutputMetrics(note=EMPTY)
         if self.noise == 0:
             sqnr = math.inf
         elif seen.power == 0 or not math.isfinite(self.noise):

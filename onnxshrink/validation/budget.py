@@ -12,15 +12,30 @@ from onnxshrink.measuring.differences import OutputMetrics
 from onnxshrink.samples import Splits
 from onnxshrink.validation.metrics import MetricChange
 
-__all__ = ["Budget", "amplitude", "grown"]
+__all__ = ["Bound", "Budget", "amplitude", "grown"]
 
 DEFAULT_DROP = 1.0
 DEFAULT_AGREEMENT = 0.98
 DEFAULT_SQNR = 20.0
+SMOKE_AGREEMENT = 0.9
+"""Least agreement of integers, booleans and strings on random inputs."""
 
 _GROWTH = 4096
 _GROWTH_SHARE = 0.01
 """A file may grow by this much, for metadata and nodes of tiny models."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one output is held to; ``None`` does not limit.
+
+    Attributes:
+        agreement: Least share of rows with the same top class, or of equal values.
+        sqnr: Least signal-to-noise ratio, dB.
+    """
+
+    agreement: float | None = None
+    sqnr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,8 @@ class Budget:
     Attributes:
         max_drop: Most the task metric may get worse, in its own unit: ``top1`` is in
             percent, so 0.1 is a tenth of a point.
-        min_agreement: Least share of samples (0 to 1) whose top class stays.
+        min_agreement: Least share of samples (0 to 1) whose top class stays, and of
+            values that stay in outputs of integers, booleans and strings.
         min_sqnr: Least signal to quantization noise ratio of every float output, dB.
         max_latency_ratio: Most the latency may be of the reference's.
         automatic: Whether it was chosen for the user; what the samples cannot measure
@@ -63,9 +79,11 @@ class Budget:
     def default(cls, splits: Splits) -> Budget:
         """Return the budget for users who give none.
 
-        With labels, one point of a metric in percent; with data, 98 % of top classes
-        unchanged, or 20 dB where no output is class scores; on random inputs nothing
-        but broken outputs stops a pass.
+        With labels, one point of a metric in percent. Of every output that the metric
+        does not read and that is no state: 98 % of top classes unchanged where it is
+        class scores, 98 % of values equal where it is integers, booleans or strings,
+        else 20 dB. On random inputs only integers, booleans and strings are bounded,
+        by 90 %.
         """
         if splits.random:
             return cls(automatic=True)
@@ -81,7 +99,10 @@ class Budget:
         return dataclasses.asdict(self)
 
     def used(
-        self, outputs: Mapping[str, OutputMetrics], change: MetricChange | None
+        self,
+        outputs: Mapping[str, OutputMetrics],
+        change: MetricChange | None,
+        bounds: Mapping[str, Bound] | None = None,
     ) -> tuple[float, str]:
         """Return the share of the budget that is used up, and what goes beyond it.
 
@@ -89,6 +110,7 @@ class Budget:
             outputs: How each output differs from the reference, by name; one with a
                 note does not count.
             change: The task metric before and after, where there is one.
+            bounds: What each output is held to; by default all to the limits here.
 
         Returns:
             The largest share over all limits, and words for that limit; the words are
@@ -110,20 +132,21 @@ class Budget:
                 f"{change.name} went from {change.before:.6g} to {change.after:.6g}, "
                 f"{change.drop:.3g} worse where {self.max_drop:g} is allowed",
             )
+        every = Bound(self.min_agreement, self.min_sqnr)
         for name, m in outputs.items():
+            bound = every if bounds is None else bounds.get(name, Bound())
             if m.note:
                 continue
-            if self.min_agreement is not None and m.agreement is not None:
+            if bound.agreement is not None and m.agreement is not None:
                 use(
-                    _share(1 - m.agreement, 1 - self.min_agreement + 1e-12),
+                    _share(1 - m.agreement, 1 - bound.agreement + 1e-12),
                     f"agreement of {name!r} is {m.agreement:.4f}, less than "
-                    f"{self.min_agreement:g}",
+                    f"{bound.agreement:g}",
                 )
-            if self.min_sqnr is not None:
+            if bound.sqnr is not None:
                 use(
-                    amplitude(m.sqnr_db) / amplitude(self.min_sqnr),
-                    f"SQNR of {name!r} is {m.sqnr_db:.1f} dB, less than "
-                    f"{self.min_sqnr:g}",
+                    amplitude(m.sqnr_db) / amplitude(bound.sqnr),
+                    f"SQNR of {name!r} is {m.sqnr_db:.1f} dB, less than {bound.sqnr:g}",
                 )
         return worst, reason
 

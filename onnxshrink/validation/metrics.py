@@ -67,11 +67,19 @@ class MetricChange:
 
 
 class Task(ABC):
-    """A task metric: fed with outputs and labels, then read."""
+    """A task metric: fed with outputs and labels, then read.
+
+    Attributes:
+        name: Its name.
+        lower_is_better: Whether a smaller value is better.
+        percent: Whether it is in percent.
+        reads: Names of the outputs it looks at; ``None`` if that may be any.
+    """
 
     name: str
     lower_is_better = False
     percent = False
+    reads: frozenset[str] | None = None
 
     @abstractmethod
     def start(self) -> None:
@@ -93,6 +101,7 @@ class Top(Task):
 
     def __init__(self, output: str, k: int) -> None:
         self.name, self._output, self._k = f"top{k}", output, k
+        self.reads = frozenset([output])
         self.start()
 
     def start(self) -> None:
@@ -132,6 +141,7 @@ class Squared(Task):
 
     def __init__(self, output: str) -> None:
         self._output = output
+        self.reads = frozenset([output])
         self.start()
 
     def start(self) -> None:
@@ -158,6 +168,7 @@ class Spearman(Task):
 
     def __init__(self, output: str) -> None:
         self._output = output
+        self.reads = frozenset([output])
         self.start()
 
     def start(self) -> None:

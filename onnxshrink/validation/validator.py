@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +30,14 @@ from onnxshrink.measuring.differences import (
 from onnxshrink.model import ValueInfo
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.samples.columns import Array
-from onnxshrink.validation.budget import Budget
+from onnxshrink.validation.budget import (
+    DEFAULT_AGREEMENT,
+    DEFAULT_SQNR,
+    SMOKE_AGREEMENT,
+    Bound,
+    Budget,
+)
+from onnxshrink.validation.kinds import Kinds, kinds_of
 from onnxshrink.validation.metrics import (
     BUILT_IN,
     Custom,
@@ -67,6 +74,7 @@ class _Reference:
     spans: list[tuple[int, int]]
     inputs: tuple[ValueInfo, ...]
     outputs: tuple[ValueInfo, ...]
+    kinds: Kinds = field(default_factory=Kinds)
     task: Task | None = None
     before: float = 0.0
     noise: dict[str, tuple[float, float]] | None = None
@@ -158,26 +166,87 @@ class Validator:
     def budget(self) -> Budget:
         """The limits that apply, once the reference has been looked at.
 
-        Of an automatic budget, the first limit holds that the samples can measure: the
-        task metric if it is in percent, else agreement, else SQNR.
+        An automatic budget leaves out what the samples cannot measure: the drop of a
+        metric that is not in percent, agreement or SQNR where no output has it.
         """
         asked = self._asked
         if not asked.automatic or self.smoke_test:
             return asked
-        reference = self._reference()
-        if asked.max_drop is not None and reference.task and reference.task.percent:
-            return Budget(
-                max_drop=asked.max_drop,
-                max_latency_ratio=asked.max_latency_ratio,
-                automatic=True,
-            )
-        scores = any(seen.is_scores for seen in reference.seen.values())
+        task = self._reference().task
+        bounds = self.bounds.values()
+        measured = asked.max_drop is not None and task is not None and task.percent
         return Budget(
-            min_agreement=asked.min_agreement if scores else None,
-            min_sqnr=None if scores else asked.min_sqnr,
+            max_drop=asked.max_drop if measured else None,
+            min_agreement=asked.min_agreement
+            if any(b.agreement is not None for b in bounds)
+            else None,
+            min_sqnr=asked.min_sqnr
+            if any(b.sqnr is not None for b in bounds)
+            else None,
             max_latency_ratio=asked.max_latency_ratio,
             automatic=True,
         )
+
+    @property
+    def bounds(self) -> dict[str, Bound]:
+        """What each output is held to, beside the task metric.
+
+        A limit that was asked for holds for every output that has it. Outputs that are
+        bounded by none, nor read by the metric, nor state, are held to the default.
+        """
+        asked, reference = self._asked, self._reference()
+        limits = (asked.max_drop, asked.min_agreement, asked.min_sqnr)
+        unlimited = all(limit is None for limit in limits)
+        if unlimited and not (asked.automatic and self.smoke_test):
+            return {}
+        task, random = reference.task, self.smoke_test
+        read: frozenset[str] = frozenset()
+        counts = task is not None and (task.percent or not asked.automatic)
+        if task is not None and counts and asked.max_drop is not None:
+            read = frozenset(reference.seen) if task.reads is None else task.reads
+        given = (
+            Bound() if asked.automatic else Bound(asked.min_agreement, asked.min_sqnr)
+        )
+        found = {}
+        for name, seen in reference.seen.items():
+            kind = self._kind(name, seen, reference)
+            agreement = given.agreement if kind in ("scores", "equal") else None
+            sqnr = None if kind == "equal" else given.sqnr
+            if agreement is None and sqnr is None and name not in read:
+                if kind == "equal":
+                    agreement = SMOKE_AGREEMENT if random else DEFAULT_AGREEMENT
+                elif kind == "scores" and not random:
+                    agreement = DEFAULT_AGREEMENT
+                elif kind == "float" and not random:
+                    sqnr = DEFAULT_SQNR
+            found[name] = Bound(agreement, sqnr)
+        return found
+
+    def _kind(
+        self, name: str, seen: Seen, reference: _Reference
+    ) -> Literal["scores", "equal", "state", "float"]:
+        """Return how an output is compared: its top class, its values, its noise."""
+        if seen.dtype is not None and not is_float(np.zeros(0, seen.dtype)):
+            return "equal"
+        if name in self._scores(reference):
+            return "scores"
+        return "state" if name in reference.kinds.state else "float"
+
+    def _scores(self, reference: _Reference) -> frozenset[str]:
+        """Return the outputs that are class scores, [samples, classes, 1...].
+
+        The graph says so, or labels read it. Who asks for agreement and has no such
+        output means the rows that may be scores.
+        """
+        shaped = {name for name, seen in reference.seen.items() if seen.scores}
+        found = shaped & reference.kinds.scores
+        if self._labels is not None:
+            read = self._scores_for(reference, self._labels)
+            found |= {read} if read is not None else set()
+        asked = self._asked
+        if not found and asked.min_agreement is not None and not asked.automatic:
+            found = {n for n in shaped if reference.seen[n].is_scores}
+        return frozenset(found)
 
     def reference_metric(self) -> dict[str, float]:
         """Return the task metric of the reference by name; empty if there is none."""
@@ -209,6 +278,7 @@ class Validator:
         """Run a model over the samples and keep what it says."""
         session = self._session(source)
         inputs, outputs = signature_of(source, session)
+        kinds = kinds_of(source, inputs, outputs)
         spans = list(self.samples.spans(self._size()))
         store = Store()
         seen = {info.name: Seen() for info in session.outputs}
@@ -223,7 +293,7 @@ class Validator:
             for name, value in out.items():
                 seen[name].update(name, value, count)
             store.add(out)
-        return _Reference(source, store, seen, spans, inputs, outputs)
+        return _Reference(source, store, seen, spans, inputs, outputs, kinds)
 
     def _start(self, before: Source | None) -> _Reference:
         """Return what SAME is measured against: the model before the pass."""
@@ -238,21 +308,40 @@ class Validator:
     def _check_budget(self, reference: _Reference) -> None:
         """Refuse a budget that nothing could be measured for."""
         asked = self._asked
-        if asked.automatic:
+        limits = (asked.max_drop, asked.min_agreement, asked.min_sqnr)
+        if asked.automatic or all(limit is None for limit in limits):
             return
         if asked.max_drop is not None and reference.task is None:
             raise UsageError(
                 "--max-drop needs a metric, and no output is class scores that fit the "
                 "labels; name one with --metric, or use --min-sqnr"
             )
-        agreeable = any(
-            seen.is_scores or (seen.dtype is not None and seen.dtype.kind in "iubOU")
-            for seen in reference.seen.values()
+        comparable = {
+            name: self._kind(name, seen, reference)
+            for name, seen in reference.seen.items()
+            if seen.stable and seen.values
+        }
+        why = "; ".join(
+            f"{name!r} is {'empty' if seen.stable else 'random'}"
+            for name, seen in reference.seen.items()
+            if name not in comparable
         )
-        if asked.min_agreement is not None and not agreeable:
+        if not comparable and asked.max_drop is None:
             raise UsageError(
-                "--min-agreement needs an output of class scores, [samples, classes]; "
-                "this model has none, use --min-sqnr"
+                f"no budget can be measured on this model: {why}; without "
+                "--min-agreement and --min-sqnr it is simplified only"
+            )
+        kinds = set(comparable.values())
+        if asked.min_agreement is not None and not kinds & {"scores", "equal"}:
+            raise UsageError(
+                "--min-agreement needs an output of class scores, [samples, classes], "
+                "or of integers, booleans or strings; this model has none to compare, "
+                "use --min-sqnr"
+            )
+        if asked.min_sqnr is not None and not kinds - {"equal"}:
+            raise UsageError(
+                "--min-sqnr needs an output of floats, and this model has none to "
+                "compare, use --min-agreement"
             )
 
     def _run(self, session: runtime.Session, feed: Mapping[str, Array]) -> Any:
@@ -326,12 +415,14 @@ class Validator:
         return f"; the outputs are {words}"
 
     def _scores_for(self, reference: _Reference, labels: Array) -> str | None:
-        """Return the first output of class scores that the labels index."""
+        """Return the first output that the labels index; known scores come first."""
         if labels.size != len(labels) or labels.dtype.kind not in "iubf":
             return None
         if not np.array_equal(labels, np.floor(labels)) or labels.min() < 0:
             return None
-        for name, seen in reference.seen.items():
+        known = reference.kinds.scores
+        for name in sorted(reference.seen, key=lambda name: name not in known):
+            seen = reference.seen[name]
             if seen.scores and seen.classes > labels.max():
                 return name
         return None
@@ -422,6 +513,7 @@ class Validator:
             promise,
             metrics,
             budget=budget,
+            bounds=self.bounds,
             moved=moved(from_start, start.seen, lambda: self._own_noise(start))
             if promise is Promise.SAME
             else "",
@@ -446,8 +538,9 @@ class Validator:
         starts from it.
         """
         against = [reference] if start is reference else [reference, start]
+        scores = self._scores(reference)
         found = [
-            {name: Difference(seen.is_scores) for name, seen in known.seen.items()}
+            {name: Difference(name in scores) for name in known.seen}
             for known in against
         ]
         store = Store()

@@ -14,13 +14,21 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxshrink.base import Promise
-from onnxshrink.measuring.differences import Difference, OutputMetrics, Seen, is_float
-from onnxshrink.validation.budget import Budget, amplitude, grown
+from onnxshrink.measuring.differences import (
+    EMPTY,
+    Difference,
+    OutputMetrics,
+    Seen,
+    is_float,
+)
+from onnxshrink.validation.budget import Bound, Budget, amplitude, grown
 from onnxshrink.validation.metrics import MetricChange
 
 __all__ = ["Problem", "Verdict", "judge", "moved"]
 
-Problem = Literal["", "broken", "signature", "same", "budget", "bytes", "latency"]
+Problem = Literal[
+    "", "broken", "signature", "same", "budget", "bytes", "latency", "unmeasured"
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Verdict:
     @property
     def keepable(self) -> bool:
         """Whether only the user's limits are broken, so that a user may insist."""
-        return self.problem in ("", "budget", "bytes", "latency")
+        return self.problem in ("", "budget", "bytes", "latency", "unmeasured")
 
     def quality(self) -> dict[str, float]:
         """Return the figures worth a place in a table, by name.
@@ -115,6 +123,7 @@ def judge(
     outputs: Mapping[str, OutputMetrics],
     *,
     budget: Budget,
+    bounds: Mapping[str, Bound] | None = None,
     moved: str = "",
     change: MetricChange | None = None,
     samples: int = 0,
@@ -129,6 +138,7 @@ def judge(
         promise: What the pass claims.
         outputs: How each output differs from the reference, by name.
         budget: The limits.
+        bounds: What each output is held to; by default all to the budget's limits.
         moved: What ``moved`` says; it counts for ``Promise.SAME`` only.
         change: The task metric before and after, where there is one.
         samples: Samples that were compared.
@@ -150,9 +160,12 @@ def judge(
         if reason:
             problem, usage = "same", math.inf
     elif promise is Promise.CLOSE:
-        usage, reason = budget.used(outputs, change)
+        usage, reason = budget.used(outputs, change, bounds)
         if reason:
             problem = "budget"
+    silent = _uncompared(outputs) if change is None else ""
+    if silent and not problem and promise is Promise.CLOSE:
+        problem, reason, usage = "unmeasured", silent, math.inf
     if not problem and promise is not Promise.SIGNATURE:
         reason = grown(before_bytes, after_bytes)
         problem = "bytes" if reason else ""
@@ -167,7 +180,7 @@ def judge(
         usage = max(usage, latency_ratio / limit)
     return Verdict(
         ok=not problem,
-        reason=reason or "ok",
+        reason=reason or silent or "ok",
         problem=problem,
         outputs=outputs,
         metric=change,
@@ -200,7 +213,7 @@ def moved(
     for name, difference in differences.items():
         known = seen[name]
         m = difference.result(known)
-        if m.note and not known.stable:
+        if m.note and (not known.stable or m.note == EMPTY):
             continue
         if m.note:
             return f"promised the same outputs, but {name!r}: {m.note}"
@@ -235,6 +248,14 @@ def moved(
             f"({m.sqnr_db:.1f} dB)"
         )
     return ""
+
+
+def _uncompared(metrics: Mapping[str, OutputMetrics]) -> str:
+    """Say why no output tells anything, or ``""`` if one does."""
+    if not metrics or any(not m.note for m in metrics.values()):
+        return ""
+    why = "; ".join(f"{name!r} is {m.note}" for name, m in metrics.items())
+    return f"nothing comparable was compared: {why}"
 
 
 def _damage(usage: float, noise: float) -> float:

@@ -128,20 +128,23 @@ def test_a_tie_of_the_reference_may_fall_either_way():
     tied = np.array([[1, 1], [0, 0], [0, 0]])
     reference = linear(tied, shapes={"y": ["N", 2]})
     nudged = np.add(tied, [[0, 1e-3], [0, 0], [0, 0]])
-    verdict = validator(reference, np.abs(X)).check(
+    labels = np.zeros(len(X), np.int64)
+    verdict = validator(reference, np.abs(X), labels).check(
         linear(nudged, shapes={"y": ["N", 2]})
     )
     assert metrics(verdict).agreement == 1.0
 
 
 def test_an_embedding_is_not_class_scores():
+    # What it is called says nothing, and neither do rows that all agree.
+    assert metrics(validator().check(linear())).agreement is None
     text = """
     g (float[N, 3] x) => (float[N, 3] y) { y = LpNormalization<axis = -1>(x) }
     """
     assert metrics(validator(parsed(text)).check(parsed(text))).agreement is None
-    text = "g (float[N, 3] x) => (float[N, 3] hidden_state) { hidden_state = Neg(x) }"
-    found = validator(parsed(text)).check(parsed(text))
-    assert metrics(found, "hidden_state").agreement is None
+    judge = validator(parsed(text), budget=Budget(min_agreement=0.5))
+    with pytest.raises(UsageError, match="--min-agreement needs an output"):
+        judge.check(parsed(text))
 
 
 def test_class_scores_may_have_axes_of_size_one():
@@ -401,17 +404,158 @@ def test_the_default_budget_follows_the_samples():
     assert (judge.budget.max_drop, judge.budget.min_agreement) == (1.0, None)
     bare = splits(linear())
     judge = Validator(linear(), bare, Budget.default(bare))
+    assert (judge.budget.max_drop, judge.budget.min_agreement) == (None, None)
+    scores = linear(op="Softmax")
+    judge = Validator(scores, bare, Budget.default(bare))
     assert (judge.budget.max_drop, judge.budget.min_agreement) == (None, 0.98)
+    assert judge.budget.min_sqnr is None
     text = parsed("g (float[N] x) => (float[N] y) { y = Neg(x) }")
     judge = Validator(text, splits(text, X[:, 0]))
     assert (judge.budget.min_agreement, judge.budget.min_sqnr) == (None, 20.0)
 
 
 def test_labels_that_fit_no_output_fall_back_to_agreement_by_default():
-    odd = splits(linear(), labels=np.linspace(0, 1, 50))
-    judge = Validator(linear(), odd, Budget.default(odd))
+    scores = linear(op="Softmax")
+    odd = splits(scores, labels=np.linspace(0, 1, 50))
+    judge = Validator(scores, odd, Budget.default(odd))
     assert judge.budget.min_agreement == 0.98
     assert judge.reference_metric() == {}
+
+
+TWO = """
+g (float[N, 3] x) => (float[N, 3] y, float[N, 3] z, int64[N] top)
+<float one = {ONE}, float two = {TWO}, float[3] three = {THREE}>
+{
+  a = Mul(x, one)
+  y = Softmax<axis = -1>(a)
+  z = Mul(x, two)
+  b = Add(x, three)
+  top = ArgMax<axis = 1, keepdims = 0>(b)
+}
+"""
+
+
+def outputs(one: str = "1", two: str = "1", three: str = "0, 0, 0") -> onnx.ModelProto:
+    changes = {"ONE": one, "TWO": two, "THREE": three}
+    text = TWO
+    for name, value in changes.items():
+        text = text.replace("{" + name + "}", "{" + value + "}")
+    return parsed(text)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, "ok"),
+        ({"one": "0.5"}, "ok"),
+        ({"two": "2"}, "SQNR of 'z' is 0.0 dB, less than 20"),
+        ({"three": "9, 0, 0"}, "agreement of 'top' is"),
+    ],
+)
+def test_the_default_bounds_every_output(changed: Any, reason: str, labelled: bool):
+    given = splits(outputs(), labels=X.argmax(1) if labelled else None)
+    judge = Validator(outputs(), given)
+    assert judge.check(outputs(**changed)).reason.startswith(reason)
+    assert judge.check(outputs(one="-1")).problem == "budget"
+
+
+def test_limits_asked_for_leave_no_output_unbounded():
+    def reason(candidate: onnx.ModelProto, **limits: float) -> str:
+        judge = validator(outputs(), labels=X.argmax(1), budget=Budget(**limits))
+        return judge.check(candidate).reason
+
+    wrong = outputs(three="9, 0, 0")
+    assert "agreement of 'top'" in reason(wrong, min_sqnr=40)
+    assert "agreement of 'top'" in reason(wrong, max_drop=1)
+    assert reason(outputs(two="2"), min_agreement=0.9) == (
+        "SQNR of 'z' is 0.0 dB, less than 20"
+    )
+    assert reason(outputs(two="2"), max_drop=1).startswith("SQNR of 'z'")
+    assert "SQNR of 'y'" in reason(outputs(one="0.5"), min_sqnr=40)
+    assert reason(outputs(one="0.5"), max_drop=0) == "ok"
+
+
+def test_state_is_not_bounded_unless_it_is_all_there_is():
+    text = """
+    g (float[N, 3] x, float[N, 3] state_in) => (OUTPUTS)
+    <float one = {ONE}>
+    { y = Identity(x) a = Add(x, state_in) state_out = Mul(a, one) }
+    """
+    one, two = text.replace("ONE", "1"), text.replace("ONE", "3")
+    x = {"x": X, "state_in": X}
+    both = "float[N, 3] y, float[N, 3] state_out"
+    judge = validator(parsed(one.replace("OUTPUTS", both)), x, budget=None)
+    judge = Validator(
+        parsed(one.replace("OUTPUTS", both)),
+        splits(parsed(one.replace("OUTPUTS", both)), x),
+    )
+    assert judge.check(parsed(two.replace("OUTPUTS", both))).ok
+    alone = "float[N, 3] state_out"
+    reference = parsed(one.replace("OUTPUTS", alone))
+    judge = Validator(reference, splits(reference, x))
+    assert not judge.check(parsed(two.replace("OUTPUTS", alone))).ok
+
+
+@pytest.mark.parametrize("kind", ["int64", "bool", "string"])
+def test_integers_booleans_and_strings_are_bounded_without_data(kind: str):
+    made = {
+        "int64": "y = Identity(i)",
+        "bool": "zero = Constant<value_ints = [0, 0, 0, 0]>() y = Greater(i, zero)",
+        "string": """
+        names = Constant<value_strings = ["a", "b", "c", "d"]>() y = Gather(names, i)
+        """,
+    }
+    text = f"""
+    g (float[N, 3] x) => ({kind}[N, 4] y) <float[3, 4] w = {{WEIGHT}}>
+    {{ h = MatMul(x, w) d, i = TopK<axis = 1>(h, k) {made[kind]} }}
+    """.replace("{ h =", "{ k = Constant<value_ints = [4]>() h =")
+
+    def model(weight: np.ndarray) -> onnx.ModelProto:
+        values = ", ".join(f"{value:.6f}" for value in weight.ravel())
+        return parsed(text.replace("WEIGHT", values))
+
+    given = Splits.build(Model.load(model(W)))
+    judge = Validator(model(W), given)
+    assert judge.check(model(W)).ok
+    verdict = judge.check(model(-W))
+    assert "agreement of 'y' is" in verdict.reason
+    assert "less than 0.9" in verdict.reason
+    assert verdict.keepable
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("y = RandomNormalLike(x)", "'y' is random"),
+        ("s, t, u, v = NOTHING y = Slice(x, s, t, u, v)", "'y' is empty"),
+    ],
+)
+def test_where_nothing_can_be_compared_nothing_is_ok(body: str, why: str):
+    nothing = "Constant<value_ints = [0]>()"
+    body = body.replace(
+        "s, t, u, v = NOTHING",
+        f"s = {nothing} t = {nothing} u = {nothing} v = Constant<value_ints = [1]>()",
+    )
+    model = parsed(f"g (float[N, 3] x) => (float[N, M] y) {{ {body} }}")
+    given = splits(model)
+    for limits in ({"min_sqnr": 40.0}, {"min_agreement": 0.5}):
+        with pytest.raises(UsageError, match=f"can be measured.*{why}"):
+            Validator(model, given, Budget(**limits)).check(model)
+    judge = Validator(model, given)
+    verdict = judge.check(model)
+    assert (verdict.ok, verdict.problem) == (False, "unmeasured")
+    assert verdict.reason.startswith(f"nothing comparable was compared: {why}")
+    assert verdict.keepable
+    same = judge.check(model, Promise.SAME)
+    assert same.ok
+    assert same.reason == verdict.reason
+
+
+def test_decibels_of_integers_are_refused():
+    text = "g (float[N, 3] x) => (int64[N, 1] y) { y = ArgMax<axis = 1>(x) }"
+    with pytest.raises(UsageError, match="--min-sqnr needs an output of floats"):
+        validator(parsed(text), budget=Budget(min_sqnr=40)).check(parsed(text))
 
 
 # Task metrics
@@ -716,7 +860,7 @@ def test_whole_feeds_are_judged():
     assert given.evaluation is not None
     assert given.evaluation.whole
     other = linear(W * 2, shapes={"x": [5, 3], "y": [5, 4]})
-    verdict = Validator(model, given, Budget()).check(other)
+    verdict = Validator(model, given, Budget(min_agreement=0.5)).check(other)
     assert metrics(verdict).agreement == 1.0
     assert metrics(verdict).sqnr_db == pytest.approx(0, abs=1e-4)
 
