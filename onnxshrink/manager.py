@@ -161,6 +161,7 @@ class PassManager:
         on_step: Callable[[Step], None] | None = None,
         measure_latency: bool = True,
         measure_memory: bool = True,
+        custom_ops: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         """Set up a run.
 
@@ -190,6 +191,7 @@ class PassManager:
                 where the budget bounds it.
             measure_memory: Measure the memory that opening the model takes, before and
                 after, in processes of their own.
+            custom_ops: Shared libraries with operators that the model needs.
 
         Raises:
             UsageError: An unknown value for ``on_breach`` or ``names``.
@@ -219,6 +221,7 @@ class PassManager:
         self.on_step = on_step
         self.measure_latency = measure_latency
         self.measure_memory = measure_memory
+        self.custom_ops = tuple(custom_ops)
 
     # --- plan ---------------------------------------------------------------------
 
@@ -228,6 +231,10 @@ class PassManager:
         Passes that promise the same outputs are run on a copy, since what follows is
         planned on their result; the others are only asked for their sites.
         """
+        with runtime.custom_operators(self.custom_ops):
+            return self._plan(model)
+
+    def _plan(self, model: Model) -> list[Planned]:
         planned: list[Planned] = []
         costs = FixedCosts(threads=self.threads, providers=self.providers)
         with self._executor() as executor:
@@ -280,8 +287,16 @@ class PassManager:
             UsageError: ``resume`` without an output, or nothing fits to resume.
             ModelError: A pass cannot take the model or the data.
         """
+        with runtime.custom_operators(self.custom_ops):
+            return self._run(model, None if output is None else Path(output), resume)
+
+    def _run(
+        self,
+        model: Model | str | os.PathLike[str] | SupportsModelProto,
+        target: Path | None,
+        resume: bool,
+    ) -> Result:
         source = model if isinstance(model, Model) else Model.load(model)
-        target = None if output is None else Path(output)
         if resume and target is None:
             raise UsageError("resume needs an output: the state is kept beside it")
         if target is not None:
@@ -1017,6 +1032,11 @@ class _PipelineRun:
                 "labels take no part: they fit no output as classes; --metric names "
                 "what to measure with them"
             )
+        if self.source.objection:
+            notes.append(
+                "onnx.checker objects to the model as it came, and onnxruntime runs "
+                f"it, which counts: {self.source.objection}"
+            )
         if self.baseline != self.original:
             notes.append(
                 "agreement and SQNR of what follows the training are against the model "
@@ -1119,7 +1139,6 @@ def shrink(
     Raises:
         OnnxshrinkError: As ``PassManager.run``.
     """
-    loaded = model if isinstance(model, Model) else Model.load(model)
     if isinstance(passes, Pipeline):
         pipeline = passes
     elif isinstance(passes, str):
@@ -1129,9 +1148,10 @@ def shrink(
     else:
         pipeline = Pipeline.parse([str(step) for step in passes])
     splits = data if isinstance(data, Splits) else None
-    if splits is None and data is not None:
-        splits = Splits.build(
-            loaded, data, evaluation, labels=labels, seed=int(options.get("seed", 0))
-        )
-    manager = PassManager(pipeline, splits=splits, budget=budget, **options)
-    return manager.run(loaded, output, resume=resume)
+    with runtime.custom_operators(options.get("custom_ops", ())):
+        loaded = model if isinstance(model, Model) else Model.load(model)
+        if splits is None and data is not None:
+            seed = int(options.get("seed", 0))
+            splits = Splits.build(loaded, data, evaluation, labels=labels, seed=seed)
+        manager = PassManager(pipeline, splits=splits, budget=budget, **options)
+        return manager.run(loaded, output, resume=resume)

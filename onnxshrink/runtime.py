@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
 import subprocess
@@ -26,6 +28,7 @@ from onnxshrink.tensors import LazyTensor, refer_to
 __all__ = [
     "LoadCost",
     "Session",
+    "custom_operators",
     "describe",
     "file_bytes",
     "load_cost",
@@ -102,6 +105,42 @@ def providers() -> tuple[str, ...]:
 def version() -> str:
     """Return the version of onnxruntime."""
     return str(_onnxruntime().__version__)
+
+
+_LIBRARIES: list[str] = []
+"""Operator libraries for sessions made now. onnxruntime unloads none of them, so that
+what one run asked for harms no other run of the process."""
+
+
+@contextlib.contextmanager
+def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """Give every session that is made meanwhile the operators of shared libraries.
+
+    A library is code: it runs as soon as it is opened.
+
+    Args:
+        libraries: Shared libraries that export ``RegisterCustomOps``.
+
+    Raises:
+        UsageError: A library is missing, or onnxruntime cannot take it.
+    """
+    paths = [str(Path(library).absolute()) for library in libraries]
+    for path in paths:
+        if not Path(path).is_file():
+            raise UsageError(f"--custom-ops {path} does not exist or is not a file")
+        try:
+            _onnxruntime().SessionOptions().register_custom_ops_library(path)
+        except _failures() as error:
+            raise UsageError(
+                f"--custom-ops {path}: onnxruntime cannot take it as a library of "
+                f"operators: {_reason(error)}"
+            ) from error
+    _LIBRARIES.extend(paths)
+    try:
+        yield
+    finally:
+        for path in paths:
+            _LIBRARIES.remove(path)
 
 
 class Session:
@@ -228,7 +267,8 @@ def _value_info(arg: Any) -> ValueInfo:
         return ValueInfo(arg.name, 0, None, kind)
     name = _TYPES.get(match.group(1), "UNDEFINED")
     data_type = dict(onnx.TensorProto.DataType.items()).get(name, 0)
-    return ValueInfo(arg.name, data_type, tuple(arg.shape))
+    shape = tuple(None if dim in ("", "?") else dim for dim in arg.shape)
+    return ValueInfo(arg.name, data_type, shape)
 
 
 # --- making one -------------------------------------------------------------------
@@ -390,6 +430,8 @@ def _options(
     if optimize not in levels:
         raise UsageError(f"optimize is one of {', '.join(levels)}, not {optimize!r}")
     options = ort.SessionOptions()
+    for library in dict.fromkeys(_LIBRARIES):
+        options.register_custom_ops_library(library)
     options.log_severity_level = 4
     options.graph_optimization_level = levels[optimize]
     options.intra_op_num_threads = threads
@@ -576,7 +618,7 @@ _MEANINGS = (
     (
         r"Fatal error: (\S+):(\S+?)\(-?\d+\) is not a registered function/op",
         "operator {1} of domain {0} is a custom operator that onnxruntime does not "
-        "have; export the model with standard operators",
+        "have; --custom-ops LIB (custom_ops= in Python) gives the library that has it",
     ),
     (
         r"No Op registered for (\S+) with domain_version of (\d+)",
@@ -669,7 +711,7 @@ class LoadCost:
 
 
 _PROBE = """
-import sys, time
+import json, sys, time
 import onnxruntime
 
 def memory(name):
@@ -684,10 +726,14 @@ onnxruntime.disable_telemetry_events()
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
 options.intra_op_num_threads = int(sys.argv[2])
+libraries = json.loads(sys.argv.pop(4))
+for library in libraries:
+    options.register_custom_ops_library(library)
 if sys.argv[3] == "large":
     options.add_session_config_entry("session.disable_prepacking", "1")
 if sys.argv[3] == "package":
-    from onnxshrink.runtime import open_session
+    from onnxshrink.runtime import custom_operators, open_session
+    custom_operators(libraries).__enter__()
 before = memory("VmRSS")
 try:
     with open("/proc/self/clear_refs", "w") as file:
@@ -728,7 +774,8 @@ def load_cost(
     size = "large" if _bytes_of(path) >= _NO_PREPACKING else "small"
     size = "package" if is_package(path) else size
     command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE]
-    command += [str(path), str(threads), size, *providers]
+    libraries = json.dumps(list(dict.fromkeys(_LIBRARIES)))
+    command += [str(path), str(threads), size, libraries, *providers]
     try:
         done = subprocess.run(
             command,

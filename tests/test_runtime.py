@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxshrink import runtime
+from onnxshrink import runtime, shrink
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
 
@@ -332,3 +334,55 @@ def test_load_cost_of_what_does_not_load_is_none(tmp_path: Path):
 def test_memory_that_is_short_is_said_in_the_same_words_everywhere(text: str) -> None:
     # Passes that can do with smaller batches look for these.
     assert runtime._reason(RuntimeError(text)) == "it needs more memory than there is"
+
+
+_LIBRARY = """
+#include <stdio.h>
+#include <stdlib.h>
+void* RegisterCustomOps(void* options, void* api) {
+    FILE* log = fopen(getenv("OPS_LOG"), "a");
+    fputc('x', log);
+    fclose(log);
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_every_session_of_a_run_registers_the_library_of_operators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, library = tmp_path / "ops.c", tmp_path / "ops.so"
+    source.write_text(_LIBRARY)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60
+    )
+    log = tmp_path / "log"
+    log.touch()
+    monkeypatch.setenv("OPS_LOG", str(log))
+    path = tmp_path / "model.onnx"
+    Model.load(proto()).save(path)
+    with runtime.custom_operators([library]):
+        assert log.stat().st_size == 1
+        runtime.session(path)
+        assert log.stat().st_size == 2
+        assert runtime.load_cost(path) is not None
+        assert log.stat().st_size == 3
+    runtime.session(path)
+    assert log.stat().st_size == 3
+    shrink(path, "fold", custom_ops=[library], measure_memory=False)
+    assert log.stat().st_size > 4
+
+
+def test_a_library_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UsageError, match="does not exist"),
+        runtime.custom_operators([tmp_path / "no.so"]),
+    ):
+        pass
+    (tmp_path / "no.so").write_bytes(b"no library")
+    with (
+        pytest.raises(UsageError, match="cannot take it as a library"),
+        runtime.custom_operators([tmp_path / "no.so"]),
+    ):
+        pass

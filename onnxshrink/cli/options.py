@@ -129,7 +129,29 @@ metric_option = option(
     help="Task metric: top1, top5, mse, spearman, or module:function or "
     "file.py:function of (outputs, labels). [default: top1 where labels fit]",
 )
+
+
+def _custom_operators(
+    context: click.Context, _parameter: click.Parameter, libraries: tuple[Path, ...]
+) -> None:
+    if libraries:
+        from onnxshrink.runtime import custom_operators
+
+        context.with_resource(custom_operators(libraries))
+
+
 machine_options = together(
+    option(
+        "--custom-ops",
+        type=PATH,
+        metavar="LIB",
+        multiple=True,
+        expose_value=False,
+        callback=_custom_operators,
+        section="Running",
+        help="Shared library with operators of the model's own, for onnxruntime. Can "
+        "be repeated.",
+    ),
     option(
         "--provider",
         "providers",

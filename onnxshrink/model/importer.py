@@ -46,14 +46,35 @@ def dims_of(info: onnx.TypeProto.Tensor) -> tuple[int | str | None, ...] | None:
     """Return a tensor type's dimensions; ``None`` if even the rank is unknown."""
     if not info.HasField("shape"):
         return None
-    return tuple(
-        dim.dim_value
-        if dim.HasField("dim_value")
-        else dim.dim_param
-        if dim.HasField("dim_param")
-        else None
-        for dim in info.shape.dim
-    )
+    return tuple(_size(dim) for dim in info.shape.dim)
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """Return a dimension; -1 and ``?`` are how some exporters write an open one.
+
+    onnxruntime takes any negative size for an open one; ``_refuse_sizes`` does not.
+    """
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return dim.dim_param if dim.dim_param not in ("", "?") else None
+
+
+def _refuse_sizes(info: onnx.ValueInfoProto, what: str) -> None:
+    """Refuse a negative size other than -1, and a name that is not UTF-8.
+
+    Raises:
+        ModelError: Names the input or output.
+    """
+    _refuse_bytes([info.name])
+    if info.type.WhichOneof("value") != "tensor_type":
+        return
+    for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+        _refuse_bytes([dim.dim_param])
+        if dim.dim_value < -1:
+            raise ModelError(
+                f"{what} {info.name!r} has the size {dim.dim_value} in axis {axis}; an "
+                "open dimension is -1 or has a name"
+            )
 
 
 def _describe(info: onnx.ValueInfoProto) -> tuple[Any, list[Any] | None]:
@@ -61,6 +82,7 @@ def _describe(info: onnx.ValueInfoProto) -> tuple[Any, list[Any] | None]:
         return None, None
     tensor = info.type.tensor_type
     dims = dims_of(tensor)
+    _refuse_bytes(dim for dim in dims or () if isinstance(dim, (str, bytes)))
     try:
         dtype = numpy_type(tensor.elem_type) if tensor.elem_type else None
     except ModelError:
@@ -124,6 +146,7 @@ class Importer:
     def model(self) -> Graph:
         """Return the main graph, with functions attached."""
         domains = list(self.proto.opset_import)
+        _refuse_two_versions(domains)
         opset = next((o.version for o in domains if is_onnx(o.domain)), 1)
         self.opset = opset
         for function in self.proto.functions:
@@ -218,8 +241,11 @@ class Importer:
                 raise ModelError(f"two initializers are named {name!r}")
             scope[name] = self._sparse(sparse)
             own(graph, scope[name])
+        _refuse_bytes(info.name for info in proto.value_info)
         graph.value_infos = list(proto.value_info)
         infos = {info.name: info for info in proto.value_info}
+        for what, given in (("input", proto.input), ("output", proto.output)):
+            _refuse_twice(given, what)
         graph.input_info = {info.name: info for info in proto.input}
         graph.output_info = {info.name: info for info in proto.output}
         for info in proto.input:
@@ -257,6 +283,7 @@ class Importer:
     ) -> Iterator[Node]:
         for proto in protos:
             attrs: dict[str, Any] = {}
+            _refuse_bytes((proto.name, proto.op_type, proto.domain))
             for attr in proto.attribute:
                 attrs[attr.name] = self._attribute(attr, scope)
             try:
@@ -353,6 +380,39 @@ def _refuse_bytes(names: Iterable[object]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise ModelError(f"the name {name!r} is not UTF-8")
+
+
+def _refuse_two_versions(domains: Iterable[onnx.OperatorSetIdProto]) -> None:
+    """Refuse two versions of one operator domain, of which only one could be saved.
+
+    Raises:
+        ModelError: Names the domain and the versions.
+    """
+    versions: dict[str, int] = {}
+    for entry in domains:
+        _refuse_bytes([entry.domain])
+        known = versions.setdefault(domain_key(entry.domain), entry.version)
+        if known != entry.version:
+            raise ModelError(
+                f"it imports two versions of the domain {entry.domain or 'ai.onnx'}, "
+                f"{known} and {entry.version}; leave one of them out"
+            )
+
+
+def _refuse_twice(infos: Iterable[onnx.ValueInfoProto], what: str) -> None:
+    """Refuse an input that is listed twice, or an output with two types.
+
+    Raises:
+        ModelError: Names it.
+    """
+    seen: dict[str, onnx.ValueInfoProto] = {}
+    for info in infos:
+        _refuse_sizes(info, what)
+        before = seen.setdefault(info.name, info)
+        if before is info:
+            continue
+        if what == "input" or before != info:
+            raise ModelError(f"{what} {info.name!r} is listed twice; leave one out")
 
 
 def _refuse_external(message: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ class Model:
         ir_version: The IR version it is written with.
         external: Whether its tensors came as external data.
         lineage: What each value was in the model that a run started from.
+        objection: What onnx.checker says against a model that onnxruntime opens all
+            the same; empty if nothing.
     """
 
     def __init__(self, graph: Graph, origin: onnx.ModelProto) -> None:
@@ -75,6 +78,7 @@ class Model:
         self.ir_version = origin.ir_version
         self.external = False
         self.lineage = Lineage()
+        self.objection = ""
         self._files: frozenset[Path] = frozenset()
         self._names: set[str] | None = None
         self._numbers: dict[str, int] = {}
@@ -96,10 +100,12 @@ class Model:
                 ``model_proto`` (an attribute or a method), such as the result of a
                 framework's exporter.
                 A proto is not copied; do not change it while the model is in use.
-            check: Run onnx.checker. Switch it off only for what was just checked.
+            check: Run onnx.checker, and ask onnxruntime where it objects. Switch it off
+                only for what was just checked.
 
         Raises:
-            ModelError: It is not a valid ONNX model, or its external data is refused.
+            ModelError: It is not a valid ONNX model and onnxruntime does not open it,
+                or its external data is refused.
         """
         proto, ranges, package, path = read_source(source)
         label = str(path) if path is not None else "the model"
@@ -123,7 +129,7 @@ class Model:
         if place is not None:
             model._files |= {place}
         if check:
-            model.check(label)
+            model._check_with_judge(label)
         try:
             recognise(model.graph)
         except UnicodeDecodeError as error:
@@ -135,6 +141,16 @@ class Model:
 
         Raises:
             ModelError: What the checker refuses.
+        """
+        reason = self._checkers_word(label)
+        if reason:
+            raise ModelError(f"{label} is not a valid ONNX model: {reason}")
+
+    def _checkers_word(self, label: str) -> str:
+        """Return what onnx.checker says against the graph, or ``""``.
+
+        Raises:
+            ModelError: The graph cannot be written.
         """
         try:
             skeleton = self.skeleton()
@@ -154,8 +170,27 @@ class Model:
             ValueError,
         ) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = lines[0] if lines else type(error).__name__
-            raise ModelError(f"{label} is not a valid ONNX model: {reason}") from error
+            return lines[0] if lines else type(error).__name__
+        return ""
+
+    def _check_with_judge(self, label: str) -> None:
+        """Keep the checker's word as a note where onnxruntime opens the model.
+
+        Raises:
+            ModelError: Neither takes it.
+        """
+        reason = self._checkers_word(label)
+        if not reason:
+            return
+        # The judge lives above this room, and is asked only where the checker objects.
+        runtime = importlib.import_module("onnxshrink.runtime")
+        try:
+            runtime.session(self, threads=1, optimize="basic")
+        except ModelError as error:
+            raise ModelError(
+                f"{label} is not a valid ONNX model: {reason}; {error}"
+            ) from error
+        self.objection = reason
 
     def copy(self) -> Model:
         """Return an independent model that shares the tensors' values."""
@@ -165,6 +200,7 @@ class Model:
         twin.ir_version = self.ir_version
         twin.external = self.external
         twin.lineage = self.lineage.copy()
+        twin.objection = self.objection
         twin._files = self._files
         return twin
 

@@ -74,10 +74,12 @@ def require_opset(model: Model, version: int) -> None:
         stripped.graph.input.extend(inputs)
     stripped.ir_version = min(ir_version, MAX_IR_VERSION)
     try:
-        converted = onnx.version_converter.convert_version(stripped, version)
-        onnx.checker.check_model(converted)
+        converted = _converted(stripped, version)
+        if not model.objection:
+            onnx.checker.check_model(converted)
     except (
         onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
         onnx.version_converter.ConvertError,
         DecodeError,
         EncodeError,
@@ -94,6 +96,20 @@ def require_opset(model: Model, version: int) -> None:
     converted.ir_version = min(ir_version, MAX_IR_VERSION)
     _keep_notes(stripped.graph, converted.graph)
     take_over(model, converted, kept, hint)
+
+
+def _converted(stripped: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    """Convert, without what the file states of shapes where that is wrong."""
+    try:
+        return onnx.version_converter.convert_version(stripped, version)
+    except onnx.shape_inference.InferenceError:
+        bare = onnx.ModelProto()
+        bare.CopyFrom(stripped)
+        del bare.graph.value_info[:]
+        for info in bare.graph.output:
+            if info.type.HasField("tensor_type"):
+                info.type.tensor_type.ClearField("shape")
+        return onnx.version_converter.convert_version(bare, version)
 
 
 def take_over(

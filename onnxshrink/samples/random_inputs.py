@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from onnxshrink.samples.columns import Array, Column, Indices
 if TYPE_CHECKING:
     from onnxshrink.model import Model, ValueInfo
 
+_LARGEST = 2 << 30
+"""Bytes of one random input; a file can ask for any number."""
+
 __all__ = ["RandomColumn", "index_limits", "input_dtype", "random_shapes"]
 
 
@@ -26,8 +30,16 @@ def input_dtype(info: ValueInfo) -> np.dtype[Any]:
     """
     from onnxshrink.tensors import numpy_type
 
+    if info.kind != "tensor":
+        raise ModelError(
+            f"input {info.name!r} is a {info.kind.replace('_', ' ')}, which samples "
+            "cannot feed; export the model with tensors as inputs"
+        )
     if info.data_type == onnx.TensorProto.UNDEFINED:
-        raise ModelError(f"input {info.name!r} has no element type")
+        raise ModelError(
+            f"the model says no element type for its input {info.name!r}; export it "
+            "again with types"
+        )
     return numpy_type(info.data_type)
 
 
@@ -117,7 +129,19 @@ def random_shapes(
                 size = symbols.setdefault(dim, size)
             sizes.append(size)
         chosen[info.name] = tuple(sizes)
+        nbytes = math.prod(sizes) * _itemsize(info)
+        if nbytes > _LARGEST:
+            words = "x".join(map(str, sizes))
+            raise ModelError(
+                f"input {info.name!r} of {words} takes {nbytes / 2**30:,.1f} GiB, more "
+                f"than the {_LARGEST >> 30} GiB that are made up without being asked; "
+                "--data gives samples, --shape other sizes of open dimensions"
+            )
     return chosen
+
+
+def _itemsize(info: ValueInfo) -> int:
+    return input_dtype(info).itemsize if info.data_type and info.kind == "tensor" else 1
 
 
 def _default_size(

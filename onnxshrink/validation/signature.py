@@ -23,6 +23,9 @@ Source = Model | Path | bytes | onnx.ModelProto
 def check_form(candidate: Source) -> None:
     """Run onnx.checker over a candidate.
 
+    onnxruntime is the judge of a model as it comes; but a pass that turned a valid
+    model into one that the checker refuses has broken it.
+
     Raises:
         ModelError: What the checker refuses.
     """
@@ -38,7 +41,9 @@ def check_form(candidate: Source) -> None:
             or is_package(candidate)
             or candidate.stat().st_size > 1 << 29
         ):
-            Model.load(candidate)
+            loaded = Model.load(candidate)
+            if loaded.objection:
+                raise ModelError(f"onnx.checker refuses it: {loaded.objection}")
         else:
             onnx.checker.check_model(str(candidate))
     except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:

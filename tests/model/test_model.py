@@ -986,7 +986,7 @@ def _sparse(proto: onnx.ModelProto) -> None:
         (_operator, "not a valid ONNX model"),
         (_sparse, "external"),
         (lambda proto: proto.ClearField("graph"), "no graph"),
-        (lambda proto: proto.ClearField("ir_version"), "not a valid ONNX model"),
+        (lambda proto: proto.ClearField("ir_version"), "Missing model IR version"),
         (lambda proto: proto.ClearField("opset_import"), "not a valid ONNX model"),
     ],
 )
@@ -1106,3 +1106,160 @@ def test_functions_of_one_name_leave_shapes_unknown() -> None:
     for _ in range(2):
         proto.functions.add(name="call", domain="local")
     assert Model.load(proto, check=False).infer_shapes() == {}
+
+
+def _no_output_type(proto: onnx.ModelProto) -> None:
+    proto.graph.output[0].ClearField("type")
+
+
+def _no_output_shape(proto: onnx.ModelProto) -> None:
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+
+
+def _no_input_shape(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+
+
+def _no_graph_name(proto: onnx.ModelProto) -> None:
+    proto.graph.ClearField("name")
+
+
+def _two_notes_of_one_key(proto: onnx.ModelProto) -> None:
+    for value in "ab":
+        proto.metadata_props.add(key="k", value=value)
+
+
+def _other_name_of_the_domain(proto: onnx.ModelProto) -> None:
+    proto.opset_import[0].domain = "ai.onnx"
+
+
+def _domain_twice(proto: onnx.ModelProto) -> None:
+    proto.opset_import.add(domain="ai.onnx", version=17)
+
+
+def _output_twice(proto: onnx.ModelProto) -> None:
+    proto.graph.output.add().CopyFrom(proto.graph.output[0])
+
+
+def _contrib_in_the_default_domain(proto: onnx.ModelProto) -> None:
+    node = proto.graph.node[-1]
+    node.op_type = "SimplifiedLayerNormalization"
+    node.attribute.add(name="axis", type=onnx.AttributeProto.INT, i=-1)
+
+
+def _contrib_without_its_domain(proto: onnx.ModelProto) -> None:
+    node = proto.graph.node[-1]
+    node.op_type, node.domain = "BiasGelu", "com.microsoft"
+
+
+def _open_dims(first: int | str, second: int | str) -> Any:
+    def change(proto: onnx.ModelProto) -> None:
+        for info, size in (
+            (proto.graph.input[0], first),
+            (proto.graph.output[0], second),
+        ):
+            dim = info.type.tensor_type.shape.dim[0]
+            if isinstance(size, int):
+                dim.dim_value = size
+            else:
+                dim.dim_param = size
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _no_output_type,
+        _no_output_shape,
+        _no_input_shape,
+        _no_graph_name,
+        _two_notes_of_one_key,
+        _other_name_of_the_domain,
+        _domain_twice,
+        _output_twice,
+        _contrib_in_the_default_domain,
+        _contrib_without_its_domain,
+        _open_dims(-1, "N"),
+        _open_dims(-1, -1),
+        _open_dims("?", "?"),
+    ],
+)
+def test_what_onnxruntime_opens_is_taken_and_saved_as_it_came(change: Any) -> None:
+    proto = text(SMALL)
+    change(proto)
+    data = canonical(proto)
+    onnxruntime.InferenceSession(data)
+    model = Model.load(data)
+    assert model.to_bytes() == data
+    assert model.copy().objection == model.objection
+    values = np.float32([[1, 2], [3, 4], [-5, 6]])
+    np.testing.assert_array_equal(
+        run(model, values)[0], run(Model.load(data, check=False), values)[0]
+    )
+    assert model.inputs[0].shape is None or not isinstance(
+        model.inputs[0].shape[0], int
+    )
+
+
+def test_what_the_checker_says_of_a_model_that_runs_is_kept() -> None:
+    proto = text(SMALL)
+    assert not Model.load(canonical(proto)).objection
+    _no_graph_name(proto)
+    assert "'name' of 'graph'" in Model.load(canonical(proto)).objection
+
+
+def _negative(proto: onnx.ModelProto) -> None:
+    proto.graph.output[0].type.tensor_type.shape.dim[0].dim_value = -7
+
+
+def _two_versions(proto: onnx.ModelProto) -> None:
+    proto.opset_import.add(domain="ai.onnx", version=13)
+
+
+def _two_types(proto: onnx.ModelProto) -> None:
+    _output_twice(proto)
+    proto.graph.output[1].type.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+def _input_twice(proto: onnx.ModelProto) -> None:
+    proto.graph.input.add().CopyFrom(proto.graph.input[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_negative, "output 'y' has the size -7 in axis 0"),
+        (_two_versions, "two versions of the domain ai.onnx, 17 and 13"),
+        (_two_types, "output 'y' is listed twice"),
+        (_input_twice, "input 'x' is listed twice"),
+    ],
+)
+def test_what_could_not_be_saved_as_it_came_is_refused(change: Any, words: str) -> None:
+    proto = text(SMALL)
+    change(proto)
+    with pytest.raises(ModelError, match=words):
+        Model.load(proto)
+
+
+@pytest.mark.parametrize(
+    "place", ["input", "output", "dimension", "node", "value_info"]
+)
+def test_a_name_that_is_not_utf8_is_one_clear_error(place: str) -> None:
+    proto = text(SMALL)
+    name = "QQQQ"
+    if place == "dimension":
+        proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param = name
+    elif place == "input":
+        proto.graph.input[0].name = name
+        proto.graph.node[0].input[0] = name
+    elif place == "output":
+        proto.graph.output[0].name = name
+        proto.graph.node[-1].output[0] = name
+    elif place == "node":
+        proto.graph.node[0].name = name
+    else:
+        proto.graph.value_info.add(name=name)
+    data = proto.SerializeToString().replace(name.encode(), b"\x9fab\xb9")
+    with pytest.raises(ModelError, match="UTF-8"):
+        Model.load(data)
