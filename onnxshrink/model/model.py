@@ -814,7 +814,8 @@ class Model:
                 they exceed protobuf's 2 GiB, ``never`` or ``always``.
             max_decode_ratio: A weight whose decoding would take more than this multiple
                 of its plain bytes when the model is loaded is written plain; ``None``
-                is ``storage.MAX_DECODE_RATIO``.
+                is ``storage.MAX_DECODE_RATIO``. In a package, what decoding one of its
+                blocks holds at a time counts, the block included.
 
         Returns:
             The files written, the model first.

@@ -66,11 +66,9 @@ def encoded(
         raise UsageError("storage 'tiny' is for packages; write a .onnxz file")
     if storage != "auto":
         raise UsageError(f"storage is 'auto' or 'plain', not {storage!r}")
-    from onnxshrink.storage import MAX_DECODE_RATIO, Encoder
+    from onnxshrink.storage import Encoder
 
-    ratio = MAX_DECODE_RATIO if max_decode_ratio is None else max_decode_ratio
-    if not ratio > 0:
-        raise UsageError(f"max_decode_ratio is greater than 0, not {ratio}")
+    ratio = _ratio(max_decode_ratio)
     lent: set[str] = set()
     model.lineage.forget([model.fresh("")])  # notes the names that are there
     numbers = dict(model._numbers)
@@ -104,6 +102,15 @@ def encoded(
         model._numbers = numbers
 
 
+def _ratio(given: float | None) -> float:
+    from onnxshrink.storage import MAX_DECODE_RATIO
+
+    ratio = MAX_DECODE_RATIO if given is None else given
+    if not ratio > 0:
+        raise UsageError(f"max_decode_ratio is greater than 0, not {ratio}")
+    return ratio
+
+
 def save(
     model: Model,
     path: str | os.PathLike[str],
@@ -115,7 +122,7 @@ def save(
     check_target(model, path)
     target = followed(path)
     if target.suffix == SUFFIX:
-        return _save_package(model, target, storage, external)
+        return _save_package(model, target, storage, external, max_decode_ratio)
     parts = encoded(model, storage, max_decode_ratio)
     total = sum(piece.data_bytes for piece in parts.pieces)
     is_text = target.suffix == ".onnxtxt"
@@ -144,11 +151,16 @@ def save(
 
 
 def _save_package(
-    model: Model, target: Path, storage: Storage, external: External
+    model: Model,
+    target: Path,
+    storage: Storage,
+    external: External,
+    max_decode_ratio: float | None,
 ) -> tuple[Path, ...]:
     """Write a package: one file, whatever ``external`` says about what is in it."""
     if storage not in ("auto", "plain", "tiny"):
         raise UsageError(f"storage is 'auto', 'plain' or 'tiny', not {storage!r}")
+    _ratio(max_decode_ratio)
     parts = export(model)
     total = sum(piece.data_bytes for piece in parts.pieces)
     if external == "never" and total >= INLINE_LIMIT:
@@ -167,7 +179,12 @@ def _save_package(
         name = f"{target.stem}.onnx.{checksum:08x}.data"
         _point_at(spans, name)
         files.append((name, data))
-    content = pack_model(list(parts.parts()), files, tiny=storage == "tiny")
+    content = pack_model(
+        list(parts.parts()),
+        files,
+        tiny=storage == "tiny",
+        max_decode_ratio=max_decode_ratio,
+    )
     old = _external_files(target)
     write_file(target, content, model.source)
     _remove_stale(model, old)

@@ -27,6 +27,7 @@ from onnxshrink.package.forms import Layout, decode_block, encode_block
 from onnxshrink.package.reading import Damaged, Reader, varint
 from onnxshrink.package.symbols import squeeze, unlzma
 from onnxshrink.package.words import WORDS
+from onnxshrink.storage.encoder import MAX_DECODE_RATIO
 from onnxshrink.tensors import (
     ArrayTensor,
     LazyTensor,
@@ -73,6 +74,8 @@ a file of a few bytes must not ask for any amount of memory or disk."""
 _INDEX_EXPANSION = 200
 _INDEX_ALWAYS = 1 << 20
 _NAMES = 255
+_SMALL_DECODE = 16 << 20
+"""Bytes that decoding may hold whatever the size of a block."""
 
 _FLOATS = frozenset(
     onnx.TensorProto.DataType.Value(name)
@@ -85,7 +88,10 @@ _FLOATS = frozenset(
 
 
 def pack_parts(
-    files: Sequence[tuple[str, Sequence[Part]]], *, tiny: bool = False
+    files: Sequence[tuple[str, Sequence[Part]]],
+    *,
+    tiny: bool = False,
+    max_decode_ratio: float | None = None,
 ) -> Iterator[bytes]:
     """Yield the bytes of a package.
 
@@ -93,11 +99,14 @@ def pack_parts(
         files: Name and pieces of each file. The first is the model and has no name;
             the others are its external data.
         tiny: Try the coders that decode slowly as well.
+        max_decode_ratio: Decoding a block holds at most this multiple of its bytes at
+            a time, itself included, or 16 MiB if that is more; by default 10.
 
     Raises:
         ModelError: Something cannot be read.
     """
-    writer = _Writer(tiny)
+    ratio = MAX_DECODE_RATIO if max_decode_ratio is None else max_decode_ratio
+    writer = _Writer(tiny, ratio)
     yield MAGIC
     for name, parts in files:
         yield from writer.file(name, parts)
@@ -107,8 +116,8 @@ def pack_parts(
 class _Writer:
     """Codes parts, remembers where they went."""
 
-    def __init__(self, tiny: bool) -> None:
-        self._tiny = tiny
+    def __init__(self, tiny: bool, ratio: float) -> None:
+        self._tiny, self._ratio = tiny, ratio
         self._files: list[bytes] = []
         self._tensors: list[bytes] = []
         self._literals: list[bytes] = []
@@ -145,7 +154,8 @@ class _Writer:
         entries = b""
         for raw in _blocks(tensor, size):
             data = np.frombuffer(raw, np.uint8)
-            coded = encode_block(data, layout, tiny=self._tiny)
+            most = max(self._ratio * data.size, _SMALL_DECODE)
+            coded = encode_block(data, layout, tiny=self._tiny, most=most)
             entries += varint(len(coded)) + struct.pack("<I", zlib.crc32(raw))
             blocks += 1
             yield coded

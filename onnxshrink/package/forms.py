@@ -33,8 +33,9 @@ _DEEPEST = 4
 _MOST_ITEMS = 1 << 26
 _WORTH = 0.98
 _MASKED = 0.05
-_SIZES = (1, 2, 4, 8)
 """Share of zeros from which keeping them apart is tried."""
+_PIECE = 1 << 16
+_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,42 @@ class Layout:
     inner: tuple[int, ...] = ()
 
 
-def encode_block(data: Array, layout: Layout, *, tiny: bool = False) -> bytes:
+def encode_block(
+    data: Array, layout: Layout, *, tiny: bool = False, most: float = math.inf
+) -> bytes:
     """Return the shortest form of ``data``, uint8 [bytes].
 
     Args:
         data: The bytes, little-endian elements in C order.
         layout: What they are; bytes that do not fit it are plain bytes.
         tiny: Try coders that decode slowly as well.
+        most: Bytes that decoding may hold at a time; plain bytes need no leave.
     """
     if layout.bits < 8:
-        return _encode_bits(data, layout, tiny)
+        return _encode_bits(data, layout, tiny, most)
     if data.size % layout.size:
         layout = Layout(1)
-    return _encode(data.view(f"<u{layout.size}"), layout, tiny, inside=False)
+    items = data.view(f"<u{layout.size}")
+    return _encode(items, layout, tiny, inside=False, most=most)
+
+
+def decode_nbytes(form: int, size: int, count: int) -> int:
+    """Return the most bytes that decoding a block holds at a time, result included.
+
+    Args:
+        form: First byte of the block.
+        size: Bytes of an element.
+        count: Bytes of the block when decoded.
+    """
+    # Symbols, their contexts, and what becomes of them: up to four bytes each.
+    numbers = 4 * (count // size)
+    if form == RAW:
+        return count
+    if form == LZMA:
+        return count + (4 << 20)
+    if form == BITS:
+        return 4 * count
+    return numbers + (count if form in (TABLE, PARTS) else 2 * count)
 
 
 def decode_block(reader: Reader, count: int) -> Array:
@@ -80,19 +104,24 @@ def decode_block(reader: Reader, count: int) -> Array:
     return _decode(reader, count, 0)
 
 
-def _encode_bits(data: Array, layout: Layout, tiny: bool) -> bytes:
+def _encode_bits(data: Array, layout: Layout, tiny: bool, most: float) -> bytes:
     bits = layout.bits
     group = 8 // bits
     elements = np.empty((data.size, group), np.uint8)
     for place in range(group):
         elements[:, place] = data >> (bits * place) & ((1 << bits) - 1)
     apart = Layout(1, width=layout.width if layout.width % group == 0 else 0)
-    split = _encode(elements.reshape(-1), apart, tiny, inside=False)
-    whole = _encode(data, Layout(1), tiny, inside=False)
+    left = most - decode_nbytes(BITS, 1, data.size)
+    split = _encode(elements.reshape(-1), apart, tiny, inside=False, most=left)
+    whole = _encode(data, Layout(1), tiny, inside=False, most=most)
+    if elements.size + decode_nbytes(BITS, 1, data.size) > most:
+        return whole
     return min(bytes([BITS, bits]) + split, whole, key=len)
 
 
-def _encode(items: Array, layout: Layout, tiny: bool, inside: bool) -> bytes:
+def _encode(
+    items: Array, layout: Layout, tiny: bool, inside: bool, most: float = math.inf
+) -> bytes:
     """Return the shortest form of ``items``; ``inside``: they are part of one."""
     raw = items.view(np.uint8)
     found = [bytes([RAW]) + raw.tobytes()]
@@ -119,7 +148,16 @@ def _encode(items: Array, layout: Layout, tiny: bool, inside: bool) -> bytes:
         # Two passes take longer than one.
         if tiny or len(out) < 0.99 * len(found[-1]):
             found.append(out)
-    best = min(found, key=len)
+    best = min(
+        (
+            form
+            for form in found
+            if form[0] == RAW or decode_nbytes(form[0], layout.size, raw.size) <= most
+        ),
+        key=len,
+    )
+    if decode_nbytes(LZMA, layout.size, raw.size) > most:
+        return best
     if layout.size > 1 and repeats(raw, len(best) / raw.size):
         coded = squeeze(raw.tobytes())
         best = min(best, bytes([LZMA]) + varint(len(coded)) + coded, key=len)
@@ -260,7 +298,12 @@ def _looked_up(table: Array, codes: Array, parts: int, behind: int) -> Array:
     size = table.shape[1]
     values = np.ascontiguousarray(table).view(f"V{size}").reshape(parts, -1)
     if parts == 1:
-        return np.asarray(values[0].take(codes).view(np.uint8))
+        flat = np.empty(codes.size, values.dtype)
+        # numpy makes eight bytes of every place: a piece at a time.
+        for start in range(0, codes.size, _PIECE):
+            stop = start + _PIECE
+            flat[start:stop] = values[0].take(codes[start:stop])
+        return flat.view(np.uint8)
     split = codes.reshape(-1, parts, behind)
     out = np.empty(split.shape, values.dtype)
     for part, own in enumerate(values):

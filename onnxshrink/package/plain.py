@@ -128,8 +128,9 @@ def symbols(stream: _Stream, count: int, alphabet: int) -> list[int]:
         return [data[at // 8] >> at % 8 & (1 << bits) - 1 for at in places]
     if coder == 1:  # all the same
         return [*stream.take(1) * count]
-    if coder == 4:
-        return [*_unlzma(stream.take(stream.number()))]
+    if coder in (4, 7):
+        data = stream.take(stream.number())
+        return [*(_unlzma(data) if coder == 4 else zlib.decompress(data, -15))]
     if coder == 6:
         width = min(stream.number(), count) or max(1, count)
         bits_of = _Arithmetic(stream.take(stream.number()))
@@ -159,11 +160,10 @@ def rans(stream: _Stream, alphabet: int, contexts: int, where: list[int]) -> lis
         freqs.append(4096 - sum(freqs))
         tables.append([(c, f, low) for c, f in enumerate(freqs) for low in range(f)])
     lanes, size = stream.number(), stream.number()
-    states = list(struct.unpack(f"<{lanes}I", stream.take(4 * lanes)))
+    states = [*struct.unpack(f"<{lanes}I", stream.take(4 * lanes))]
     words = iter(struct.unpack(f"<{size}H", stream.take(2 * size)))
     bits = max(1, (alphabet - 1).bit_length())
-    tail = 16 // bits
-    out = []
+    tail, out = 16 // bits, []
     for place in range(len(where) - lanes * tail):
         state = states[place % lanes]
         code, freq, below = tables[where[place]][state % 4096]

@@ -67,6 +67,7 @@ def pack_model(
     files: Sequence[tuple[str, Sequence[Part]]] = (),
     *,
     tiny: bool = False,
+    max_decode_ratio: float | None = None,
 ) -> Iterator[bytes]:
     """Yield a package of a model that is not in a file.
 
@@ -74,6 +75,7 @@ def pack_model(
         parts: What its bytes are made of; tensors in its plain bytes are found.
         files: Name and parts of each file of external data.
         tiny: Try the coders that decode slowly as well.
+        max_decode_ratio: As for ``pack_parts``.
 
     Raises:
         ModelError: It has external data that is not among ``files``.
@@ -83,7 +85,8 @@ def pack_model(
     names = {name for name, _ in files}
     if any(tensor.entries.get("location") not in names for tensor in outside):
         raise ModelError("a model with external data is packed from its file")
-    return pack_parts([("", pieces.cut(found)), *files], tiny=tiny)
+    every = [("", pieces.cut(found)), *files]
+    return pack_parts(every, tiny=tiny, max_decode_ratio=max_decode_ratio)
 
 
 class _Pieces:

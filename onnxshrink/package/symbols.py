@@ -24,7 +24,7 @@ __all__ = ["decode_symbols", "encode_symbols", "repeats", "squeeze", "unlzma"]
 
 Array = np.ndarray[Any, Any]
 
-PACKED, CONSTANT, RANS, CONTEXTS, LZMA, HUFFMAN, ADAPTIVE = range(7)
+PACKED, CONSTANT, RANS, CONTEXTS, LZMA, HUFFMAN, ADAPTIVE, DEFLATE = range(8)
 
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 22}]
 """Of all LZMA streams in a package: a decoder takes 4 MiB, whatever they say."""
@@ -40,6 +40,11 @@ _WORTH = 0.99
 """Contexts take time: what saves less than a hundredth is left."""
 _FEW = 4096
 """Numbers up to which every coder is tried."""
+_QUICK = 0.004
+"""Share of a block's bytes that deflate may take more: it decodes in no time."""
+_QUICK_SMALL = 0.02
+_SMALL = 1 << 15
+"""The same for this many numbers at most: few lanes are slowest."""
 _ADAPTIVE_MOST = 1 << 20
 """Numbers up to which the adaptive coder, about a microsecond a bit, is tried."""
 
@@ -90,6 +95,11 @@ def encode_symbols(
         coded = squeeze(symbols.tobytes())
         found.append(bytes([LZMA]) + varint(len(coded)) + coded)
     shortest = min(len(one) for one in found)
+    if not tiny and shortest < worth * plain:
+        share = _QUICK_SMALL if count <= _SMALL else _QUICK
+        coded = _deflated(symbols)
+        if len(coded) <= shortest + share * (shortest + around):
+            return coded
     if tiny and count <= _ADAPTIVE_MOST and shortest < 0.97 * plain:
         coded = adaptive.encode(symbols, alphabet, width)
         found.append(bytes([ADAPTIVE]) + varint(width) + varint(len(coded)) + coded)
@@ -121,6 +131,9 @@ def decode_symbols(
     elif coder == LZMA:
         data = reader.take(reader.number(reader.left))
         symbols = np.frombuffer(unlzma(data, count), np.uint8)
+    elif coder == DEFLATE:
+        data = reader.take(reader.number(reader.left))
+        symbols = np.frombuffer(_inflated(data, count), np.uint8)
     elif coder == ADAPTIVE:
         width = reader.number(1 << 32)
         data = reader.take(reader.number(reader.left))
@@ -157,6 +170,29 @@ def squeeze(data: bytes) -> bytes:
     size = min(1 << 22, max(1 << 12, 1 << len(data).bit_length()))
     filters = [{**LZMA_FILTERS[0], "dict_size": size}]
     return lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+
+
+def _deflated(symbols: Array) -> bytes:
+    """Return Huffman codes as zlib writes them, without a search for repeats."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    coded = coder.compress(symbols.data) + coder.flush()
+    return bytes([DEFLATE]) + varint(len(coded)) + coded
+
+
+def _inflated(data: bytes | memoryview, count: int) -> bytes:
+    """Return exactly ``count`` bytes.
+
+    Raises:
+        Damaged: There are fewer or more, or it is no deflate.
+    """
+    decoder = zlib.decompressobj(-15)
+    try:
+        out = decoder.decompress(data, count + 1)
+    except zlib.error as error:
+        raise Damaged(f"deflate data are broken: {error}") from error
+    if len(out) != count or not decoder.eof or decoder.unused_data:
+        raise Damaged("deflate data are not of the length they should have")
+    return out
 
 
 def repeats(values: Array, ratio: float) -> bool:

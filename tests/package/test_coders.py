@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -12,10 +13,15 @@ from hypothesis import strategies as st
 
 from onnxshrink.package import adaptive, huffman, rans, symbols
 from onnxshrink.package.forms import (
+    BITS,
+    MASK,
     PARTS,
     PLANES,
+    RAW,
+    TABLE,
     Layout,
     decode_block,
+    decode_nbytes,
     encode_block,
 )
 from onnxshrink.package.reading import Damaged, Reader, varint
@@ -290,3 +296,39 @@ def test_bytes_of_no_block_are_one_kind_of_error(data: bytes, count: int) -> Non
     except Damaged:
         return
     assert found.size == count
+
+
+def blocks(form: int) -> tuple[Array, Layout]:
+    """A block of many elements that is coded in this form."""
+    rng = np.random.default_rng(4)
+    count = 1 << 18
+    if form == BITS:
+        share = rng.uniform(0.02, 0.5, (256, 1))
+        packed = rng.binomial(15, share, (256, 2048)).astype(np.uint8).reshape(-1)
+        return packed[::2] | packed[1::2] << 4, Layout(1, width=2048, bits=4)
+    values = rng.normal(size=count).astype(np.float32)
+    if form == TABLE:
+        values = np.round(values)
+    if form == MASK:
+        density = np.exp(rng.normal(-3, 1, (256, 1)))
+        values[(rng.random((256, 1024)) > density).reshape(-1)] = 0
+    return values.view(np.uint8), Layout(4, True, 1024)
+
+
+@pytest.mark.parametrize("form", [PLANES, TABLE, MASK, BITS])
+def test_decoding_holds_no_more_than_is_said(form: int) -> None:
+    raw, layout = blocks(form)
+    coded = encode_block(raw, layout)
+    assert coded[0] == form
+    tracemalloc.start()
+    decode_block(Reader(coded), raw.size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    said = decode_nbytes(form, layout.size, raw.size)
+    inside = decode_nbytes(TABLE, 1, 2 * raw.size) if form == BITS else 0
+    assert raw.size < peak < said + inside + (3 << 19)
+    less = encode_block(raw, layout, most=said - 1)
+    assert less[0] != form
+    assert len(less) > len(coded)
+    assert np.array_equal(block_back(less, raw.size), raw)
+    assert encode_block(raw, layout, most=raw.size)[0] == RAW

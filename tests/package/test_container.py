@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxshrink.errors import ModelError, OutputError
-from onnxshrink.package import Package, container, pack_bytes, pack_file, unpack
+from onnxshrink.package import (
+    Package,
+    container,
+    pack_bytes,
+    pack_file,
+    pack_parts,
+    unpack,
+)
 from onnxshrink.package.reading import varint
+from onnxshrink.tensors import ArrayTensor
 
 Array = np.ndarray[Any, Any]
 MODELS = Path(__file__).parents[2] / "models"
@@ -342,3 +350,16 @@ def test_a_package_changed_while_in_use_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(PACKED + b"x")
     with pytest.raises(ModelError, match="was changed while it was in use"):
         package.read(0)
+
+
+def test_a_low_decode_ratio_leaves_blocks_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(container, "_SMALL_DECODE", 0)
+    rng = np.random.default_rng(0)
+    values = ArrayTensor((rng.normal(size=9000) * 0.1).astype(np.float32))
+    small = b"".join(pack_parts([("", [b"x", values])]))
+    plain = b"".join(pack_parts([("", [b"x", values])], max_decode_ratio=1.5))
+    assert len(small) < 0.9 * values.nbytes < len(plain)
+    for data in (small, plain):
+        assert np.array_equal(Package(data).read(0), values.read().view(np.uint8))
