@@ -201,11 +201,13 @@ class Site(metaclass=_SiteType):
         where: Name of the weight or node, unique within one plan.
         kind: What stands there, usually the op type that uses it.
         savings: What acting here saves; what back-off and the plan rank by.
+        cost: What stands here costs before; with it the plan shows before and after.
     """
 
     where: str
     kind: str
     savings: Savings = Savings()
+    cost: Cost | None = field(default=None, repr=False, kw_only=True)
     _detail: Mapping[str, object] | None = field(default=None, repr=False, kw_only=True)
 
     def how(self) -> dict[str, object]:

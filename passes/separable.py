@@ -50,12 +50,10 @@ class DenseConvolution(Site):
     """A convolution to replace.
 
     Attributes:
-        costs: Bytes, multiply-accumulates and time before and after, in words.
         branches: Separable convolutions that are added.
         orders: The orders that pay, of which the better fit is taken.
     """
 
-    costs: str = ""
     branches: int = 1
     orders: tuple[Order, ...] = field(default=ORDERS, repr=False)
 
@@ -153,7 +151,7 @@ class Separable(SitePass):
             layer.name,
             layer.kind,
             before - after,
-            costs=_change(before, after),
+            cost=before,
             branches=self.branches,
             orders=tuple(order for _, order, *_ in options),
         )

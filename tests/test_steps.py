@@ -211,6 +211,9 @@ def _applied(text: str, model: Model, splits: Splits, executor: Any) -> bytes:
         "quantize:activations=none,weights=int4,rounding=adaround",
         "quantize:activations=none,weights=int4,rounding=hqq",
         "codebook",
+        "lowrank",
+        "lowrank:metric=weights,rank=4",
+        "lowrank:scope=local,keep=0.8",
     ],
 )
 def test_other_processes_give_the_same_bytes(

@@ -5,7 +5,7 @@ Tested in tests/reporting/test_report.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -77,9 +77,10 @@ def _render_sites(console: Console, step: Planned, most: int) -> None:
         key=lambda site: (-site.savings.of(step.ranked_by), -site.savings.bytes),
     )
     timed = any(site.savings.seconds is not None for site in sites)
+    more = "" if all(site.cost for site in sites) else " saved"
     made = table(
-        ["where", "kind", "bytes saved", "MACs saved"]
-        + (["time saved"] if timed else [])
+        ["where", "kind", f"bytes{more}", f"MACs{more}"]
+        + ([f"time{more}"] if timed else [])
         + ["how"],
         left=(0, 1, 5 if timed else 4),
         wrap=(0, 5 if timed else 4),
@@ -92,9 +93,7 @@ def _render_sites(console: Console, step: Planned, most: int) -> None:
         made.add_row(
             clean(site.where, 60),
             clean(site.kind, 30),
-            size_text(site.savings.bytes),
-            count_text(site.savings.macs),
-            *([_time_text(site.savings.seconds)] if timed else []),
+            *_figures(site, with_time=timed, with_before=not more),
             clean(how, 160),
         )
     console.print(made)
@@ -104,6 +103,23 @@ def _render_sites(console: Console, step: Planned, most: int) -> None:
     console.print(
         f"   {len(sites)} sites, about {size_text(total)} saved before encoding"
     )
+
+
+def _figures(site: Site, *, with_time: bool, with_before: bool) -> list[str]:
+    """Return bytes, MACs and time: what is saved, or before and after."""
+    saved, cost = site.savings, site.cost
+    found = [size_text(saved.bytes), count_text(saved.macs), _time_text(saved.seconds)]
+    if cost is not None and with_before:
+        found = [_change(size_text, cost.bytes, saved.bytes), "", ""]
+        if cost.macs:
+            found[1] = _change(count_text, cost.macs, saved.macs)
+        if cost.seconds is not None and saved.seconds is not None:
+            found[2] = _change(_time_text, cost.seconds, saved.seconds)
+    return found if with_time else found[:2]
+
+
+def _change(text: Callable[[float], str], before: float, saved: float) -> str:
+    return f"{text(before)} -> {text(before - saved)}"
 
 
 def _time_text(seconds: float | None) -> str:

@@ -23,16 +23,18 @@ from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, Variable, Weight, attribute
 from onnxshrink.model.topology import subgraphs_of
 from onnxshrink.solvers.decompose import Chain
-from onnxshrink.structure.layers import Use
+from onnxshrink.structure.layers import LinearWeight, Use
 
 __all__ = [
     "add_to_output",
+    "decode",
     "place_kernels",
     "place_matrices",
     "place_recurrent",
     "place_table",
     "place_transposed",
     "why_not_conv",
+    "why_not_decoded",
     "why_not_here",
     "why_not_product",
 ]
@@ -85,9 +87,8 @@ def place_matrices(
     behind = bool(use.index)
     inner = np.swapaxes(right, 1, 2) if behind else right
     outer = np.swapaxes(left, 1, 2) if behind else left
-    if use.node.op == "Gemm":
-        turned = attribute(use.node, "transB" if behind else "transA", 0)
-        outer = np.swapaxes(outer, 1, 2) if turned else outer
+    if _is_turned(use.node, behind):
+        outer = np.swapaxes(outer, 1, 2)
     one = _array(inner, weight, (*shape[:-2], *inner.shape[1:]))
     two = _array(outer, weight, (*shape[:-2], *outer.shape[1:]))
     first = None
@@ -105,8 +106,7 @@ def place_matrices(
         assert made is not None
         node.inputs[1 - each.index] = made
         node.inputs[each.index] = second
-        if node.op == "Gemm":
-            node.attrs.pop("transA" if behind else "transB", None)
+        node.attrs.pop("transA" if behind else "transB", None)
     assert made is not None
     return made
 
@@ -125,10 +125,21 @@ def _first_product(
     outputs = [Variable(model.fresh(f"{node.outputs[0].name}_in"))]
     pair = [data, weight] if behind else [weight, data]
     side = "transA" if behind else "transB"
-    turned = node.op == "Gemm" and attribute(node, side, 0)
-    if not turned:
+    if not _is_turned(node, not behind):
         model.add_node(
             "MatMul", pair, outputs=outputs, name=name, graph=graph, before=node
+        )
+        return outputs[0]
+    if node.op == "FusedMatMul":  # of more than two axes, unlike Gemm
+        model.add_node(
+            "FusedMatMul",
+            pair,
+            outputs=outputs,
+            attrs={side: 1},
+            domain="com.microsoft",
+            name=name,
+            graph=graph,
+            before=node,
         )
         return outputs[0]
     if model.opset < _GEMM_FREE:
@@ -147,18 +158,23 @@ def _first_product(
     return outputs[0]
 
 
+def _is_turned(node: Node, second: bool) -> bool:
+    """Whether a product transposes its first or second input first."""
+    return bool(attribute(node, "transB" if second else "transA", 0))
+
+
 def add_to_output(model: Model, node: Node, shift: Array, name: str) -> None:
     """Add a vector to what a node gives: through a Gemm's addend, or a new Add.
 
     Args:
         model: The model.
-        node: MatMul, or Gemm without an addend and with ``alpha`` 1.
+        node: MatMul, or Gemm without an addend, with ``alpha`` 1; fused or not.
         shift: One value for each output, on the last axis.
         name: Of the new weight.
     """
     graph = _graph_of(model, node)
     added = model.add_weight(name, shift, graph)
-    if node.op == "Gemm":
+    if node.op in ("Gemm", "FusedGemm"):
         if len(node.inputs) > 2:
             node.inputs[2] = added
         else:
@@ -249,6 +265,42 @@ def place_recurrent(
         )
         node.inputs[0] = made
         node.inputs[1] = second
+
+
+def why_not_decoded(layer: LinearWeight) -> str:
+    """Return why floats cannot take the place of a layer's codes."""
+    assert layer.codes is not None
+    if layer.weight.model.constant(layer.codes.scale) is None:
+        return "the scale of its codes is computed"
+    if any(use.layout != layer.layout for use in layer.uses):
+        return "its uses read it in different ways"
+    return ""
+
+
+def decode(model: Model, layer: LinearWeight) -> None:
+    """Store a quantized weight as the floats that its codes stand for.
+
+    Its name stays. The nodes that decoded it are left for ``drop_unused``.
+
+    Args:
+        model: The model.
+        layer: A layer that ``find`` yields with codes, for which ``why_not_decoded``
+            has nothing to say.
+    """
+    decoder, weight = layer.codes, layer.weight
+    assert decoder is not None
+    known = model.constant(decoder.scale)
+    assert known is not None
+    scale = known.read()
+    values = decoder.decode(weight.read(), scale.astype(np.float32))
+    model.set_weight(weight, values.reshape(layer.layout.shape).astype(scale.dtype))
+    made = model.weight(weight.name).value
+    for use in layer.uses:
+        if not any(use.node is node for node in decoder.nodes):
+            use.node.inputs[use.index] = made
+    # Rows that are looked up before they are decoded are looked up in the floats.
+    if any(rows is not None for _, rows in decoder.ends):
+        decoder.replace(model, made)
 
 
 def why_not_here(model: Model, weight: Weight, node: Node) -> str:

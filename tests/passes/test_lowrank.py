@@ -36,7 +36,8 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> Array:
 
 
 def parsed(text: str, opset: int = 17, **weights: Array) -> Model:
-    header = f'<ir_version: 8, opset_import: ["" : {opset}]>\n'
+    domains = f'"" : {opset}, "com.microsoft" : 1'
+    header = f"<ir_version: 8, opset_import: [{domains}]>\n"
     proto = onnx.parser.parse_model(header + text)
     proto.graph.initializer.extend(
         numpy_helper.from_array(array, name) for name, array in weights.items()
@@ -63,15 +64,15 @@ def run(model: Model, feeds: dict[str, Array]) -> dict[str, Any]:
 def at_full_rank(model: Model, conv: decompose.Form) -> list[str]:
     """Write every layer as factors of full rank, which saves nothing but shows all."""
     done = []
-    for layer in list(layers.find(model, roles=("weight", "table"))):
+    for layer in list(layers.find(model, roles=("weight", "table"), fused=True)):
         if layer.why_not:
             continue
         place = lowrank._place_of(model, layer, conv)
         if isinstance(place, str):
             continue
-        study = lowrank._studied(lowrank._Task(place, "weights"))
+        study = lowrank._studied(lowrank._Task(place.source, "weights"))
         ranks = decompose.full_ranks(place.form, place.shape)
-        task = lowrank._Split(place, study, ranks)
+        task = lowrank._Split(place.source, study, ranks)
         lowrank._write(model, place, lowrank._factored(task))
         done.append(layer.name)
     return done
@@ -250,6 +251,159 @@ def test_every_gemm_of_a_low_rank_weight_keeps_its_outputs(
     np.testing.assert_allclose(run(found, feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    ("op", "trans_a", "trans_b"),
+    [
+        ("FusedGemm", 0, 0),
+        ("FusedGemm", 1, 1),
+        ("FusedMatMul", 0, 1),
+        ("FusedMatMul", 1, 0),
+    ],
+)
+def test_fused_products_of_a_low_rank_weight_keep_their_outputs(
+    op: str, trans_a: int, trans_b: int, left: bool
+) -> None:
+    weight = low_rank((12, 9), 2)
+    if left:
+        weight = weight.T if trans_a else weight
+        inputs, x = "w, x", (4, 9) if trans_b else (9, 4)
+    else:
+        weight = weight.T if trans_b else weight
+        inputs, x = "x, w", (12, 4) if trans_a else (4, 12)
+    more = ', activation = "Relu"' if op == "FusedGemm" else ""
+    inputs += ", b" if op == "FusedGemm" else ""
+    model = parsed(
+        f"g (float[{x[0]},{x[1]}] x) => (float[A,B] y) "
+        f"{{ y = com.microsoft.{op}<transA = {trans_a}, transB = {trans_b}, "
+        f"alpha = 0.5{more}>({inputs}) }}",
+        w=np.ascontiguousarray(weight),
+        b=draw((1,), 5),
+    )
+    found, ctx = testing.apply(Lowrank(rank=("2",)), model)
+    assert [where for where, _ in ctx.done] == ["w"]
+    feeds = {"x": draw(x, 7)}
+    wanted = run(model, feeds)["y"]
+    np.testing.assert_allclose(run(found, feeds)["y"], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", decompose.FORMS)
+@pytest.mark.parametrize("inputs", ["x, w", "x, w, b", "x, w, , z", "x, w, b, z"])
+def test_a_fused_convolution_keeps_its_activation_and_what_it_adds(
+    inputs: str, form: decompose.Form
+) -> None:
+    model = parsed(
+        "g (float[N,16,9,9] x, float[N,16,5,5] z) => (float[N,16,5,5] y) "
+        '{ y = com.microsoft.FusedConv<activation = "Relu", pads = [1,1,1,1], '
+        f"strides = [2,2]>({inputs}) }}",
+        w=draw((16, 16, 3, 3)),
+        b=draw((16,), 5),
+    )
+    twin = model.copy()
+    assert at_full_rank(twin, form) == ["w"]
+    feeds = {"x": draw((2, 16, 9, 9), 7), "z": draw((2, 16, 5, 5), 8)}
+    wanted = run(model, feeds)["y"]
+    assert (wanted == 0).any()
+    np.testing.assert_allclose(run(twin, feeds)["y"], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_bias_of_a_fused_convolution_takes_up_the_mean() -> None:
+    model = parsed(
+        "g (float[N,16,9,9] x) => (float[N,16,9,9] y) { y = com.microsoft.FusedConv<"
+        'activation = "LeakyRelu", activation_params = [0.5], pads = [1,1,1,1]>(x, w)}',
+        w=draw((16, 16, 3, 3)),
+    )
+    x = 3 + 0.01 * draw((64, 16, 9, 9), 7)
+    errors = []
+    for metric in ("weights", "inputs"):
+        found = model.copy()
+        Lowrank(rank=("8",), metric=metric).apply(found, with_data(model, x=x))
+        feeds = {"x": 3 + 0.01 * draw((4, 16, 9, 9), 8)}
+        inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+        missing = run(found, feeds)["y"] - run(model, feeds)["y"]
+        errors.append(float(np.square(missing[inner]).mean()))
+    assert errors[1] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "d = DequantizeLinear<axis = 1>(w, s, o) y = MatMul(x, d)",
+        "c = Cast<to = 1>(w) r = Sub(c, f) d = Mul(r, s) y = MatMul(x, d)",
+        "r = Reshape(w, blocks) d = DequantizeLinear<axis = 0>(r, t, p) "
+        "e = Reshape(d, whole) y = MatMul(x, e)",
+    ],
+)
+@pytest.mark.parametrize("data", [False, True])
+def test_codes_are_decoded_first_only_if_asked(nodes: str, data: bool) -> None:
+    codes = np.clip(np.rint(6 * low_rank((40, 30), 3)), -100, 100).astype(np.int8)
+    model = parsed(
+        f"g (float[N,40] x) => (float[N,30] y) {{ {nodes} }}",
+        w=codes,
+        s=np.abs(draw((30,), 5)) + 0.5,
+        o=np.arange(30).astype(np.int8),
+        f=np.arange(30).astype(np.float32),
+        blocks=np.array([4, 300]),
+        whole=np.array([40, 30]),
+        t=np.abs(draw((4,), 6)) + 0.5,
+        p=np.zeros(4, np.int8),
+    )
+    x = draw((64, 40), 7)
+    ctx = with_data(model, x=x) if data else make_context(Splits.build(model), model)
+    assert not Lowrank(rank=("28",)).sites(model, ctx)
+    assert ("w", "it is quantized; decode=true splits what its codes stand for") in (
+        ctx.skips
+    )
+    found = model.copy()
+    Lowrank(rank=("16",), decode=True).apply(found, ctx)
+    assert [(w.name, w.dtype) for w in found.weights() if len(w.shape) == 2] == [
+        ("w_in", np.float32),
+        ("w_out", np.float32),
+    ]
+    assert [node.op for node in found.graph.nodes][-2:] == ["MatMul", "MatMul"]
+    assert not any("Dequant" in n.op or n.op == "Cast" for n in found.graph.nodes)
+    wanted = run(model, {"x": x})["y"]
+    missing = np.square(run(found, {"x": x})["y"] - wanted).mean()
+    assert missing < 0.02 * np.square(wanted).mean()
+
+
+def test_codes_of_layers_that_are_left_alone_stay_codes() -> None:
+    model = parsed(
+        "g (int64[N] i) => (float[N,32] z) { t = Gather(e, i) c = Cast<to = 1>(t) "
+        "x = Mul(c, s) d = DequantizeLinear(v, s) y = MatMul(x, d) "
+        "f = DequantizeLinear(w, s) z = MatMul(y, f) }",
+        e=np.rint(20 * draw((200, 32))).astype(np.int8),
+        v=np.rint(20 * draw((32, 32), 1)).astype(np.int8),
+        w=np.rint(20 * draw((32, 32), 2)).astype(np.int8),
+        s=np.array(0.05, np.float32),
+    )
+    found, ctx = testing.apply(Lowrank(rank=("v:8",), decode=True), model)
+    assert [where for where, _ in ctx.done] == ["v"]
+    kinds = {weight.name: weight.dtype for weight in found.weights()}
+    assert kinds["e"] == kinds["w"] == np.int8
+    assert kinds["v_in"] == kinds["v_out"] == np.float32
+    tables = Lowrank(rank=("e:31",), decode=True, also=("tables",), only=("e",))
+    found, ctx = testing.apply(dataclasses.replace(tables, rank=("e:24",)), model)
+    feeds = {"i": np.arange(200)}
+    assert {w.name: w.shape for w in found.weights() if w.dtype == np.float32} == {
+        "e_in": (200, 24),
+        "e_out": (24, 32),
+        "s": (),
+    }
+    wanted, got = run(model, feeds)["z"], run(found, feeds)["z"]
+    assert np.square(got - wanted).mean() < 0.2 * np.square(wanted).mean()
+
+
+def test_a_scale_that_is_computed_keeps_codes() -> None:
+    model = parsed(
+        "g (float[N,32] x, float s) => (float[N,32] y) "
+        "{ d = DequantizeLinear(w, s) y = MatMul(x, d) }",
+        w=np.rint(20 * draw((32, 32), 1)).astype(np.int8),
+    )
+    _, ctx = testing.apply(Lowrank(rank=("8",), decode=True), model)
+    assert ("w", "the scale of its codes is computed") in ctx.skips
+
+
 def test_stacked_weights_are_split_matrix_by_matrix() -> None:
     weight = np.stack([low_rank((12, 9), 2, seed) for seed in range(3)])
     model = parsed(
@@ -404,6 +558,45 @@ def test_queries_and_keys_of_one_subspace_share_a_factor() -> None:
         np.testing.assert_allclose(run(found, feeds)[name], value, atol=1e-3)
     alone, _ = testing.apply(Lowrank(keep=0.375), model)
     assert len(alone.graph.nodes) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "sites"),
+    [
+        ({"only": ("k",)}, ["q+k"]),
+        ({"only": ("q+k",)}, ["q+k"]),
+        ({"only": ("w",)}, ["w"]),
+        ({"only": ("MatMul",), "skip": ("w",)}, ["q+k"]),
+        ({"skip": ("q",)}, ["w"]),
+        ({"skip": ("q+*",)}, ["w"]),
+        ({"only": ("q",), "skip": ("k",)}, []),
+        ({"only": ("k",), "metric": "weights"}, ["k"]),
+        ({"only": ("k",), "keep": None, "rank": ("q+k:16",)}, ["q+k"]),
+    ],
+)
+def test_each_member_of_a_shared_factor_names_it(
+    options: dict[str, Any], sites: list[str]
+) -> None:
+    inner = draw((64, 16), 2)
+    model = parsed(
+        "g (float[N,64] x) => (float[N,64] y, float[N,64] z) "
+        "{ y = MatMul(x, q) k_out = MatMul(x, k) z = MatMul(k_out, w) }",
+        q=inner @ draw((16, 64), 3),
+        k=inner @ draw((16, 64), 4),
+        w=low_rank((64, 64), 16, 5),
+    )
+    ctx = with_data(model, x=draw((64, 64), 7))
+    pass_ = Lowrank(**{"keep": 0.375, "scope": "local", **options})
+    found = pass_.sites(model, ctx)
+    assert [site.where for site in found] == sites
+    whole = ("q+k", "they share a factor, and skip names one")
+    assert (whole in ctx.skips) == (options.get("skip", ("w",)) != ("w",))
+    assert bool(found) or bool(ctx.skips)
+    copy = model.copy()
+    pass_.rewrite_all(copy, found, ctx)
+    names = {weight.name for weight in copy.weights()}
+    left = {"q", "k", "w"} - {name for site in sites for name in site.split("+")}
+    assert left == names & {"q", "k", "w"}
 
 
 def test_rows_of_a_table_weigh_as_often_as_they_are_read() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from onnxshrink.base import Saved, Savings, Site
+from onnxshrink.base import Cost, Saved, Savings, Site
 from onnxshrink.registry import get
 from onnxshrink.reporting.plan import Planned, render_plan
 
@@ -46,6 +46,24 @@ def test_a_plan_shows_the_largest_sites_first_and_says_what_it_hides() -> None:
     assert "planned without fold" in text
     assert "acts on the whole model" in text
     assert "time saved" not in text
+
+
+def test_a_plan_shows_before_and_after_where_each_site_says_what_it_costs() -> None:
+    dense = Cost(4000, 9000, 2e-5)
+    sites = (
+        Site("one", "Conv", Savings(1000, 2000, 5e-6), cost=dense),
+        Site("two", "Gather", Savings(500), cost=Cost(4000)),
+    )
+    text = shown(Planned(get("prune")(), sites))
+    assert "bytes saved" not in text
+    rows = {row.split()[0]: row for row in text.splitlines() if "->" in row}
+    assert "4.00 kB -> 3.00 kB" in rows["one"]
+    assert "9.00 k -> 7.00 k" in rows["one"]
+    assert "20 µs -> 15 µs" in rows["one"]
+    assert rows["two"].count("->") == 1
+    mixed = shown(Planned(get("prune")(), (*sites, Site("three", "Conv"))))
+    assert "bytes saved" in mixed
+    assert "->" not in mixed
 
 
 @pytest.mark.parametrize(
