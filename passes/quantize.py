@@ -30,9 +30,11 @@ from onnxshrink.quantization import (
 )
 from onnxshrink.quantization.calibration import Method
 from onnxshrink.quantization.coding import Coding, CodingTask, code_weight
+from onnxshrink.quantization.inputs import Seen
 from onnxshrink.quantization.placement import Planner
 from onnxshrink.quantization.processors import Processor
 from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
+from onnxshrink.quantization.smoothing import Smoothed
 from onnxshrink.quantization.static import Recipe
 from onnxshrink.solvers.rounding import Grid
 from onnxshrink.structure import layers
@@ -322,7 +324,12 @@ class Quantize(SitePass):
         processor, note = processors.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
-        self._equalized(model, names, processor, ctx)
+        if self.equalize == "cross-layer":
+            correction.equalize(model, ctx)
+        # Attempts of a step smooth different layers of this model.
+        start = fingerprint(model)
+        smoothed = self._smoothed(model, names, processor, ctx)
+        seen = Seen.of(start, smoothed, ctx)
         if names["dynamic"] and self._weights != "int8":
             ctx.skipped(
                 "weights",
@@ -338,41 +345,40 @@ class Quantize(SitePass):
             recipe = self._recipe(processor)
             if recipe.activation.opset > model.opset:
                 model.require_opset(MIN_OPSET[recipe.activation.data_type])
-            left = static.quantize_static(model, names["static"], recipe, ctx)
+            left = static.quantize_static(model, names["static"], recipe, ctx, seen)
             for name, why in left.items():
                 ctx.skipped(name, f"not static: {why}")
             names["none"] += [
                 name for name in left if model.weight(name).size >= SMALLEST
             ]
-        self._others(model, names, processor, ctx)
+        self._others(model, names, processor, ctx, seen)
         model.drop_unused()
         model.forget_shapes()
 
-    def _equalized(
+    def _smoothed(
         self,
         model: Model,
         names: Mapping[str, Sequence[str]],
         processor: Processor,
         ctx: Context,
-    ) -> None:
-        """Rescale channels between neighbouring layers, so that codes lose less."""
+    ) -> Sequence[Smoothed]:
+        """Move scales between activations and weights; return which."""
         pairs = processor.saturation != "never"
         coded = [*names["static"], *names["dynamic"]]
-        if self.equalize == "cross-layer":
-            correction.equalize(model, ctx)
-        elif self.equalize == "smooth" and coded:
-            smoothing.smooth(model, ctx, only=coded, pairs=pairs)
-        elif self.equalize == "auto" and names["dynamic"] and self._has_data(ctx):
-            smoothing.smooth(model, ctx, only=names["dynamic"], pairs=pairs)
-        elif self.equalize == "awq" and names["none"]:
+        if self.equalize == "smooth" and coded:
+            return smoothing.smooth(model, ctx, only=coded, pairs=pairs)
+        if self.equalize == "auto" and names["dynamic"] and self._has_data(ctx):
+            return smoothing.smooth(model, ctx, only=names["dynamic"], pairs=pairs)
+        if self.equalize == "awq" and names["none"]:
             levels = weightonly.LEVELS[self._weights]
             block = self.block if self._in_blocks else 0
-            smoothing.awq(model, ctx, levels, block=block, only=names["none"])
-        elif self.equalize in ("smooth", "awq"):
+            return smoothing.awq(model, ctx, levels, block=block, only=names["none"])
+        if self.equalize in ("smooth", "awq"):
             kind = "coded" if self.equalize == "smooth" else "float"
             ctx.skipped(
                 "equalize", f"{self.equalize} needs layers whose activations are {kind}"
             )
+        return ()
 
     @property
     def _weights(self) -> str:
@@ -392,6 +398,7 @@ class Quantize(SitePass):
         names: Mapping[str, Sequence[str]],
         processor: Processor,
         ctx: Context,
+        seen: Seen,
     ) -> None:
         """Quantize weights whose activations get no scale beforehand."""
         wanted = {*names["dynamic"], *names["none"]}
@@ -413,7 +420,7 @@ class Quantize(SitePass):
             for layer in chosen
             if codings[layer.name].form == "dynamic" or not weightonly.why_not(layer)
         ]
-        for layer, grid, codes in self._coded(model, usable, codings, ctx):
+        for layer, grid, codes in self._coded(model, usable, codings, ctx, seen):
             is_dynamic = codings[layer.name].form == "dynamic"
             write = dynamic.rewrite if is_dynamic else weightonly.rewrite
             ctx.did(layer.name, write(model, layer, grid, codes))
@@ -435,21 +442,36 @@ class Quantize(SitePass):
         chosen: Sequence[LinearWeight],
         codings: Mapping[str, Coding],
         ctx: Context,
+        seen: Seen,
     ) -> Iterator[tuple[LinearWeight, Grid, NDArray[Any]]]:
         """Yield layers with their codes; each is worked out once in a step.
 
-        Where rounding looks at inputs, a part of the layers at a time is watched, and
-        the next part in the model as it is by then.
+        Where rounding looks at inputs, these are gathered by the first attempt of the
+        step, for all that follow. What takes more room than one run may is gathered by
+        each attempt: a part of the layers at a time, and the next part in the model as
+        it is by then.
         """
         by_inputs = self.rounding in ("auto", "learned", "gptq", "adaround")
         wants = by_inputs and self._has_data(ctx)
         left = {layer.name: layer for layer in chosen}
-        for group in inputs.groups(chosen) if wants else ():
-            seen_in = (fingerprint(model), ctx.samples.calibration)
-            part = _LayersToCode(group, codings, ctx, seen_in)
-            seen, _ = inputs.input_grams(model, part.missing, ctx, cache=self.cache)
-            grams = {name: one.gram for name, one in seen.items()}
-            del seen
+        groups = list(inputs.groups(chosen)) if wants else []
+        keeps = len(groups) == 1
+        for group in groups:
+            now = () if keeps else (fingerprint(model), ctx.samples.calibration)
+            seen_as: dict[str, Hashable] = {
+                layer.name: seen.of_inputs(layer.name) if keeps else now
+                for layer in group
+            }
+            part = _LayersToCode(group, codings, ctx, seen_as)
+            read, _ = inputs.input_grams(
+                model,
+                part.missing,
+                ctx,
+                seen=seen if keeps else None,
+                cache=self.cache,
+            )
+            grams = {name: one.gram for name, one in read.items()}
+            del read
             yield from part.coded(grams)
             for layer in group:
                 del left[layer.name]
@@ -478,7 +500,7 @@ class _LayersToCode:
         layers: Sequence[LinearWeight],
         codings: Mapping[str, Coding],
         ctx: Context,
-        seen_in: tuple[Hashable, ...] | None = None,
+        seen_as: Mapping[str, Hashable] | None = None,
     ) -> None:
         """Look up what is known.
 
@@ -486,13 +508,13 @@ class _LayersToCode:
             layers: The layers.
             codings: How they become codes, by the name of the weight.
             ctx: Memory and executor.
-            seen_in: Where their inputs were seen, if rounding looks at these.
+            seen_as: What tells their inputs from others, if rounding looks at these.
         """
         self.layers, self.codings, self.ctx = layers, codings, ctx
         self.keys: dict[str, Hashable] = {
             layer.name: (
                 "quantize",
-                seen_in,
+                None if seen_as is None else seen_as[layer.name],
                 layer.name,
                 values_digest(layer.weight.tensor),
                 layer.layout,

@@ -3,35 +3,31 @@
 - ``equalize`` makes the channels between two layers alike before weights are quantized
   (Nagel et al. 2019, "Data-Free Quantization through Weight Equalization and Bias
   Correction", section 4.1).
-- ``expected_shift`` and ``correct_bias`` take the mean error that quantization causes
-  out of each output channel (the same, section 4.2 and appendix D).
+- ``expected_shift`` is the mean error that the codes of a weight cause in each output
+  channel, for the bias to take up (the same, section 4.2). What quantization as a whole
+  does to the means, ``recover`` takes out: it compares outputs with the reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.activations import regression
-from onnxshrink.errors import UsageError
-from onnxshrink.lineage import Origin
 from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx
-from onnxshrink.solvers.least_squares import RegressionSums
-from onnxshrink.structure.bias import Bias, is_shift
+from onnxshrink.structure.bias import is_shift
 from onnxshrink.structure.codes import is_float
 from onnxshrink.structure.layers import LinearWeight, layer_at
 
 if TYPE_CHECKING:
     from onnxshrink.base import Context
 
-__all__ = ["correct_bias", "equalize", "expected_shift"]
+__all__ = ["equalize", "expected_shift"]
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
@@ -42,8 +38,6 @@ SETTLED = 1e-3
 """Pairs are done when no channel changes by more than this share."""
 LARGEST_SCALE = 1e3
 """A channel is scaled by no more: its activations would drown all others."""
-HELD = 5
-"""One of so many samples judges a corrected bias."""
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _HOMOGENEOUS = frozenset(
     {
@@ -362,165 +356,11 @@ def expected_shift(weight: Array, decoded: Array, mean: Array) -> Float64:
 
     Args:
         weight: Float [..., outputs, inputs].
-        decoded: The values its codes stand for.
-        mean: Mean inputs, float64 [..., inputs], as ``layers.gram`` returns them.
+        decoded: The values its codes stand for, of the same type.
+        mean: Mean inputs, float64 [..., inputs], as ``InputStatistics.mean``.
 
     Returns:
         float64 [..., outputs].
     """
-    lost = weight.astype(np.float64) - decoded
+    lost = (weight - decoded).astype(np.float64)
     return np.asarray(np.einsum("...oi,...i->...o", lost, mean))
-
-
-def correct_bias(
-    float_model: Model, quantized: Model, ctx: Context, *, samples: int = 128
-) -> int:
-    """Let the biases of quantized layers make up for the mean error of their outputs.
-
-    Each layer is given what it reads in the float model, so that its own error is
-    measured, that of its inputs' codes included, and errors of layers before it are not
-    corrected twice; all layers are then served by one run over the samples. (Nagel et
-    al. 2019, appendix D, feed layer after layer what the corrected ones before it give,
-    one run each.) A bias is changed only if the layer's squared error on held-out
-    samples falls.
-
-    Layers are Conv, ConvTranspose, Gemm and MatMul whose weight a DequantizeLinear
-    makes. Their outputs are found in the float model by lineage: both are what the same
-    value was when the run began. The bias is float, or int32 codes behind
-    DequantizeLinear, at the node or in the Add behind a MatMul.
-
-    Args:
-        float_model: The model before quantization; not changed.
-        quantized: The model with QuantizeLinear and DequantizeLinear; biases change.
-        ctx: Calibration samples and notes.
-        samples: Samples to use at most; a fifth of them judges.
-
-    Returns:
-        How many biases were changed.
-
-    Raises:
-        UsageError: There are no real calibration samples.
-        ModelError: A model does not run on them.
-    """
-    pool = ctx.samples.calibration
-    if pool is None or not pool.used or pool.random:
-        raise UsageError(
-            "bias correction compares outputs on real samples, and there are none; "
-            "give --data"
-        )
-    requests, biases = _requests(float_model, quantized, ctx)
-    pool = pool.take(slice(0, max(1, samples, pool.batch or 1)))
-    unit = pool.batch or 1
-    cut = pool.used - max(1, pool.used // unit // HELD) * unit
-    parts = [pool.take(slice(0, cut)), pool.take(slice(cut, pool.used))]
-    if not cut:
-        parts = [pool, pool]
-    fit, held = regression.gather(
-        quantized,
-        float_model,
-        requests,
-        [[part] for part in parts],
-        replace(ctx, cache={}),
-    )
-    changed = 0
-    for name, bias in biases.items():
-        changed += _corrected(name, bias, fit[name], held[name], ctx)
-    return changed
-
-
-def _corrected(
-    name: str,
-    bias: Bias,
-    fit: RegressionSums,
-    held: RegressionSums,
-    ctx: Context,
-) -> bool:
-    why = fit.why_not or held.why_not
-    if why or not fit.rows or not held.rows:
-        ctx.skipped(name, why or "nothing was seen of it")
-        return False
-    shift = (fit.errors / fit.rows).reshape(-1)
-    none = np.zeros((*held.errors.shape, 0))
-    before = held.error(none, np.zeros_like(held.errors))
-    after = held.error(none, shift.reshape(held.errors.shape))
-    if not after < before:
-        ctx.skipped(name, "a corrected bias would not help on held-out samples")
-        return False
-    bias.add(shift)
-    scale = max(held.variance, 1e-300)
-    ctx.did(name, f"bias corrected: error {before / scale:.3%} -> {after / scale:.3%}")
-    return True
-
-
-def _requests(
-    float_model: Model, quantized: Model, ctx: Context
-) -> tuple[dict[str, regression.Request], dict[str, Bias]]:
-    twins = _Twins(float_model, quantized)
-    at = {id(node): index for index, node in enumerate(quantized.graph.nodes)}
-    requests, biases = {}, {}
-    for node, layer in _quantized_layers(quantized):
-        label = node.name or node.outputs[0].name
-        wanted = twins.of(node.outputs[0].name)
-        if wanted is None:
-            ctx.skipped(label, "the float model has no such layer")
-            continue
-        bias = layer.bias
-        if bias is None or bias.why_not or bias.factor != 1.0:
-            ctx.skipped(label, "it has no bias that is free to change")
-            continue
-        reader = _quantizer(node.inputs[0])
-        source = None if reader is None else twins.of(reader.inputs[0].name)
-        given = reader.inputs[0].name if reader is not None and source else ""
-        requests[label] = regression.Request(
-            given,
-            node.outputs[0].name,
-            wanted,
-            regression.OutputRows(1 if node.op.startswith("Conv") else -1),
-            source=source,
-            at=(at[id(reader)], 0) if given else (0, 0),
-        )
-        biases[label] = bias
-    return requests, biases
-
-
-class _Twins:
-    """Values of a float model that those of its quantized copy were."""
-
-    def __init__(self, float_model: Model, quantized: Model) -> None:
-        self._lineage = quantized.lineage
-        self._names = set(float_model.value_names())
-        self._by_origin: dict[str, str] = {}
-        for name in self._names:
-            origin = float_model.lineage.origin(name)
-            if origin is not None:
-                self._by_origin[origin.name] = name
-
-    def of(self, value: str) -> Origin | None:
-        """Return the value of the float model; ``None`` if there is none."""
-        if value in self._names:
-            return Origin(value)
-        origin = self._lineage.origin(value)
-        if origin is None or origin.name not in self._by_origin:
-            return None
-        return Origin(self._by_origin[origin.name])
-
-
-def _quantized_layers(model: Model) -> Iterator[tuple[Node, LinearWeight]]:
-    """Yield nodes of the main graph whose weight is stored as codes, in its order."""
-    for node in model.graph.nodes:
-        if node.op in _LINEAR and len(node.inputs) > 1 and _maker(node.inputs[1]):
-            layer = layer_at(model, node, codes=True)
-            if layer is not None and layer.codes is not None and not layer.is_shared:
-                yield node, layer
-
-
-def _maker(tensor: gs.Tensor) -> str:
-    return tensor.inputs[0].op if tensor.inputs else ""
-
-
-def _quantizer(tensor: gs.Tensor) -> Node | None:
-    """Return the QuantizeLinear whose codes a value is decoded from."""
-    if _maker(tensor) != "DequantizeLinear":
-        return None
-    codes = tensor.inputs[0].inputs[0]
-    return codes.inputs[0] if _maker(codes) == "QuantizeLinear" else None

@@ -599,6 +599,7 @@ class _Writer:
         self._zeros: dict[tuple[Any, ...], gs.Tensor] = {}
         self._scales: dict[gs.Tensor, gs.Tensor] = {}
         self._decoded: dict[str, gs.Tensor] = {}
+        self._clipped: dict[int, tuple[str, str]] = {}
 
     def write(self) -> int:
         scales = {
@@ -613,6 +614,8 @@ class _Writer:
         dropped = sum(self._drop_clip(clip) for clip in self.plan.clips)
         for reading in self.plan.readings:
             self._reading(reading)
+        for before, name in self._clipped.values():
+            self.model.lineage.replace(before, name)
         return dropped
 
     def _zero(self, values: Array) -> gs.Tensor:
@@ -635,7 +638,10 @@ class _Writer:
         return self._scales[source]
 
     def _drop_clip(self, clip: Node) -> bool:
-        """Remove a Relu or Clip if the QuantizeLinear behind it clips the same."""
+        """Remove a Relu or Clip if the QuantizeLinear behind it clips the same.
+
+        What it read takes the name of what it gave; that is what the codes stand for.
+        """
         made = self.plan.clips[clip]
         source = next(r.source for r in self.plan.readings if r.tensor is made)
         if not _clips_alike(clipped_range(self.model, clip), self.activations[source]):
@@ -645,6 +651,7 @@ class _Writer:
         index = next(i for i, tensor in enumerate(maker.outputs) if tensor is before)
         self.model.remove(clip, self.model.graph)
         maker.outputs[index] = made
+        self._clipped[id(made)] = before.name, made.name
         return True
 
     def _reading(self, reading: Reading) -> None:
@@ -662,6 +669,8 @@ class _Writer:
             name=f"{name}_DequantizeLinear",
         )
         real = dequantizer.outputs[0]
+        if id(tensor) in self._clipped:
+            self.model.lineage.replace(name, real.name)
         if reading.made_in_codes:
             self.model.replace_uses(tensor, real)
             # That included the new QuantizeLinear, which reads the value itself.

@@ -30,9 +30,10 @@ from onnxshrink.quantization.dynamic import safe_scale
 from onnxshrink.quantization.weightonly import Levels, block_of
 from onnxshrink.solvers.rounding import Fit, decode, fit, nearest
 from onnxshrink.statistics import ChannelRange, Multi, Sample
+from onnxshrink.structure.bias import bias_at
 from onnxshrink.structure.layers import LinearWeight, find, is_float, layer_at
 
-__all__ = ["Group", "apply", "awq", "groups", "smooth"]
+__all__ = ["Group", "Smoothed", "apply", "awq", "groups", "smooth"]
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -81,6 +82,23 @@ class Group:
         ]
 
 
+@dataclass(frozen=True, eq=False)
+class Smoothed:
+    """Layers whose inputs were divided by a scale for each channel.
+
+    Attributes:
+        layers: Names of the weights.
+        scales: What the inputs were divided by, float64 [inputs].
+        values: Names of all values that were divided on the way.
+        where: Nodes that divide them now, in words.
+    """
+
+    layers: tuple[str, ...]
+    scales: Float64
+    values: tuple[str, ...]
+    where: str
+
+
 def groups(
     model: Model, *, only: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> list[Group]:
@@ -126,7 +144,7 @@ def smooth(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     pairs: bool = True,
-) -> int:
+) -> list[Smoothed]:
     """Take outlier channels out of activations that are about to become 8 bits.
 
     Scales are those of eq. 4, ``max|X_j|^alpha / max|W_j|^(1 - alpha)``, or
@@ -142,10 +160,10 @@ def smooth(
         pairs: As for ``dynamic.safe_scale``.
 
     Returns:
-        How many groups of layers were changed.
+        The groups of layers that were changed.
     """
     wanted = groups(model, only=only, skip=skip)
-    changed = 0
+    changed: list[Smoothed] = []
     for index, (group, seen) in enumerate(_with_statistics(model, wanted, ctx)):
         rows, channels = _parts(seen)
         scales, share = _smoothest(group, rows, channels, pairs)
@@ -228,7 +246,7 @@ def awq(
     method: Fit = "minmax",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-) -> int:
+) -> list[Smoothed]:
     """Widen the weights that large activations multiply, before they get few codes.
 
     Scales are ``mean|X_j|^alpha``, normalised as in the authors' code by the root of
@@ -246,10 +264,10 @@ def awq(
         skip: The same; wins over ``only``.
 
     Returns:
-        How many groups of layers were changed.
+        The groups of layers that were changed.
     """
     wanted = groups(model, only=only, skip=skip)
-    changed = 0
+    changed: list[Smoothed] = []
     for index, (group, seen) in enumerate(_with_statistics(model, wanted, ctx)):
         rows, _ = _parts(seen)
         weights = [_some(weight) for weight in group.weights()]
@@ -350,20 +368,20 @@ def _settle(
     share: float,
     ctx: Context,
     what: str,
-) -> int:
-    """Apply scales if they pay, and note either; return how many groups changed."""
+) -> list[Smoothed]:
+    """Apply scales if they pay, and note either; return the group if it changed."""
     name = group.tensor.name
     free = _chain(model, group) is not None
     limit = 1.0 if free else MUL_PAYS
     if share >= limit or (scales == 1.0).all():
         ctx.skipped(name, f"{what}, {share:.0%} of the error would be left")
-        return 0
-    where = apply(model, group, scales)
-    ctx.did(name, f"{what} in {where}: {share:.0%} of the error is left")
-    return 1
+        return []
+    made = apply(model, group, scales)
+    ctx.did(name, f"{what} in {made.where}: {share:.0%} of the error is left")
+    return [made]
 
 
-def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
+def apply(model: Model, group: Group, scales: NDArray[Any]) -> Smoothed:
     """Divide activations by a scale for each channel, and multiply the weights by it.
 
     Args:
@@ -372,7 +390,7 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
         scales: Positive, [inputs].
 
     Returns:
-        Where the activations are divided now.
+        What was divided, and where.
 
     Raises:
         UsageError: The scales do not fit, or are not positive and finite.
@@ -392,13 +410,14 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
         model.set_weight(
             layer.weight, layer.layout.array(matrices).astype(layer.weight.dtype)
         )
+    names = tuple(layer.name for layer in group.layers)
     if chain is not None:
         for divided in chain:
             divided.divide(model, factors)
-        _say_divided(model, [part.node for part in chain], group.tensor, factors)
-        return ", ".join(
-            dict.fromkeys(part.node.name or part.node.op for part in chain)
-        )
+        nodes = [part.node for part in chain]
+        values = _say_divided(model, nodes, group.tensor, factors)
+        where = ", ".join(dict.fromkeys(node.name or node.op for node in nodes))
+        return Smoothed(names, factors, values, where)
     dtype = group.layers[0].weight.dtype
     factor = model.add_weight(
         f"{group.tensor.name}_smoothing", (1.0 / factors).astype(dtype)
@@ -408,16 +427,16 @@ def apply(model: Model, group: Group, scales: NDArray[Any]) -> str:
     )
     for reader in group.readers:
         reader.inputs[0] = node.outputs[0]
-    return "a Mul"
+    return Smoothed(names, factors, (node.outputs[0].name,), "a Mul")
 
 
 def _say_divided(
     model: Model, nodes: Sequence[Node], last: gs.Tensor, factors: Float64
-) -> None:
+) -> tuple[str, ...]:
     """Say in the lineage which values are divided: those from some nodes to a value.
 
     Each is read by one node. Their channels come last, but for those between the two
-    Reshapes around heads, which are taken for new.
+    Reshapes around heads, which are taken for new. Their names are returned.
     """
     divided: dict[str, bool] = {last.name: True}
     for node in nodes:
@@ -432,6 +451,7 @@ def _say_divided(
             model.lineage.scale(name, 1 / factors, -1)
         else:
             model.lineage.add(name)
+    return tuple(divided)
 
 
 @dataclass(frozen=True, eq=False)
@@ -502,8 +522,9 @@ def _above(
         if use is None or use.index != 1 or use.output_axis is None:
             return None
         parts = [parameter(1, transposed=not use.is_transposed)]
-        if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name:
-            parts.append(parameter(2))
+        bias = bias_at(model, node, use.channels, -1)
+        if bias is not None and bias.node is node:
+            parts.append(parameter(bias.index))
         return _all(parts)
     if node.op in {"Add", "Mul"}:
         for index in (0, 1):

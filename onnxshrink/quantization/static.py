@@ -22,11 +22,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.activations.gathering import fingerprint
+from onnxshrink.activations.gathering import fingerprint, values_digest
 from onnxshrink.base import Context
 from onnxshrink.model import Model
 from onnxshrink.quantization import calibration, dynamic, inputs, placement, processors
 from onnxshrink.quantization.calibration import Observer
+from onnxshrink.quantization.correction import expected_shift
+from onnxshrink.quantization.inputs import Seen
 from onnxshrink.quantization.placement import Coded, Codes, Linear, Plan, Planner
 from onnxshrink.quantization.processors import Processor
 from onnxshrink.quantization.schemes import Scheme, affine
@@ -104,7 +106,11 @@ class Recipe:
 
 
 def quantize_static(
-    model: Model, chosen: Sequence[str], recipe: Recipe, ctx: Context
+    model: Model,
+    chosen: Sequence[str],
+    recipe: Recipe,
+    ctx: Context,
+    seen: Seen | None = None,
 ) -> dict[str, str]:
     """Let layers run on codes.
 
@@ -115,11 +121,13 @@ def quantize_static(
         chosen: Names of weights.
         recipe: How.
         ctx: Samples, memory and notes.
+        seen: What the step knows of the model; by default that it is not equalized.
 
     Returns:
         Weights that were left alone, and why.
     """
-    return _StaticForm(model, frozenset(chosen), recipe, ctx).write()
+    seen = Seen.of(fingerprint(model), (), ctx) if seen is None else seen
+    return _StaticForm(model, frozenset(chosen), recipe, ctx, seen).write()
 
 
 @dataclass(frozen=True)
@@ -145,22 +153,23 @@ class _StaticForm:
     names: frozenset[str]
     recipe: Recipe
     ctx: Context
+    seen: Seen
     left: dict[str, str] = field(default_factory=dict)
     _grams: dict[str, InputStatistics] = field(default_factory=dict)
+    _keeps: bool = False
 
     def __post_init__(self) -> None:
         self.planner = Planner(self.model)
         self.chosen = [o for o in self.planner.linear if o.layer.name in self.names]
         self.left.update((n, w) for n, w in self.planner.skips if n in self.names)
-        # Codes of the same model and recipe are the same, whatever else is left out,
-        # so that every attempt of a step finds what the first one worked out.
-        self.mark = ("quantize", fingerprint(self.model), self.ctx.samples.calibration)
 
     def write(self) -> dict[str, str]:
         plan = self.planner.plan(self.chosen)
         groups: list[list[LinearWeight]] = []
         if self.recipe.needs_gram:
             groups = list(inputs.groups(_layers(plan)))
+        # What takes more than one run takes too much room to be kept.
+        self._keeps = len(groups) == 1
         seen = self._ranges(plan, groups[0] if groups else ())
         plan = self._settle(plan, seen)
         if not plan.linear:
@@ -176,7 +185,7 @@ class _StaticForm:
         recipe = self.recipe
         levels = recipe.activation.high - recipe.activation.low + 1
         how = (recipe.method, recipe.percentile, levels, recipe.activation.symmetric)
-        return (*self.mark, "range", name, *how)
+        return (*self.seen.of_value(name), "range", *how)
 
     def _ranges(
         self, plan: Plan, watched: Sequence[LinearWeight]
@@ -275,8 +284,8 @@ class _StaticForm:
         memory = self.ctx.memory
         todo = {one.layer.name: one for one in plan.linear}
         keys = {
-            name: (*self.mark, "codes", self.recipe, name, float(coded[name].scale))
-            for name in todo
+            name: self._codes_key(one, float(coded[name].scale))
+            for name, one in todo.items()
         }
         known = {name: memory.get(key) for name, key in keys.items()}
         found = {name: one for name, one in known.items() if one is not None}
@@ -302,6 +311,14 @@ class _StaticForm:
                     memory.put(keys[name], one)
         return found
 
+    def _codes_key(self, one: Linear, scale: float) -> tuple[Any, ...]:
+        """Return what the codes of a layer depend on, whatever else is left out."""
+        layer = one.layer
+        bias = None if one.bias is None else one.bias.read().tobytes()
+        key = self.seen.of_inputs(layer.name)
+        own = (values_digest(layer.weight.tensor), bias, scale)
+        return (*key, "codes", self.recipe, *own)
+
     def _of_group(self, group: Sequence[LinearWeight]) -> dict[str, InputStatistics]:
         """Return Gram matrices: of the run that found the ranges, or of a new one."""
         grams, self._grams = self._grams, {}
@@ -313,7 +330,12 @@ class _StaticForm:
         self, group: Sequence[LinearWeight], beside: Mapping[str, Stored]
     ) -> tuple[dict[str, InputStatistics], dict[str, Statistic]]:
         return inputs.input_grams(
-            self.model, group, self.ctx, beside, cache=self.recipe.cache
+            self.model,
+            group,
+            self.ctx,
+            beside,
+            seen=self.seen if self._keeps else None,
+            cache=self.recipe.cache,
         )
 
     def _task(
@@ -451,9 +473,8 @@ def round_weight(task: RoundingTask) -> RoundedWeight:
         codes[:, task.order] = dynamic.safe_codes(codes[:, task.order])
     shift = None
     if mean is not None:
-        change = (rounding.decode(codes, grid) - rows).reshape(matrices.shape)
-        moved = -np.einsum("goi,gi->go", change.astype(np.float64), mean)
-        shift = moved.reshape(-1).astype(np.float32)
+        decoded = rounding.decode(codes, grid).reshape(matrices.shape)
+        shift = expected_shift(matrices, decoded, mean).reshape(-1).astype(np.float32)
     return RoundedWeight(_shaped(task, codes, grid), shift, narrowed)
 
 

@@ -67,6 +67,21 @@ class InputStatistics:
         gram = 0 if self.gram is None else self.gram.nbytes
         return self.sums.nbytes + self.squares.nbytes + gram
 
+    def scaled(self, factors: Float64) -> InputStatistics:
+        """Return the sums over rows whose entries are multiplied by factors, [inputs].
+
+        Factors of one group serve all.
+        """
+        gram = None
+        if self.gram is not None:
+            gram = _frozen(self.gram * factors * factors[..., None])
+        return InputStatistics(
+            self.count,
+            _frozen(self.sums * factors),
+            _frozen(self.squares * factors**2),
+            gram,
+        )
+
     @classmethod
     def of(cls, layer: LinearWeight, fed: Sequence[Statistic]) -> InputStatistics:
         """Return what statistics of a layer's inputs say.

@@ -26,7 +26,9 @@ from onnxshrink.engine import make_context
 from onnxshrink.errors import UsageError
 from onnxshrink.lineage import Origin
 from onnxshrink.model import Model
+from onnxshrink.passes import quantize
 from onnxshrink.passes.prune import Prune
+from onnxshrink.passes.quantize import Quantize
 from onnxshrink.passes.recover import Recover
 from onnxshrink.passes.student import Student
 from onnxshrink.samples import Samples, Splits
@@ -879,6 +881,76 @@ def test_the_pass_of_the_guide_is_repaired_in_both_factors() -> None:
         assert len(factors) == 2, done
         assert all("jointly with" in done[name] for name in factors)
     assert repaired.verdict.damage < split.verdict.damage
+
+
+@pytest.mark.parametrize("form", ["static", "none"])
+def test_biases_of_codes_are_corrected_against_the_channels_that_are_left(
+    form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 16)
+    reference = _model(
+        """g (float[N,2,8,8] x) => (float[N,3] y) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, w, k) b = Relu(a)
+            c = Conv<pads = [1, 1, 1, 1]>(b, v, m) d = Relu(c)
+            p = GlobalAveragePool(d) f = Flatten(p) y = Gemm<transB = 1>(f, u, n)
+        }""",
+        w=_random(0, 8, 2, 3, 3),
+        k=_random(5, 8),
+        v=_random(1, 12, 8, 3, 3),
+        m=_random(6, 12),
+        u=_random(2, 3, 12),
+        n=_random(7, 3),
+    )
+    model = reference.copy()
+    x = _random(3, 200, 2, 8, 8)
+    splits = _splits(x=x)
+    context = make_context(samples=splits, reference=reference, threads=1)
+    Student(keep=1.0, width=0.5, round_to=1).apply(model, context)
+    Quantize(activations=form).apply(model, context)
+
+    after, context = _recovered(Recover(), model, reference, splits)
+
+    assert len(context.done) == 3
+    assert all("it is quantized" in words for _, words in context.done)
+    layers = [node for node in after.graph.nodes if node.op in ("Conv", "Gemm")]
+    names = [node.outputs[0].name for node in layers]
+    origins = [after.lineage.origin(name) for name in names]
+    fit = x[:160]  # the last fifth judges
+
+    def values(model: Model, names: Sequence[str]) -> dict[str, Array]:
+        return runtime.session(model, expose=names, only_exposed=True).run({"x": fit})
+
+    theirs = values(reference, [origin.name for origin in origins if origin])
+    before, now = values(model, names), values(after, names)
+    for name, origin in zip(names, origins, strict=True):
+        assert origin is not None
+        wanted = origin.take(theirs[origin.name])
+        axes = tuple(axis for axis in range(wanted.ndim) if axis != 1)
+        off = [np.abs((y[name] - wanted).mean(axes)).max() for y in (before, now)]
+        assert off[1] < 0.02 * wanted.std()
+        assert name in ("a", "b") or off[1] < 0.1 * off[0]  # the first is as it was
+
+
+def test_both_factors_of_a_split_are_corrected_as_codes() -> None:
+    one, many, shapes, size = SPLITS["matrices and a bias"]
+    weight, shift = _random(0, 6, 4), _random(1, 4)
+    reference = _model(one, w=weight, c=shift)
+    left, scale, right = np.linalg.svd(weight, full_matrices=False)
+    model = _model(many, a=left * scale, b=right, c=shift)
+    assert model.weight("a").shape == (6, 4) != shapes["a"]
+    _say_split(model, reference)
+    x = _random(2, 400, *size) + 1
+    splits = _splits(x=x)
+    context = make_context(samples=splits, reference=reference, threads=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "SMALLEST", 4)
+        Quantize(activations="none", weights="int2").apply(model, context)
+    after, context = _recovered(Recover(), model, reference, splits)
+
+    wanted, before, now = (_outputs(m, x=x)["y"] for m in (reference, model, after))
+    off = [np.abs((y - wanted).mean(axis=0)).max() for y in (before, now)]
+    assert off[1] < 0.1 * off[0], context.skips
 
 
 # --- what it leaves alone -------------------------------------------------------------

@@ -12,15 +12,9 @@ from onnx import numpy_helper
 from onnxshrink import runtime
 from onnxshrink.base import Context
 from onnxshrink.engine import make_context
-from onnxshrink.errors import UsageError
 from onnxshrink.model import Model
-from onnxshrink.quantization.correction import (
-    correct_bias,
-    equalize,
-    expected_shift,
-)
+from onnxshrink.quantization.correction import equalize, expected_shift
 from onnxshrink.samples import Samples, Splits
-from onnxshrink.structure.layers import find
 from onnxshrink.testing import example_models
 
 Array = np.ndarray[Any, Any]
@@ -260,142 +254,9 @@ def test_example_models_compute_what_they_did(name):
 # --- bias correction ------------------------------------------------------------------
 
 
-def quantized_chain() -> tuple[Model, Model, Array]:
-    """Two products with coarse weights, biases in codes, and the float model."""
-    a, b = random(6, 8), random(8, seed=1)
-    c, d = random(8, 3, seed=2), random(3, seed=3)
-    x = np.abs(random(64, 6, seed=4)) + 1
-    plain = parsed(
-        "h = Gemm(x, a, b) r = Relu(h) m = MatMul(r, c) y = Add(m, d)",
-        "N, 6",
-        {"a": a, "b": b, "c": c, "d": d},
-    )
-
-    def codes(weight):
-        scale = np.float32(np.abs(weight).max() / 3)
-        return np.clip(np.rint(weight / scale), -3, 3).astype(np.int8), scale
-
-    (qa, sa), (qc, sc) = codes(a), codes(c)
-    sx, sr = np.float32(x.max() / 255), np.float32(0.2)
-    sb = sx * sa
-    given = {
-        "qa": qa,
-        "sa": sa,
-        "qc": qc,
-        "sc": sc,
-        "sx": sx,
-        "sr": sr,
-        "z": np.uint8(0),
-        "qb": np.rint(b / sb).astype(np.int32),
-        "sb": np.full(8, sb, np.float32),
-        "d": d,
-    }
-    coded = parsed(
-        "qx = QuantizeLinear(x, sx, z) dx = DequantizeLinear(qx, sx, z)"
-        " wa = DequantizeLinear(qa, sa) wb = DequantizeLinear<axis = 0>(qb, sb)"
-        " h = Gemm(dx, wa, wb) r = Relu(h)"
-        " qr = QuantizeLinear(r, sr, z) dr = DequantizeLinear(qr, sr, z)"
-        " wc = DequantizeLinear(qc, sc) m = MatMul(dr, wc) y = Add(m, d)",
-        "N, 6",
-        {name: np.asarray(value) for name, value in given.items()},
-    )
-    return plain, coded, x
-
-
-def test_corrected_biases_give_the_means_back():
-    plain, coded, x = quantized_chain()
-    wrong = np.abs((run(coded, x) - run(plain, x)).mean(axis=0)).max()
-    ctx = context(coded, x)
-    assert correct_bias(plain, coded, ctx) == 2
-    right = np.abs((run(coded, x) - run(plain, x)).mean(axis=0)).max()
-    assert right < 0.15 * wrong
-    assert coded.weight("qb").dtype == np.int32
-    assert [where for where, _ in ctx.done] == ["h", "m"]
-
-
-def test_a_layers_own_error_is_measured_on_the_float_models_values():
-    plain, coded, x = quantized_chain()
-    values = {n: coded.weight(n).read() for n in ("qa", "sa", "qc", "sc", "sx", "sr")}
-    correct_bias(plain, coded, context(coded, x))
-    fitted = x[: len(x) - len(x) // 5]
-
-    def through(array, scale):
-        return np.clip(np.rint(array / scale), 0, 255) * scale
-
-    first = fitted @ plain.weight("a").read()
-    shift = (
-        first - through(fitted, values["sx"]) @ (values["qa"] * values["sa"])
-    ).mean(0)
-    scale = coded.weight("sb").read()
-    codes = np.rint(plain.weight("b").read() / scale) + np.rint(shift / scale)
-    assert np.all(np.abs(coded.weight("qb").read() - codes) <= 1)
-    r = np.maximum(first + plain.weight("b").read(), 0)
-    second = r @ plain.weight("c").read()
-    moved = (second - through(r, values["sr"]) @ (values["qc"] * values["sc"])).mean(0)
-    added = coded.weight("d").read() - plain.weight("d").read()
-    assert np.allclose(added, moved, atol=1e-3)
-
-
-def test_convolutions_are_corrected_by_channel():
-    a, b = random(4, 3, 3, 3), random(4, seed=1)
-    x = np.abs(random(20, 3, 6, 6, seed=2))
-    plain = parsed("y = Conv(x, a, b)", "N, 3, 6, 6", {"a": a, "b": b})
-    scale = np.float32(np.abs(a).max() / 2)
-    coded = parsed(
-        "w = DequantizeLinear(qa, s) y = Conv(x, w, b)",
-        "N, 3, 6, 6",
-        {"qa": np.rint(a / scale).astype(np.int8), "s": np.asarray(scale), "b": b},
-    )
-    assert correct_bias(plain, coded, context(coded, x)) == 1
-    off = (run(coded, x[:16]) - run(plain, x[:16])).mean(axis=(0, 2, 3))
-    assert np.abs(off).max() < 1e-4
-
-
 def test_expected_shift_is_the_mean_of_what_is_lost():
     weight, decoded = random(3, 5), random(3, 5, seed=1)
     x = random(100, 5, seed=2) + 1
     lost = (x @ weight.T - x @ decoded.T).mean(axis=0)
     shift = expected_shift(weight, decoded, x.mean(axis=0, dtype=np.float64))
     assert np.allclose(shift, lost, atol=1e-5)
-
-
-def test_layers_that_cannot_be_corrected_are_named():
-    plain, coded, x = quantized_chain()
-    coded.graph.nodes[-1].name = "add"
-    for node in coded.graph.nodes:
-        if node.op == "Gemm":
-            node.inputs.pop()
-        if node.op == "MatMul":
-            node.outputs[0].name = "elsewhere"
-    ctx = context(coded, x)
-    assert correct_bias(plain, coded, ctx) == 0
-    assert dict(ctx.skips) == {
-        "h": "it has no bias that is free to change",
-        "elsewhere": "the float model has no such layer",
-    }
-
-
-@pytest.mark.parametrize(("returned", "corrected"), [("qb", "m"), ("d", "h")])
-def test_a_bias_that_is_also_an_output_is_not_corrected(returned, corrected):
-    plain, coded, x = quantized_chain()
-    before = coded.weight(returned).read()
-    coded.graph.outputs.append(coded.weight(returned).value)
-    ctx = context(coded, x)
-    assert correct_bias(plain, coded, ctx) == 1
-    assert [where for where, _ in ctx.done] == [corrected]
-    assert np.array_equal(coded.weight(returned).read(), before)
-
-
-def test_bias_correction_wants_real_samples():
-    plain, coded, _ = quantized_chain()
-    with pytest.raises(UsageError, match="give --data"):
-        correct_bias(plain, coded, context(plain))
-
-
-def test_weights_stay_and_so_does_the_float_model():
-    plain, coded, x = quantized_chain()
-    before = {layer.name: layer.weight.read() for layer in find(plain)}
-    correct_bias(plain, coded, context(coded, x))
-    for layer in find(plain):
-        assert np.array_equal(before[layer.name], layer.weight.read())
-    assert coded.weight("qa").dtype == np.int8
