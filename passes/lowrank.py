@@ -24,7 +24,7 @@ from onnxshrink.solvers.svd import Split, moment, split
 from onnxshrink.solvers.threads import one_thread
 from onnxshrink.statistics import Counts
 from onnxshrink.structure import layers
-from onnxshrink.structure.bias import takes_bias
+from onnxshrink.structure.bias import addend, give_bias, takes_bias
 from onnxshrink.structure.layers import Layout, LinearWeight, Role
 from onnxshrink.structure.selection import selected
 from onnxshrink.structure.shapes import value_shapes
@@ -1006,7 +1006,7 @@ def _factors(found: Sequence[LinearWeight]) -> dict[str, str]:
         node = use.node
         linear = use.role == "table" or (
             node.op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "FusedMatMul")
-            and (len(node.inputs) < 3 or not node.inputs[2].name)
+            and addend(node) is None
         )
         if linear and node.outputs:
             makers[id(node.outputs[0])] = layer
@@ -1586,9 +1586,6 @@ def _shift(model: Model, layer: LinearWeight, shift: Array) -> None:
     values = shift.astype(layer.weight.dtype)
     if layer.uses[0].product == "Conv":
         made = model.add_weight(name, values, layer.weight.graph)
-        if len(node.inputs) > 2:
-            node.inputs[2] = made
-        else:
-            node.inputs.append(made)
+        give_bias(node, made)
         return
     splitting.add_to_output(model, node, values, name)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from onnxshrink.activations import regression
 from onnxshrink.activations.gathering import fingerprint
@@ -29,7 +28,7 @@ from onnxshrink.activations.regression import (
 from onnxshrink.base import Context, Promise, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.lineage import Origin
-from onnxshrink.model import Model, Node, Weight, attribute
+from onnxshrink.model import Model, Node, Weight
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.rewriting.repairs import (
     BiasRepair,
@@ -44,9 +43,16 @@ from onnxshrink.rewriting.repairs import (
     WeightRepair,
 )
 from onnxshrink.solvers.least_squares import RegressionSums, solve
+from onnxshrink.solvers.threads import one_thread
 from onnxshrink.statistics import ConvGram, ConvWindow
 from onnxshrink.structure import layers, products
-from onnxshrink.structure.bias import Bias, add_behind, takes_bias
+from onnxshrink.structure.bias import (
+    Bias,
+    add_behind,
+    addend,
+    addend_factor,
+    takes_bias,
+)
 from onnxshrink.structure.codes import Decoder
 from onnxshrink.structure.layers import LinearWeight, Use
 from onnxshrink.structure.products import Product
@@ -233,7 +239,7 @@ class Recover(SitePass):
                 repair.problem(model, self.ridge, *sums)
                 for repair, sums in zip(new, sums_of(new), strict=True)
             ]
-            with threadpool_limits(1):
+            with one_thread:
                 solutions = ctx.map(solve, problems, self.name)
             for repair, solution in zip(new, solutions, strict=True):
                 known[repair.where] = solution
@@ -413,7 +419,7 @@ class _Finder:
     def _may_add(self, use: Use) -> bool:
         """Whether a node may be given a bias: one that adds it as it is."""
         node = use.node
-        plain = (use.alpha, attribute(node, "beta", 1.0)) == (1.0, 1.0)
+        plain = use.alpha == addend_factor(node) == 1.0
         fits = plain and use.index == 1 and takes_bias(node)
         return self.options.bias and fits
 
@@ -680,13 +686,12 @@ class _Finder:
         readers = _readers([end for end, _ in decoder.ends])
         if any(reader is not node for reader in readers):
             return None  # an embedding, say, would change with it
-        has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
-        has_bias |= output != node.outputs[0].name
+        has_bias = addend(node) is not None or output != node.outputs[0].name
         if has_bias and not is_bias_free:
             return None
         if scale.size == 1:
             return Scale(scale, (), has_bias)
-        if int(attribute(node, "group", 1)) > 1 and node.op == "ConvTranspose":
+        if use.groups > 1 and node.op == "ConvTranspose":
             return None
         axis = use.output_axis or 0
         if axis == len(use.layout.shape) - 1:

@@ -26,8 +26,9 @@ from onnxshrink.solvers.separable import (
     Separable as Kernels,
 )
 from onnxshrink.structure import layers
+from onnxshrink.structure.bias import addend
 from onnxshrink.structure.inputs import InputStatistics
-from onnxshrink.structure.layers import LinearWeight
+from onnxshrink.structure.layers import LinearWeight, Use
 from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.terminal import count_text, size_text
 
@@ -243,7 +244,7 @@ class Separable(SitePass):
             parts.append((point, depth))
         model.lineage.split(weight.name, [made.name for pair in parts for made in pair])
         for use in layer.uses:
-            _replace_node(model, use.node, parts, fit, self.norm == "add")
+            _replace_node(model, use, parts, fit, self.norm == "add")
         what = "outputs" if fit.has_data else "weights"
         many = f", {kernels.branches} branches" if kernels.branches > 1 else ""
         ctx.did(
@@ -289,7 +290,7 @@ def _fit(
                 f"skip={layer.name} leaves it alone"
             )
         moments = found.gram[0] / found.count
-        if all(_bias_is_free(layer, use.node) for use in layer.uses):
+        if all(_bias_is_free(layer, use) for use in layer.uses):
             centre = found.mean[0]
             moments = moments - np.outer(centre, centre)
     tried = [separate(dense, site.branches, order, moments) for order in site.orders]
@@ -306,15 +307,16 @@ def _fit(
 
 def _replace_node(
     model: Model,
-    node: Node,
+    use: Use,
     parts: Sequence[tuple[gs.Tensor, gs.Tensor]],
     fit: _Fit,
     has_norm: bool,
 ) -> None:
     """Put the separable form of one Conv in its place; its output keeps its name."""
+    node = use.node
     graph = model._graph_of(node)
     source, final = node.inputs[0], node.outputs[0]
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    bias = addend(node)
     label = node.name or final.name or node.op
     window = {
         key: value
@@ -324,8 +326,7 @@ def _replace_node(
     channels = parts[0][1].shape[0]
     dtype = parts[0][0].dtype
     if fit.shift.any():
-        known = None if bias is None else model.constant(bias)
-        assert bias is None or known is not None
+        known = None if bias is None else use.bias(model)
         values = fit.shift if known is None else known.read() + fit.shift
         # A bias that others read, or that was none, becomes one of the node's own.
         bias = model.add_weight(f"{label}/bias", values.astype(dtype), graph)
@@ -410,12 +411,10 @@ def _is_normalised(value: gs.Tensor) -> bool:
     return len(readers) == 1 and readers[0].op == "BatchNormalization"
 
 
-def _bias_is_free(layer: LinearWeight, node: Node) -> bool:
-    """Whether the node has no bias, or one that is known."""
-    if len(node.inputs) < 3 or not node.inputs[2].name:
-        return True
-    bias = layer.weight.model.constant(node.inputs[2])
-    return bias is not None and not bias.is_input
+def _bias_is_free(layer: LinearWeight, use: Use) -> bool:
+    """Whether the node itself adds no bias, or one that is known."""
+    bias = use.bias(layer.weight.model)
+    return bias is None or bias.node is not use.node or not bias.why_unknown
 
 
 # --- what a layer is ------------------------------------------------------------------

@@ -29,7 +29,7 @@ from onnxshrink import runtime
 from onnxshrink.base import Progress
 from onnxshrink.measuring.figures import KeptFigures, cache_folder, machine
 from onnxshrink.measuring.measure import latencies
-from onnxshrink.model import Model, attribute
+from onnxshrink.model import Model
 from onnxshrink.quantization.processors import Processor, detect
 from onnxshrink.structure.layers import LinearWeight, find
 from onnxshrink.structure.shapes import value_shapes
@@ -290,13 +290,14 @@ def _kernel_task(
     """Describe a layer, or say why it has no integer kernel to time."""
     if layer.why_not:
         return layer.why_not
-    node, index = layer.uses[0].node, layer.uses[0].index
+    use = layer.uses[0]
+    node, index = use.node, use.index
     shape = layer.weight.shape
     if node.op not in {"Conv", "Gemm", "MatMul"} or index != 1:
         return f"{node.op} has no integer kernel"
     if node.op != "Conv" and len(shape) != 2:
         return "a stack of matrices has no integer kernel"
-    if node.op == "Gemm" and attribute(node, "transA", 0):
+    if node.op == "Gemm" and use.input_channels != -1:
         return "its input is transposed"
     given = shapes.get(node.inputs[0].name)
     if given is None or 0 in given:

@@ -72,15 +72,17 @@ def encode_symbols(
     histogram = np.bincount(symbols, minlength=alphabet)
     if count == 0 or int(histogram.max()) == count:
         return bytes([CONSTANT, int(symbols[0]) if count else 0])
-    plans: list[_Plan] = []
+    plans: list[_TableCoding] = []
     entropy = _entropy(histogram)
     plain = count * _width(alphabet) / 8
     if entropy / 8 < worth * plain:
-        plans.append(_Plan(symbols, histogram, entropy, around, tiny))
+        plans.append(_TableCoding(symbols, histogram, entropy, around, tiny))
         if width > 1 and count > width and count % width == 0:
             classes = _best_contexts(symbols, alphabet, width, entropy)
             if classes is not None:
-                plans.append(_Plan(symbols, histogram, entropy, around, tiny, classes))
+                plans.append(
+                    _TableCoding(symbols, histogram, entropy, around, tiny, classes)
+                )
     found: list[bytes] = []
     best = min([plan.estimate for plan in plans], default=plain)
     huffmans = huffman.size(histogram) if plans and count <= _FEW else math.inf
@@ -275,7 +277,7 @@ def _read_used(reader: Reader, alphabet: int) -> Array:
     return np.array(present, np.uint8)
 
 
-class _Plan:
+class _TableCoding:
     """Coding by tables of frequencies, known by its size before it is done.
 
     Attributes:

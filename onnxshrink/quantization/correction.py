@@ -273,7 +273,7 @@ def _own_layer(model: Model, node: Node) -> LinearWeight | None:
         return None
     if layer.input is None or model.constant(layer.input) is not None:
         return None
-    is_plain = not attribute(node, "transA", 0)
+    is_plain = layer.uses[0].input_channels == -1
     if node.op in ("Gemm", "MatMul") and not (
         is_plain and len(layer.weight.shape) == 2
     ):

@@ -27,10 +27,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxshrink.errors import UsageError
-from onnxshrink.model import Model, Node, attribute
+from onnxshrink.model import Model, Node
 from onnxshrink.quantization.weightonly import home, within_reach
 from onnxshrink.solvers.rounding import Grid, gptq, nearest
-from onnxshrink.structure.bias import bias_at
+from onnxshrink.structure.bias import addend, addend_factor
 from onnxshrink.structure.layers import LinearWeight, Use
 
 __all__ = [
@@ -89,7 +89,7 @@ def why_not(model: Model, layer: LinearWeight) -> str:
             return "it is a stack of matrices, whose outputs cannot share a scale"
         if use.layout != layer.layout:
             return "its readers have its rows along different axes"
-        if node.op == "Gemm" and attribute(node, "transA", 0):
+        if use.input_channels != -1:
             return "Gemm transposes its activations"
         if model.constant(node.inputs[0]) is not None:
             return "it multiplies a constant"
@@ -217,7 +217,7 @@ class _IntegerProduct:
     """One MatMul or Gemm that becomes a MatMulInteger."""
 
     def __init__(self, model: Model, use: Use) -> None:
-        self.model, self.node, self.channels = model, use.node, use.channels
+        self.model, self.node = model, use.node
         self.graph = home(model, use.node)
 
     def write(self, weight: gs.Tensor, scale: gs.Tensor) -> None:
@@ -250,14 +250,10 @@ class _IntegerProduct:
 
     def _bias(self) -> gs.Tensor | None:
         """Return what Gemm adds, times ``beta``."""
-        found = bias_at(self.model, self.node, self.channels, -1)
-        if found is None or found.node is not self.node:
-            return None
-        bias = found.tensor
-        if found.factor == 1.0:
+        bias, beta = addend(self.node), addend_factor(self.node)
+        if bias is None or beta == 1.0:
             return bias
-        beta = np.array(found.factor, np.float32)
-        factor = self.model.add_weight("beta", beta, self.graph)
+        factor = self.model.add_weight("beta", np.array(beta, np.float32), self.graph)
         return self._add("Mul", [bias, factor])
 
     def _add(self, op: str, inputs: Sequence[gs.Tensor], **attrs: Any) -> gs.Tensor:

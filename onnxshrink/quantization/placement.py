@@ -33,7 +33,7 @@ from onnxshrink.model import Model, Node, ValueInfo, attribute
 from onnxshrink.model.exporter import in_order
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
-from onnxshrink.structure.bias import Bias, bias_at
+from onnxshrink.structure.bias import Bias, bias_at, give_bias
 from onnxshrink.structure.layers import LinearWeight, find
 
 __all__ = [
@@ -614,8 +614,8 @@ class _Writer:
         dropped = sum(self._drop_clip(clip) for clip in self.plan.clips)
         for reading in self.plan.readings:
             self._reading(reading)
-        for before, name in self._clipped.values():
-            self.model.lineage.replace(before, name)
+        for clipped, name in self._clipped.values():
+            self.model.lineage.replace(clipped, name)
         return dropped
 
     def _zero(self, values: Array) -> gs.Tensor:
@@ -723,10 +723,7 @@ class _Writer:
         codes, scale = bias_codes(values, activation.scale, weight.scale)
         name = bias.tensor.name if bias is not None else f"{linear.name}_bias"
         made = self._dequantized(name, codes, scale, np.zeros(scale.shape, np.int32), 0)
-        if len(node.inputs) > 2:
-            node.inputs[2] = made
-        else:
-            node.inputs.append(made)
+        give_bias(node, made)
 
 
 def _clips_alike(bounds: tuple[float, float] | None, coded: Coded) -> bool:

@@ -30,7 +30,7 @@ from onnxshrink.quantization.dynamic import safe_scale
 from onnxshrink.quantization.weightonly import Levels, block_of
 from onnxshrink.solvers.rounding import Fit, decode, fit, nearest
 from onnxshrink.statistics import ChannelRange, Multi, Sample
-from onnxshrink.structure.bias import bias_at
+from onnxshrink.structure.bias import addend
 from onnxshrink.structure.layers import LinearWeight, find, is_float, layer_at
 
 __all__ = ["Group", "Smoothed", "apply", "awq", "groups", "smooth"]
@@ -129,7 +129,7 @@ def _multiplies(layer: LinearWeight) -> Iterator[bool]:
             use.node.op in {"Gemm", "MatMul"}
             and use.index == 1
             and len(use.layout.shape) == 2
-            and not attribute(use.node, "transA", 0)
+            and use.input_channels == -1
             and use.layout == layer.layout
         )
 
@@ -522,9 +522,8 @@ def _above(
         if use is None or use.index != 1 or use.output_axis is None:
             return None
         parts = [parameter(1, transposed=not use.is_transposed)]
-        bias = bias_at(model, node, use.channels, -1)
-        if bias is not None and bias.node is node:
-            parts.append(parameter(bias.index))
+        if addend(node) is not None:
+            parts.append(parameter(2))
         return _all(parts)
     if node.op in {"Add", "Mul"}:
         for index in (0, 1):

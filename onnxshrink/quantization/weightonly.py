@@ -43,6 +43,7 @@ from onnxshrink.solvers.rounding import (
     gptq,
     nearest,
 )
+from onnxshrink.structure.bias import addend, addend_factor
 from onnxshrink.structure.layers import Layout, LinearWeight, Use
 from onnxshrink.tensors import numpy_type
 
@@ -242,8 +243,8 @@ def why_not_packed(layer: LinearWeight, levels: Levels, block: int = 0) -> str:
             return f"{use.node.op} has no kernel for packed codes"
         if use.index != 1:
             return "the kernel wants codes on the right"
-        if use.node.op == "Gemm" and _plain_gemm(use.node) != "":
-            return _plain_gemm(use.node)
+        if use.node.op == "Gemm" and _plain_gemm(use) != "":
+            return _plain_gemm(use)
         if _is_clipped(use.node):
             return "onnxruntime does not fuse codes whose product goes into a Relu"
     if block and (block < MIN_BLOCK or block & (block - 1)):
@@ -266,12 +267,11 @@ def _is_clipped(node: Node) -> bool:
     return any(reader.op in {"Clip", "Relu"} for reader in readers)
 
 
-def _plain_gemm(node: Node) -> str:
-    if attribute(node, "transA", 0):
+def _plain_gemm(use: Use) -> str:
+    if use.input_channels != -1:
         return "Gemm transposes its activations"
-    if attribute(node, "alpha", 1.0) != 1.0 or (
-        len(node.inputs) > 2 and attribute(node, "beta", 1.0) != 1.0
-    ):
+    is_added = addend(use.node) is not None
+    if use.alpha != 1.0 or (is_added and addend_factor(use.node) != 1.0):
         return "Gemm scales its product"
     return ""
 
@@ -592,9 +592,10 @@ def _read(model: Model, node: Node, weight: gs.Tensor) -> None:
         "MatMul", [node.inputs[0], weight], name=f"{node.name}_product", graph=graph
     )
     value = product.outputs[0]
-    if len(node.inputs) > 2 and node.inputs[2].name:
+    bias = addend(node)
+    if bias is not None:
         total = model.add_node(
-            "Add", [value, node.inputs[2]], name=f"{node.name}_sum", graph=graph
+            "Add", [value, bias], name=f"{node.name}_sum", graph=graph
         )
         value = total.outputs[0]
     model.replace_uses(node.outputs[0], value)

@@ -30,7 +30,7 @@ from onnxshrink.solvers.least_squares import (
     Solution,
     WeightProblem,
 )
-from onnxshrink.structure.bias import Bias
+from onnxshrink.structure.bias import Bias, give_bias
 from onnxshrink.structure.products import Product
 
 __all__ = [
@@ -123,10 +123,7 @@ def _shift(model: Model, shift: Float64, bias: Bias | None, node: Node | None) -
     assert node is not None
     assert weight is not None
     made = model.add_weight(f"{weight.name}_bias", shift.astype(weight.dtype))
-    if len(node.inputs) > 2:
-        node.inputs[2] = made
-    else:
-        node.inputs.append(made)
+    give_bias(node, made)
 
 
 class Matrices(Protocol):

@@ -28,6 +28,8 @@ from onnxshrink.rewriting.rewriter import (
     is_uniform,
     stored_bytes,
 )
+from onnxshrink.structure.bias import addend, addend_factor
+from onnxshrink.structure.layers import Use, use_of
 from onnxshrink.tensors import ArrayTensor, LazyTensor
 
 __all__ = ["LINEAR"]
@@ -170,22 +172,31 @@ class Linear:
     """A linear operator whose weight is constant.
 
     Attributes:
-        node: The operator itself.
+        use: How the operator reads its weight.
         add: The Add of a constant behind a MatMul, if that serves as its bias.
         weight: Its weight.
-        bias: Its bias, ``None`` if it has none.
-        channels: Number of output channels.
+        bias: Its bias, ``None`` if it has none. Unlike that of a layer it may be one
+            value for all outputs, and is found as the rewriter knows constants.
         rank: Rank of its output if known.
         axis: Axis of the channels in its output.
     """
 
-    node: Node
+    use: Use
     add: Node | None
     weight: gs.Tensor
     bias: gs.Tensor | None
-    channels: int
     rank: int | None
     axis: int
+
+    @property
+    def node(self) -> Node:
+        """The operator itself."""
+        return self.use.node
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.use.channels
 
     @property
     def where(self) -> str:
@@ -216,16 +227,17 @@ def linear_of(rewriter: Rewriter, tensor: gs.Tensor) -> Linear | None:
         return _matmul_of(rewriter, node)
     if node.op not in ("Conv", "ConvTranspose", "Gemm") or not is_onnx(node.domain):
         return None
-    weight, bias = rewriter.input(node, 1), rewriter.input(node, 2)
+    weight, bias = rewriter.input(node, 1), addend(node)
     values = rewriter.constant(weight)
     if weight is None or values is None or not float_type(values.data_type):
         return None
     if bias is not None and rewriter.constant(bias) is None:
         return None
+    use = use_of(node, 1, values.shape)
+    if use is None:
+        return None
     if node.op == "Gemm":
-        if len(values.shape) != 2:
-            return None
-        channels = values.shape[0 if node.attrs.get("transB", 0) else 1]
+        channels = use.channels
         if bias is not None and tensor_of_shape(rewriter, bias) not in (
             (),
             (1,),
@@ -234,14 +246,7 @@ def linear_of(rewriter: Rewriter, tensor: gs.Tensor) -> Linear | None:
             (1, channels),
         ):
             return None
-        return Linear(node, None, weight, bias, channels, 2, 1)
-    rank = len(values.shape)
-    if rank < 3:
-        return None
-    channels = values.shape[0]
-    if node.op == "ConvTranspose":
-        channels = values.shape[1] * int(node.attrs.get("group", 1))
-    return Linear(node, None, weight, bias, channels, rank, 1)
+    return Linear(use, None, weight, bias, len(values.shape), 1)
 
 
 def tensor_of_shape(rewriter: Rewriter, tensor: gs.Tensor) -> tuple[int, ...] | None:
@@ -259,26 +264,19 @@ def _matmul_of(rewriter: Rewriter, node: Node) -> Linear | None:
         return None
     if rewriter.constant(node.inputs[0]) is not None:
         return None
-    rank = rewriter.rank(node.outputs[0])
-    return Linear(node, None, weight, None, values.shape[-1], rank, -1)
+    use = use_of(node, 1, values.shape)
+    if use is None:
+        return None
+    return Linear(use, None, weight, None, rewriter.rank(node.outputs[0]), -1)
 
 
-def _scale_axis(linear: Linear, weight: Array, scale: Array) -> Array:
+def _scale_axis(use: Use, weight: Array, scale: Array) -> Array:
     """Return float64 weights whose output channels are scaled."""
     wide = weight.astype(np.float64)
     if scale.ndim == 0:
         return wide * scale
-    node, rank = linear.node, weight.ndim
-    if node.op == "Conv":
-        return wide * scale.reshape((-1,) + (1,) * (rank - 1))
-    if node.op == "ConvTranspose":
-        groups = int(node.attrs.get("group", 1))
-        grouped = wide.reshape(groups, -1, *weight.shape[1:])
-        factor = scale.reshape((groups, 1, weight.shape[1]) + (1,) * (rank - 2))
-        return (grouped * factor).reshape(weight.shape)
-    if node.op == "Gemm" and node.attrs.get("transB", 0):
-        return wide * scale[:, None]
-    return wide * scale
+    layout = use.layout
+    return layout.array(layout.matrices(wide) * use.over_outputs(scale))
 
 
 def _scaled(linear: Linear, values: LazyTensor, scale: Array) -> Array | None:
@@ -287,7 +285,7 @@ def _scaled(linear: Linear, values: LazyTensor, scale: Array) -> Array | None:
         one = values.read()[(slice(0, 1),) * len(values.shape)].astype(np.float64)
         found = _rounded(one * scale.reshape(-1)[0], values.dtype)
         return None if found is None else np.broadcast_to(found, values.shape)
-    return _rounded(_scale_axis(linear, values.read(), scale), values.dtype)
+    return _rounded(_scale_axis(linear.use, values.read(), scale), values.dtype)
 
 
 def _rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
@@ -320,8 +318,9 @@ def absorb(rewriter: Rewriter, linear: Linear, affine: Affine) -> bool:
                 f"{', '.join(sorted(readers)) or 'an output'}",
             )
             return False
-    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-    old: Array = np.zeros(()) if bias is None else bias.astype(np.float64) * beta
+    old: Array = np.zeros(())
+    if bias is not None:
+        old = bias.astype(np.float64) * addend_factor(node)
     if node.op != "Gemm" or old.size == linear.channels:
         old = old.reshape(-1) if old.size == linear.channels else old.reshape(())
     else:
@@ -496,11 +495,11 @@ def fold_in_front(rewriter: Rewriter, node: Node) -> bool:
         before.op != "BatchNormalization" and not _near_input(rewriter, before)
     ):
         return False
-    if node.op == "Gemm" and node.attrs.get("transA", 0):
+    if node.op == "Gemm" and linear.use.input_channels != -1:
         return False
     values = rewriter.constant(linear.weight)
     assert values is not None
-    rank, axis, channels = rewriter.rank(y), 1, _input_channels(node, values)
+    rank, axis, channels = rewriter.rank(y), 1, linear.use.input_size
     if node.op == "Conv":
         rank = len(values.shape)
     elif node.op == "Gemm":
@@ -543,14 +542,6 @@ def _near_input(rewriter: Rewriter, node: gs.Node) -> bool:
     return False
 
 
-def _input_channels(node: Node, values: LazyTensor) -> int:
-    if node.op == "Conv":
-        return values.shape[1] * int(node.attrs.get("group", 1))
-    if node.op == "Gemm":
-        return values.shape[1 if node.attrs.get("transB", 0) else 0]
-    return values.shape[-2]
-
-
 def pads_nothing(node: Node) -> bool:
     """Whether a Conv or pool reads only what is there."""
     mode = node.attrs.get("auto_pad", "NOTSET") or "NOTSET"
@@ -562,7 +553,7 @@ def pads_nothing(node: Node) -> bool:
 def _absorb_input(
     rewriter: Rewriter, linear: Linear, affine: Affine, values: LazyTensor
 ) -> bool:
-    node = linear.node
+    node, use = linear.node, linear.use
     shifts = bool(affine.shift.any())
     if shifts and node.op == "Conv" and not pads_nothing(node):
         rewriter.skip(
@@ -580,24 +571,19 @@ def _absorb_input(
             linear.where, f"its weight {linear.weight.name!r} has other readers"
         )
         return False
-    weight = values.read().astype(np.float64)
-    scaled = weight * _along_input(node, weight, affine.scale)
+    matrices = use.layout.matrices(values.read().astype(np.float64))
+    scaled = use.layout.array(matrices * _along_input(use, affine.scale))
     new_weight = _rounded(scaled, values.dtype)
     if new_weight is None:
         return False
     new_bias = None
     if shifts:
-        shift = _along_input(node, weight, affine.shift)
-        axes = _reduced_axes(node, weight.ndim)
-        added = (weight * shift).sum(axis=axes).reshape(-1)
-        if node.op == "Gemm":
-            added = added * float(node.attrs.get("alpha", 1.0))
+        shift = _along_input(use, affine.shift)
+        added = (matrices * shift).sum(axis=2).reshape(-1) * use.alpha
         bias = None if linear.bias is None else rewriter.array(linear.bias)
-        beta = float(node.attrs.get("beta", 1.0))
         old: Array = np.zeros(1)
         if bias is not None:
-            old = bias.astype(np.float64).reshape(-1)
-            old = old * beta if node.op == "Gemm" else old
+            old = bias.astype(np.float64).reshape(-1) * addend_factor(node)
         rounded = _rounded(added + old, values.dtype)
         if rounded is None:
             return False
@@ -609,27 +595,9 @@ def _absorb_input(
     return True
 
 
-def _reduced_axes(node: Node, rank: int) -> tuple[int, ...]:
-    """Axes of a weight that its output channels sum over."""
-    if node.op == "Conv":
-        return tuple(range(1, rank))
-    return (1,) if node.op == "Gemm" and node.attrs.get("transB", 0) else (0,)
-
-
-def _along_input(node: Node, weight: Array, values: Array) -> Array:
-    """Return values per input channel in a shape that broadcasts over the weight."""
-    if values.ndim == 0:
-        return values
-    if node.op == "Conv":
-        groups = int(node.attrs.get("group", 1))
-        spatial = (1,) * (weight.ndim - 2)
-        by_group = values.reshape(groups, 1, weight.shape[1], *spatial)
-        each = weight.shape[0] // groups
-        repeated = np.repeat(by_group, each, axis=1)
-        return repeated.reshape(weight.shape[0], weight.shape[1], *spatial)
-    if node.op == "Gemm" and node.attrs.get("transB", 0):
-        return values[None, :]
-    return values[:, None]
+def _along_input(use: Use, values: Array) -> Array:
+    """Return values per input channel in a shape that goes with the matrices."""
+    return values if values.ndim == 0 else use.over_inputs(values)
 
 
 # --- one factor through other operators -------------------------------------------
@@ -786,6 +754,9 @@ def _split(rewriter: Rewriter, node: Node) -> tuple[gs.Tensor, gs.Tensor] | None
 
 
 # --- Gemm -------------------------------------------------------------------------
+
+# These rules rewrite the attributes of any Gemm, of computed matrices too, which are no
+# layers.
 
 _GEMM_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 

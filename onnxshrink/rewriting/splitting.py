@@ -20,9 +20,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxshrink.errors import ModelError
-from onnxshrink.model import Model, Node, Variable, Weight, attribute
+from onnxshrink.model import Model, Node, Variable, Weight
 from onnxshrink.model.topology import subgraphs_of
 from onnxshrink.solvers.decompose import Chain
+from onnxshrink.structure.bias import give_bias
 from onnxshrink.structure.layers import LinearWeight, Use
 
 __all__ = [
@@ -80,14 +81,13 @@ def place_matrices(
     left = np.stack([pair[0] for pair in factors])
     right = np.stack([pair[1] for pair in factors])
     shape = weight.shape
-    rank = left.shape[-1]
     use = uses[0]
     # [.., inputs, rank] and [.., rank, outputs] of a weight on the right, as they are
     # multiplied; of one on the left the other way round.
     behind = bool(use.index)
     inner = np.swapaxes(right, 1, 2) if behind else right
     outer = np.swapaxes(left, 1, 2) if behind else left
-    if _is_turned(use.node, behind):
+    if use.is_transposed != behind:  # a Gemm transposes it
         outer = np.swapaxes(outer, 1, 2)
     one = _array(inner, weight, (*shape[:-2], *inner.shape[1:]))
     two = _array(outer, weight, (*shape[:-2], *outer.shape[1:]))
@@ -102,7 +102,7 @@ def place_matrices(
         node, graph = each.node, _graph_of(model, each.node)
         data = node.inputs[1 - each.index]
         if first is not None:
-            made = _first_product(model, node, graph, first, data, behind, rank)
+            made = _first_product(model, each, graph, first, data)
         assert made is not None
         node.inputs[1 - each.index] = made
         node.inputs[each.index] = second
@@ -113,19 +113,18 @@ def place_matrices(
 
 def _first_product(
     model: Model,
-    node: Node,
+    use: Use,
     graph: gs.Graph,
     weight: gs.Tensor,
     data: gs.Tensor,
-    behind: bool,
-    rank: int,
 ) -> gs.Tensor:
     """Add the product of the inputs with the first factor before a node."""
+    node, behind = use.node, bool(use.index)
     name = f"{node.name or node.op}_in"
     outputs = [Variable(model.fresh(f"{node.outputs[0].name}_in"))]
     pair = [data, weight] if behind else [weight, data]
-    side = "transA" if behind else "transB"
-    if not _is_turned(node, not behind):
+    is_turned = (use.input_channels == -1) != behind  # a Gemm transposes the inputs
+    if not is_turned:
         model.add_node(
             "MatMul", pair, outputs=outputs, name=name, graph=graph, before=node
         )
@@ -135,7 +134,7 @@ def _first_product(
             "FusedMatMul",
             pair,
             outputs=outputs,
-            attrs={side: 1},
+            attrs={"transA" if behind else "transB": 1},
             domain="com.microsoft",
             name=name,
             graph=graph,
@@ -150,17 +149,12 @@ def _first_product(
         "Gemm",
         pair,
         outputs=outputs,
-        attrs={side: 1},
+        attrs={"transA" if behind else "transB": 1},
         name=name,
         graph=graph,
         before=node,
     )
     return outputs[0]
-
-
-def _is_turned(node: Node, second: bool) -> bool:
-    """Whether a product transposes its first or second input first."""
-    return bool(attribute(node, "transB" if second else "transA", 0))
 
 
 def add_to_output(model: Model, node: Node, shift: Array, name: str) -> None:
@@ -175,10 +169,7 @@ def add_to_output(model: Model, node: Node, shift: Array, name: str) -> None:
     graph = _graph_of(model, node)
     added = model.add_weight(name, shift, graph)
     if node.op in ("Gemm", "FusedGemm"):
-        if len(node.inputs) > 2:
-            node.inputs[2] = added
-        else:
-            node.inputs.append(added)
+        give_bias(node, added)
         node.attrs.pop("beta", None)
         return
     old = node.outputs[0]

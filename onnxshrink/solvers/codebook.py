@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack
-from threadpoolctl import threadpool_limits
 
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.solvers import kmeans
+from onnxshrink.solvers.threads import one_thread
 
 __all__ = [
     "RateCurve",
@@ -306,7 +306,7 @@ def output_error(weight: Array, decoded: Array, gram: Array) -> float:
     change = (decoded.astype(np.float64) - weight).reshape(
         len(stack), -1, weight.shape[1]
     )
-    with threadpool_limits(1, "blas"):
+    with one_thread:
         return float(((change @ stack) * change).sum())
 
 
@@ -376,7 +376,7 @@ def feedback(
         bits = np.asarray(lengths, np.float64)
     costs = np.where(np.isinf(bits), np.inf, trade * np.where(np.isinf(bits), 0, bits))
     found = []
-    with threadpool_limits(1, "blas"):
+    with one_thread:
         for index, matrix in enumerate(stack):
             own = slice(index * each, (index + 1) * each)
             chooser = _Chooser(
@@ -530,7 +530,7 @@ def descend(
     costs = np.where(np.isinf(bits), np.inf, trade * np.where(np.isinf(bits), 0, bits))
     each = len(weight) // len(stack)
     found = codes.astype(np.uint8)
-    with threadpool_limits(1, "blas"):
+    with one_thread:
         for index, matrix in enumerate(stack):
             own = slice(index * each, (index + 1) * each)
             _descend(weight[own], matrix, values, found[own], costs, sweeps)
@@ -609,7 +609,7 @@ def refit(
     squares = None if share is None else np.square(share).reshape(len(stack), -1, 1)
 
     def gradient(values: Float64) -> Float64:
-        with threadpool_limits(1, "blas"):
+        with one_thread:
             image = values.reshape(shape) @ stack
         if squares is not None:
             image *= squares

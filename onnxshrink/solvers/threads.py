@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from contextlib import ContextDecorator
+from typing import Any
 
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
 __all__ = ["one_thread"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @functools.cache
@@ -25,7 +22,7 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-class _Limit:
+class _OneThread(ContextDecorator):
     """Holds BLAS to one thread as long as anyone is inside.
 
     The limit is one for the whole process: who leaves while others are inside must not
@@ -64,15 +61,6 @@ def _let_any_thread_set_limits() -> None:
         release(force=True)
 
 
-_LIMIT = _Limit()
-
-
-def one_thread(function: Callable[P, R]) -> Callable[P, R]:
-    """Let BLAS use one thread while the function runs, in whatever thread it does."""
-
-    @functools.wraps(function)
-    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _LIMIT:
-            return function(*args, **kwargs)
-
-    return limited
+one_thread = _OneThread()
+"""``with one_thread:`` or ``@one_thread``: BLAS uses one thread, in whatever thread the
+block or the function runs."""

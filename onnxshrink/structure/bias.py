@@ -17,7 +17,16 @@ from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.structure.codes import is_float
 
-__all__ = ["Bias", "add_behind", "bias_at", "is_shift", "takes_bias"]
+__all__ = [
+    "Bias",
+    "add_behind",
+    "addend",
+    "addend_factor",
+    "bias_at",
+    "give_bias",
+    "is_shift",
+    "takes_bias",
+]
 
 Array = NDArray[np.float64]
 
@@ -122,9 +131,9 @@ def bias_at(model: Model, node: Node, channels: int, axis: int) -> Bias | None:
         channels: Channels of what it gives.
         axis: Axis of these, counted from the end: negative.
     """
-    if _adds_bias(node) and len(node.inputs) > 2 and node.inputs[2].name:
+    if addend(node) is not None:
         is_gemm = node.op in ("Gemm", "FusedGemm")
-        factor = float(attribute(node, "beta", 1.0)) if is_gemm else 1.0
+        factor = addend_factor(node)
         return _described(model, node, 2, channels, axis if is_gemm else -1, factor)
     is_known = is_onnx(node.domain) or node.domain == "com.microsoft"
     if not is_known or node.op not in (*_WITH_BIAS, "MatMul", "FusedMatMul"):
@@ -133,12 +142,34 @@ def bias_at(model: Model, node: Node, channels: int, axis: int) -> Bias | None:
     return None if found is None else _described(model, *found, channels, axis)
 
 
+def addend(node: Node) -> gs.Tensor | None:
+    """Return what a linear operator adds by itself, its third input, if anything."""
+    if not _adds_bias(node) or len(node.inputs) < 3 or not node.inputs[2].name:
+        return None
+    tensor: gs.Tensor = node.inputs[2]
+    return tensor
+
+
+def addend_factor(node: Node) -> float:
+    """Return what a node multiplies that with, or would: beta of Gemm, or 1."""
+    is_gemm = node.op in ("Gemm", "FusedGemm")
+    return float(attribute(node, "beta", 1.0)) if is_gemm else 1.0
+
+
 def takes_bias(node: Node) -> bool:
     """Whether a node has an input for a bias that nothing is connected to.
 
     Before opset 11 a Gemm must have one, so it takes no other.
     """
-    return _adds_bias(node) and (len(node.inputs) < 3 or not node.inputs[2].name)
+    return _adds_bias(node) and addend(node) is None
+
+
+def give_bias(node: Node, bias: gs.Tensor) -> None:
+    """Let a Conv, ConvTranspose or Gemm add a bias instead of what it adds."""
+    if len(node.inputs) > 2:
+        node.inputs[2] = bias
+    else:
+        node.inputs.append(bias)
 
 
 def _adds_bias(node: Node) -> bool:

@@ -47,8 +47,9 @@ __all__ = [
     "Use",
     "find",
     "free_bias",
-    "layer_at",
     "is_float",
+    "layer_at",
+    "use_of",
 ]
 
 Array = NDArray[np.float64]
@@ -185,6 +186,50 @@ class Use:
         return 1 if axis is None else self.layout.shape[axis]
 
     @property
+    def input_size(self) -> int:
+        """Channels of what the node multiplies."""
+        if self.product == "Conv" and self.role == "weight":
+            return self.layout.shape[1] * self.groups
+        if self.product == "ConvTranspose" and self.role == "weight":
+            return self.layout.shape[0]
+        return self.layout.matrices_shape[2]
+
+    def over_outputs(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return a value for each output channel so that it goes with the matrices.
+
+        Args:
+            values: [channels].
+
+        Returns:
+            [groups or 1, outputs, 1].
+        """
+        groups, outputs, _ = self.layout.matrices_shape
+        if self.product == "ConvTranspose":  # each tap of the kernel is an output
+            values = np.repeat(values, groups * outputs // max(1, self.channels))
+        return values.reshape(-1, outputs, 1)
+
+    def over_inputs(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return a value for each input channel so that it goes with the matrices.
+
+        Args:
+            values: [input_size].
+
+        Returns:
+            [groups or 1, 1, inputs].
+        """
+        groups, _, inputs = self.layout.matrices_shape
+        if self.product == "Conv":  # each tap of the kernel is an input
+            values = np.repeat(values, groups * inputs // max(1, self.input_size))
+        return values.reshape(-1, 1, inputs)
+
+    def bias(self, model: Model) -> Bias | None:
+        """Return what is added to what the node gives, if anything is."""
+        axis = self.output_channels
+        if axis > 0:
+            axis -= len(self.layout.shape)
+        return bias_at(model, self.node, self.channels, axis)
+
+    @property
     def alpha(self) -> float:
         """What the node multiplies the product with: alpha of Gemm, FusedMatMul."""
         has = self.product == "Gemm" or self.kind in _FUSED
@@ -294,11 +339,7 @@ class LinearWeight:
         """What is added to the outputs of its only use; ``None`` if it has several."""
         if self.is_shared or not self.uses or self.uses[0].role != "weight":
             return None
-        use = self.uses[0]
-        axis = use.output_channels
-        if axis > 0:
-            axis -= len(use.layout.shape)
-        return bias_at(self.weight.model, use.node, use.channels, axis)
+        return self.uses[0].bias(self.weight.model)
 
     def statistics_for(
         self, what: Literal["gram", "norm"], samples: int = 1
@@ -443,7 +484,7 @@ def _readings(
     others: list[Node] = []
     behind: list[tuple[str, Node]] = []
     for node, index in weight.uses:
-        use = _use(node, index, weight.shape, fused)
+        use = use_of(node, index, weight.shape, fused)
         if use is not None:
             uses.append(use)
             continue
@@ -472,7 +513,7 @@ def _readings_of_codes(model: Model, decoder: Decoder) -> tuple[list[Use], list[
                     continue
             for index, read in enumerate(node.inputs):
                 if read is tensor:
-                    use = _use(node, index, shape)
+                    use = use_of(node, index, shape)
                     if use is None:
                         others.append(node)
                     else:
@@ -483,7 +524,7 @@ def _readings_of_codes(model: Model, decoder: Decoder) -> tuple[list[Use], list[
             visit(end, decoder.shape)
             continue
         lookup = next(n for n in decoder.nodes if n.op == "Gather")
-        use = _use(lookup, 0, decoder.shape)
+        use = use_of(lookup, 0, decoder.shape)
         if use is None:
             others.append(lookup)
         else:
@@ -556,10 +597,17 @@ def _why_not(
     return ""
 
 
-def _use(
+def use_of(
     node: Node, index: int, shape: tuple[int, ...], fused: bool = False
 ) -> Use | None:
-    """Describe how a node reads a weight, or ``None`` if it is no layer."""
+    """Describe how a node reads a constant, or ``None`` if it is no layer.
+
+    Args:
+        node: The node.
+        index: Which of its inputs the constant is.
+        shape: Shape of the constant.
+        fused: As for ``find``.
+    """
     if not _product_of(node) or (node.op in _FUSED and not fused):
         return None
     layout = _weight_layout(node, index, shape)

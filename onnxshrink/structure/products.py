@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxshrink.model import Model, Node, attribute
+from onnxshrink.model import Model, Node
 from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.statistics import ConvWindow
 from onnxshrink.structure.layers import LinearWeight
@@ -315,7 +315,7 @@ def _is_plain(layer: LinearWeight) -> bool:
     return (
         layer.kind in ("Gemm", "MatMul")
         and len(layer.weight.shape) == 2
-        and not attribute(use.node, "transA", 0)
+        and use.input_channels == -1
         and use.alpha != 0
     )
 

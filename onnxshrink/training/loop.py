@@ -139,7 +139,7 @@ class Checkpoint:
 
 
 @dataclass
-class _State:
+class _TrainingProgress:
     """All that a training has come to, besides the step's own weights and state.
 
     Attributes:
@@ -241,7 +241,7 @@ def fit(
             rate = find_rate(step, feed, count, plan, progress)
         start = judge(step.weights)
         random = np.random.default_rng(plan.seed)
-        state = _State(random, rate, start, start, dict(step.weights))
+        state = _TrainingProgress(random, rate, start, start, dict(step.weights))
         if keeper is not None:
             keeper.save_if_due(state)
     ending: Ending = ""
@@ -279,7 +279,7 @@ def _epoch(
     feed: Feed,
     count: int,
     plan: Plan,
-    state: _State,
+    state: _TrainingProgress,
     progress: Progress | None,
     keeper: _Keeper | None,
 ) -> bool:
@@ -315,7 +315,7 @@ class _Keeper:
         self._key = f"{STATE_FORMAT} {checkpoint.key} {plan} {count}"
         self._saved = time.monotonic()
 
-    def save_if_due(self, state: _State) -> None:
+    def save_if_due(self, state: _TrainingProgress) -> None:
         """Write the state if the last time is long enough ago.
 
         Raises:
@@ -341,7 +341,7 @@ class _Keeper:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         self._saved = time.monotonic()
 
-    def load(self) -> _State | None:
+    def load(self) -> _TrainingProgress | None:
         """Put the step where it was and return the state; ``None`` if there is none."""
         step = self._step
         try:
@@ -363,7 +363,9 @@ class _Keeper:
                 random = np.random.default_rng()
                 random.bit_generator.state = facts.pop("random")
                 count = int(facts.pop("count"))
-                state = _State(random, kept=kept, order=file["order"], **facts)
+                state = _TrainingProgress(
+                    random, kept=kept, order=file["order"], **facts
+                )
         except (
             OSError,
             EOFError,

@@ -17,6 +17,7 @@ from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.quantization.schemes import limits
 from onnxshrink.storage.census import VECTORS, group_tables, vector_table
 from onnxshrink.structure.codes import CODES, MOVES, Decoder, decoder_of
+from onnxshrink.structure.layers import layer_at
 from onnxshrink.structure.selection import selected
 from onnxshrink.training.fakequant import (
     fake_quantized,
@@ -755,16 +756,20 @@ def _factors(model: Model, decoder: Decoder, scale: Weight) -> tuple[str, ...]:
     readers = [node for end, _ in decoder.ends for node in dict.fromkeys(end.outputs)]
     if len(readers) != 1 or readers[0].op not in ("Conv", "ConvTranspose", "Gemm"):
         return ()
+    layer = layer_at(model, readers[0], codes=True)
+    if layer is None or layer.codes is None:
+        return ()
+    tensor = next(use.input for use in layer.uses if use.node is readers[0])
+    for _ in range(3):
+        maker = None if tensor is None or not tensor.inputs else tensor.inputs[0]
+        if maker is None or maker.op not in MOVES:
+            break
+        tensor = maker.inputs[0]
+    if maker is None or maker.op != "DequantizeLinear":
+        return ()
     names = []
-    for tensor in readers[0].inputs[:2]:
-        for _ in range(3):
-            maker = tensor.inputs[0] if tensor.inputs else None
-            if maker is None or maker.op not in MOVES:
-                break
-            tensor = maker.inputs[0]
-        if maker is None or maker.op != "DequantizeLinear":
-            return ()
-        known = model.constant(maker.inputs[1])
+    for step in (maker.inputs[1], layer.codes.scale):
+        known = model.constant(step)
         if known is None or known.dtype != np.float32:
             return ()
         names.append(known.name)
