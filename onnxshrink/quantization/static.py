@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnxshrink.activations.gathering import fingerprint, values_digest
 from onnxshrink.base import Context
 from onnxshrink.model import Model
+from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization import calibration, dynamic, inputs, placement, processors
 from onnxshrink.quantization.calibration import Observer
 from onnxshrink.quantization.correction import expected_shift
@@ -36,6 +37,7 @@ from onnxshrink.solvers import rounding
 from onnxshrink.solvers.rounding import Fit, Grid
 from onnxshrink.solvers.threads import one_thread
 from onnxshrink.statistics import Range, Statistic, Stored
+from onnxshrink.structure.codes import MOVES
 from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import Layout, LinearWeight
 from onnxshrink.tensors import LazyTensor
@@ -65,6 +67,8 @@ LEVELS: Mapping[str, tuple[int, int, int]] = {
 what stores few distinct codes in few bits is the file format."""
 _TOGETHER = 8
 """Layers that are rounded at a time."""
+_MOVES = MOVES | {"Flatten"}
+"""Operators that give what they read, in another shape or order."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ class _StaticForm:
     # What activations look like.
 
     def _range_key(self, name: str) -> tuple[Any, ...]:
+        """Return what the range of a value depends on."""
         recipe = self.recipe
         levels = recipe.activation.high - recipe.activation.low + 1
         how = (recipe.method, recipe.percentile, levels, recipe.activation.symmetric)
@@ -197,7 +202,11 @@ class _StaticForm:
         memory = self.ctx.memory
         tensors = [tensor for group in plan.ranges.values() for tensor in group]
         keys = {tensor.name: self._range_key(tensor.name) for tensor in tensors}
-        seen = {name: memory.get(key) for name, key in keys.items()}
+        seen = {
+            tensor.name: memory.get(keys[tensor.name])
+            or memory.get(self._range_key(self._moved(tensor).name))
+            for tensor in tensors
+        }
         simple = self.recipe.method == "minmax"
         unknown: dict[str, Stored] = {
             name: Range() if simple else calibration.observer()
@@ -211,6 +220,20 @@ class _StaticForm:
                 memory.put(keys[name], seen[name])
         unseen = _CalibratedRange(0, 0, "its values cannot be watched")
         return {tensor: seen[tensor.name] or unseen for tensor in tensors}
+
+    def _moved(self, tensor: gs.Tensor) -> gs.Tensor:
+        """Return the value whose entries a value has in another shape or order.
+
+        Where a layer is left out, Flatten may stand at the edge of what runs on codes.
+        """
+        scales = self.seen.values
+        first = tensor
+        while first.inputs and first.inputs[0].op in _MOVES:
+            if not is_onnx(first.inputs[0].domain):
+                break
+            first = first.inputs[0].inputs[0]
+        same = scales.get(first.name) is scales.get(tensor.name)
+        return first if same else tensor
 
     def _seen(self, statistic: Statistic) -> _CalibratedRange:
         apart = 0
