@@ -17,16 +17,26 @@ import numpy as np
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxshrink import Budget, Model, PassManager, Pipeline, Samples, Splits
+from onnxshrink import (
+    Budget,
+    Model,
+    PassManager,
+    Pipeline,
+    Samples,
+    Splits,
+    runtime,
+)
 from onnxshrink.activations import gathering
 from onnxshrink.base import Memory
 from onnxshrink.engine import make_context
 from onnxshrink.passes import prune, quantize
 from onnxshrink.passes.fold import Fold
 from onnxshrink.passes.recover import Recover
-from onnxshrink.quantization import static
+from onnxshrink.quantization import smoothing, static
+from onnxshrink.structure.inputs import InputStatistics
 
 Array = np.ndarray[Any, Any]
+_SCALED = InputStatistics.scaled
 
 
 def _model(text: str, **weights: Array) -> Model:
@@ -173,6 +183,66 @@ def test_each_weight_is_rounded_once_in_a_step(
     assert shared == alone
     assert calls["calibrated"] >= 2 * once["calibrated"]
     assert sum(calls.values()) > 2 * sum(once.values())
+
+
+@pytest.mark.parametrize(
+    ("passes", "sqnr", "runs"),
+    [
+        ("quantize:activations=static", 40.0, 1),
+        ("quantize:activations=none,weights=int4", 19.0, 1),
+        # To choose scales of activations, and to round weights in what that gives.
+        ("quantize:activations=dynamic", 44.0, 2),
+        ("quantize:activations=dynamic,equalize=none", 44.0, 1),
+        ("quantize:activations=none,weights=int4,equalize=awq", 19.0, 2),
+        ("quantize:activations=static,equalize=smooth", 46.0, 2),
+    ],
+)
+def test_each_calibration_is_made_once_in_a_step(
+    passes: str, sqnr: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 16)
+    calls = _counted(monkeypatch, {"calibrated": (gathering, "_run")})
+    _shrunk(_dense(), passes, _dense_splits(), Budget(min_sqnr=sqnr))
+    assert calls["calibrated"] == runs
+
+
+@pytest.mark.parametrize("equalize", ["smooth", "awq"])
+def test_inputs_that_an_attempt_scales_otherwise_are_those_that_were_seen(
+    equalize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 16)
+    model, splits = _dense(), _dense_splits()
+    outliers = np.ones((20, 1), np.float32)
+    outliers[3] = 30
+    model.set_weight("w1", model.weight("w1").read() * outliers)
+    form = "dynamic" if equalize == "smooth" else "none"
+    weights = "int8" if equalize == "smooth" else "int4"
+    options: Any = {"activations": form, "weights": weights, "equalize": equalize}
+    pass_ = quantize.Quantize(**options)
+    context = make_context(samples=splits, reference=model)
+    every = pass_.sites(model, context)
+    scales = []
+    monkeypatch.setattr(
+        InputStatistics,
+        "scaled",
+        lambda self, by: scales.append(by) or _SCALED(self, by),
+    )
+
+    def codes(memory: Memory, sites: Any) -> Model:
+        copy = model.copy()
+        context = make_context(samples=splits, reference=model, memory=memory)
+        pass_.rewrite_all(copy, sites, context)
+        return copy
+
+    memory = Memory()
+    codes(memory, every)  # the first attempt scales what w2 reads
+    monkeypatch.setattr(smoothing, "MUL_PAYS", 0.0)
+    monkeypatch.setattr(smoothing, "_chain", lambda *_: None)
+    again, alone = codes(memory, every), codes(Memory(), every)  # these do not
+    assert any(len(by) == 20 for by in scales)
+    x = _random(9, 64, 16)
+    one, two = (runtime.session(m).run({"x": x})["y"] for m in (again, alone))
+    assert np.abs(one - two).max() < 1e-3 * np.abs(two).max()
 
 
 # --- in other processes ---------------------------------------------------------------

@@ -91,6 +91,19 @@ def test_sums_are_those_of_the_rows_that_a_weight_multiplies() -> None:
         )
 
 
+def test_sums_of_scaled_inputs_are_the_sums_scaled() -> None:
+    model, x = two(), random(6, 5, 3, seed=3)
+    factors = np.array([0.5, 3.0, 1.0])
+    seen = context(model, x).inputs(list(find(model)))["v"].scaled(factors)
+    wanted = context(model, (x * factors).astype(np.float32)).inputs(find(model))["v"]
+    assert seen.count == wanted.count
+    assert seen.gram is not None
+    assert wanted.gram is not None
+    np.testing.assert_allclose(seen.gram, wanted.gram, rtol=1e-5)
+    np.testing.assert_allclose(seen.sums, wanted.sums, rtol=1e-5)
+    np.testing.assert_allclose(seen.squares, wanted.squares, rtol=1e-5)
+
+
 def test_layers_that_read_one_tensor_share_one_matrix_of_one_run(
     runs: list[tuple[str, ...]],
 ) -> None:

@@ -41,6 +41,10 @@ def test_one_thread_inside_and_as_many_as_before_outside() -> None:
     assert _threads_inside() == {1}
     assert _nested() == ({1}, {1})
     assert _blas_threads() == {2}
+    with one_thread:
+        assert _threads_inside() == {1}
+        assert _blas_threads() == {1}
+    assert _blas_threads() == {2}
 
 
 def test_who_leaves_first_does_not_lift_the_limit_of_who_stays() -> None:

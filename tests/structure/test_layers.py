@@ -148,6 +148,38 @@ def test_slices_along_the_axes_are_channels_of_outputs_and_inputs(name: str) -> 
     np.testing.assert_allclose(run(model, x)["y"], silenced, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_factors_of_channels_go_with_the_matrices(name: str) -> None:
+    nodes, shape, given, more = PRODUCTS[name]
+    inputs = f"float[{','.join(map(str, given))}] x"
+    if "activation" in nodes:
+        pytest.skip("what it gives is not linear in the weight")
+    more = {key: np.zeros_like(array) for key, array in more.items()}
+    model = built(nodes, {"w": shape, **more}, inputs)
+    layer, x = the_layer(model, only=["w"], fused=True), samples(given)
+    (use,) = layer.uses
+    plain = run(model, x)["y"]
+
+    def scaled(over: Array) -> Array:
+        matrices = use.layout.matrices(model.weight("w").read())
+        other = built(nodes, {"w": shape, **more}, inputs)
+        other.set_weight("w", use.layout.array((matrices * over).astype(np.float32)))
+        return run(other, x)["y"]
+
+    factors = np.arange(1.0, 1 + use.channels)
+    wanted = np.moveaxis(plain, use.output_channels, -1) * factors
+    now = np.moveaxis(scaled(use.over_outputs(factors)), use.output_channels, -1)
+    np.testing.assert_allclose(now, wanted, rtol=1e-4, atol=1e-4)
+
+    factors = np.arange(1.0, 1 + use.input_size)
+    assert x.shape[use.input_channels] == use.input_size
+    x2 = np.moveaxis(np.moveaxis(x, use.input_channels, -1) * factors, -1, 0)
+    x2 = np.moveaxis(x2, 0, use.input_channels).astype(np.float32)
+    wanted = run(model, x2)["y"]
+    now = scaled(use.over_inputs(factors))
+    np.testing.assert_allclose(now, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_grouped_conv_transpose_has_channels_of_all_groups() -> None:
     model = built(
         "y = ConvTranspose <group = 2> (x, w)", {"w": (4, 3, 2)}, "float[1,4,5] x"
