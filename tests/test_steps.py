@@ -194,7 +194,6 @@ def test_each_weight_is_rounded_once_in_a_step(
         ("quantize:activations=dynamic", 44.0, 2),
         ("quantize:activations=dynamic,equalize=none", 44.0, 1),
         ("quantize:activations=none,weights=int4,equalize=awq", 19.0, 2),
-        ("quantize:activations=static,equalize=smooth", 46.0, 2),
     ],
 )
 def test_each_calibration_is_made_once_in_a_step(
