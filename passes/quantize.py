@@ -26,6 +26,7 @@ from onnxshrink.quantization import (
     processors,
     smoothing,
     static,
+    tying,
     weightonly,
 )
 from onnxshrink.quantization.calibration import Method
@@ -75,6 +76,8 @@ _TYPES = {
     "uint16": _T.UINT16,
     "int16": _T.INT16,
 }
+_ROLES: tuple[layers.Role, ...] = ("weight", "table")
+"""Readings of weights that become codes."""
 _TOGETHER = 8
 """Layers that are rounded at a time."""
 SMALLEST = 1024
@@ -251,7 +254,7 @@ class Quantize(SitePass):
             ctx.skipped("model", f"it is quantized already: it has {found}")
             return []
         prepared = model.copy()
-        _prepare(prepared, ctx)
+        self._prepare(prepared, ctx)
         planner = Planner(prepared)
         static_ok = {one.layer.name for one in planner.linear}
         static_ok -= {name for name, _ in planner.skips}
@@ -259,7 +262,7 @@ class Quantize(SitePass):
         costs = LayerCosts(prepared, ctx)
         sites = []
         for layer in layers.find(
-            prepared, only=self.only, skip=self.skip, roles=("weight", "table")
+            prepared, only=self.only, skip=self.skip, roles=_ROLES, turned=True
         ):
             site = self._site(prepared, layer, layer.name in static_ok, data, ctx)
             if site is not None:
@@ -294,7 +297,7 @@ class Quantize(SitePass):
         if why:
             ctx.skipped(layer.name, why)
             return None
-        bits = _bits(self.weights if form != "dynamic" else "int8")
+        bits = _bits(self._weights_of(layer) if form != "dynamic" else "int8")
         saved = layer.weight.nbytes - layer.weight.size * bits // 8
         return QuantizeSite(
             layer.name,
@@ -303,6 +306,35 @@ class Quantize(SitePass):
             form=form,
             bits=bits,
         )
+
+    def _prepare(self, model: Model, ctx: Context) -> tuple[str, ...]:
+        """Fold a model, so that layers are neighbours, and tie heads to their tables.
+
+        Returns:
+            What that did.
+        """
+
+        def prepare() -> _Prepared:
+            made = model.copy()
+            before = sum(1 for _ in made.nodes())
+            Fold().apply(made, dataclasses.replace(ctx, done=[], skips=[]))
+            after = sum(1 for _ in made.nodes())
+            words = []
+            if after < before:
+                words.append(f"folded first: {before} nodes -> {after}")
+            gone = tying.tie(made, only=self.only, skip=self.skip)
+            if gone:
+                words.append(
+                    f"{', '.join(gone)}: a table turned, which is read instead"
+                )
+            return _Prepared(made, tuple(words))
+
+        names = tuple(str(node.name) for node in model.nodes())
+        chosen = (self.only, self.skip)
+        key = ("quantize", "folded", fingerprint(model), model.opset, names, chosen)
+        found = ctx.remember(key, prepare)
+        model.become(found.model)
+        return found.words
 
     # --- acting ---------------------------------------------------------------------
 
@@ -314,9 +346,8 @@ class Quantize(SitePass):
         """Quantize the weights of some sites, those of one form together."""
         if not sites:
             return
-        folded = _prepare(model, ctx)
-        if folded:
-            ctx.did("model", folded)
+        for words in self._prepare(model, ctx):
+            ctx.did("model", words)
         names: dict[str, list[str]] = {"static": [], "dynamic": [], "none": []}
         for site in sites:
             assert isinstance(site, QuantizeSite)
@@ -385,10 +416,23 @@ class Quantize(SitePass):
         """Key of ``weightonly.LEVELS``."""
         return "int8" if self.weights == "auto" else self.weights
 
+    def _weights_of(self, layer: LinearWeight) -> str:
+        """The same for one weight.
+
+        A table that also scores has 8 bits: few cost the most there (SmolLM2-135M, 4
+        bits: perplexity 2.5 higher), and one copy serves two layers.
+        """
+        if weightonly.is_tied(layer) and _bits(self._weights) < 8:
+            return "int8"
+        return self._weights
+
     @property
     def _in_blocks(self) -> bool:
         """Whether blocks of a weight that is alone in codes have their own scales."""
-        levels = weightonly.LEVELS[self._weights]
+        return self._in_blocks_of(self._weights)
+
+    def _in_blocks_of(self, weights: str) -> bool:
+        levels = weightonly.LEVELS[weights]
         few = levels.high - levels.low < 16
         return self.granularity == "block" or (self.granularity == "auto" and few)
 
@@ -407,13 +451,15 @@ class Quantize(SitePass):
         self._raise_opset(model, names["none"], ctx)
         chosen = [
             layer
-            for layer in layers.find(model, roles=("weight", "table"))
+            for layer in layers.find(model, roles=_ROLES, turned=True)
             if layer.name in wanted
         ]
+        at_run_time = set(names["dynamic"])
         codings = {
-            name: self._coding(form, processor)
-            for form in ("dynamic", "none")
-            for name in names[form]
+            layer.name: self._coding(
+                layer, "dynamic" if layer.name in at_run_time else "none", processor
+            )
+            for layer in chosen
         }
         usable = [
             layer
@@ -425,12 +471,18 @@ class Quantize(SitePass):
             write = dynamic.rewrite if is_dynamic else weightonly.rewrite
             ctx.did(layer.name, write(model, layer, grid, codes))
 
-    def _coding(self, form: Literal["dynamic", "none"], processor: Processor) -> Coding:
-        """Return how the weights of a form become codes."""
+    def _coding(
+        self,
+        layer: LinearWeight,
+        form: Literal["dynamic", "none"],
+        processor: Processor,
+    ) -> Coding:
+        """Return how a weight becomes codes."""
+        weights = self._weights_of(layer)
         return Coding(
             form,
-            self._weights,
-            self.block if self._in_blocks else 0,
+            weights,
+            self.block if self._in_blocks_of(weights) else 0,
             self.granularity == "tensor",
             self.rounding,
             processor.saturation != "never",
@@ -568,16 +620,16 @@ def _quantized_already(model: Model) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Folded:
+class _Prepared:
     """A folded model, for all attempts of a step; it is never changed.
 
     Attributes:
         model: The model.
-        words: What folding did.
+        words: What folding did, and what was tied.
     """
 
     model: Model
-    words: str
+    words: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -585,28 +637,12 @@ class _Folded:
         return 1024 * sum(1 for _ in self.model.nodes())
 
 
-def _prepare(model: Model, ctx: Context) -> str:
-    """Fold a model, so that layers stand beside each other; return what that did."""
-
-    def fold() -> _Folded:
-        folded = model.copy()
-        before = sum(1 for _ in folded.nodes())
-        Fold().apply(folded, dataclasses.replace(ctx, done=[], skips=[]))
-        after = sum(1 for _ in folded.nodes())
-        words = f"folded first: {before} nodes -> {after}" if after < before else ""
-        return _Folded(folded, words)
-
-    names = tuple(str(node.name) for node in model.nodes())
-    key = ("quantize", "folded", fingerprint(model), model.opset, names)
-    found = ctx.remember(key, fold)
-    model.become(found.model)
-    return found.words
-
-
 def _saved(layer: LinearWeight, site: QuantizeSite, costs: LayerCosts) -> float | None:
     """Return the seconds saved; codes of weights alone are decoded but for MatMul."""
     if site.form == "none" and layer.kind != "MatMul":
         return 0.0
+    if weightonly.is_tied(layer):
+        layer = weightonly.multiplied(layer)
     before = costs.of(layer)
     after = costs.of(layer, _KERNELS[site.form], site.bits / 8)
     saved = None if before is None or after is None else (before - after).seconds

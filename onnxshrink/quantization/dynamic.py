@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node
+from onnxshrink.quantization import weightonly
 from onnxshrink.quantization.weightonly import home, within_reach
 from onnxshrink.solvers.rounding import Grid, gptq, nearest
 from onnxshrink.structure.bias import addend, addend_factor
@@ -70,8 +71,10 @@ _FLOATING = {
 
 def why_not(model: Model, layer: LinearWeight) -> str:
     """Return why a layer cannot multiply codes found at run time, or nothing."""
-    if layer.why_not:
-        return layer.why_not
+    tied = weightonly.is_tied(layer)
+    reason = weightonly.why_not(layer) if tied else layer.why_not
+    if reason:
+        return reason
     if layer.weight.data_type != onnx.TensorProto.FLOAT:
         kind = onnx.TensorProto.DataType.Name(layer.weight.data_type).lower()
         return f"its values are {kind}, not float32"
@@ -82,6 +85,8 @@ def why_not(model: Model, layer: LinearWeight) -> str:
         if node.op in _FLOATING:
             return _FLOATING[node.op]
         if use.role != "weight":
+            if tied and weightonly.looks_up_rows(use):
+                continue
             return f"{node.op} looks its rows up"
         if use.index != 1:
             return "the weight is on the left"
@@ -203,6 +208,12 @@ def rewrite(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> str:
             f"codes of {layer.name} have shape {list(codes.shape)}, not "
             f"{[outputs, inputs]}"
         )
+    if weightonly.is_tied(layer):
+        _rewrite_tied(model, layer, grid, codes)
+        return (
+            f"int8 codes for {outputs} outputs, activations coded at run time, and for "
+            "rows, decoded after they are gathered"
+        )
     graph, name = layer.weight.graph, layer.weight.value.name or "weight"
     right = np.ascontiguousarray(codes.T.astype(np.int8))
     weight = model.add_weight(f"{name}_codes", right, graph)
@@ -211,6 +222,22 @@ def rewrite(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> str:
         scale = model.add_weight(f"{name}_scale", grid.scale[:, 0] * factor, graph)
         _IntegerProduct(model, use).write(weight, scale)
     return f"int8 codes for {outputs} outputs, activations coded at run time"
+
+
+def _rewrite_tied(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> None:
+    """Let products and lookups of rows read one copy of the codes."""
+    shared = weightonly.SharedCodes(model, layer, grid, codes)
+    uses = weightonly.multiplied(layer).uses
+    weight, scale = shared.matrix(), shared.scales()
+    for use in uses:
+        factor = scale
+        if use.alpha != 1.0:
+            scaled = grid.scale[:, 0] * np.float32(use.alpha)
+            factor = model.add_weight("scale", scaled, layer.weight.graph)
+        _IntegerProduct(model, use).write(weight, factor)
+    for use in layer.uses:
+        if use not in uses:
+            shared.rows(use)
 
 
 class _IntegerProduct:

@@ -15,6 +15,10 @@ packed   DequantizeLinear in front of MatMul, which onnxruntime 1.31 fuses into
          relative error about 0.006)
 ======== =========================================================================
 
+A table that is also the head of a language model has one copy of codes: rows are
+gathered from it, and what multiplies reads it through Transpose, which onnxruntime
+folds when it loads the model, decoded (``folded``) or as codes (``packed``).
+
 Codes of fewer than eight bits are int8 values, of which the storage layer writes a
 few distinct ones with a few bits each and any opset reads; only ``packed`` needs the
 types INT4 (opset 21) and INT2 (opset 25).
@@ -51,10 +55,14 @@ __all__ = [
     "LEVELS",
     "Form",
     "Levels",
+    "SharedCodes",
     "block_of",
     "chosen_form",
     "half_scales",
     "home",
+    "is_tied",
+    "looks_up_rows",
+    "multiplied",
     "opset_for",
     "quantized",
     "rewrite",
@@ -64,7 +72,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-Form = Literal["auto", "folded", "packed"]
+Form = Literal["auto", "folded", "decoded", "packed"]
 
 PACKED_FROM = 1 << 22
 """Entries of a matrix from which MatMulNBits is no slower for up to 100 rows."""
@@ -203,7 +211,7 @@ def _is_pruned(weight: Array, levels: Levels) -> bool:
 
 def why_not(layer: LinearWeight) -> str:
     """Return why codes cannot take the place of a layer's weight, or nothing."""
-    if layer.why_not and not _tied(layer):
+    if layer.why_not and not _only_known(layer):
         return layer.why_not
     if layer.weight.data_type != onnx.TensorProto.FLOAT:
         kind = onnx.TensorProto.DataType.Name(layer.weight.data_type).lower()
@@ -213,8 +221,20 @@ def why_not(layer: LinearWeight) -> str:
     return ""
 
 
-def _tied(layer: LinearWeight) -> bool:
-    """Whether only layers and lookups read the weight, all of them by the same rows."""
+def is_tied(layer: LinearWeight) -> bool:
+    """Whether rows of a matrix are looked up, and products read it too."""
+    roles = {use.role for use in layer.uses}
+    return roles == {"weight", "table"} and len(layer.layout.shape) == 2
+
+
+def multiplied(layer: LinearWeight) -> LinearWeight:
+    """Return a layer without the lookups of its rows."""
+    uses = tuple(use for use in layer.uses if use.role == "weight")
+    return replace(layer, uses=uses)
+
+
+def _only_known(layer: LinearWeight) -> bool:
+    """Whether only layers and lookups read the weight."""
     weight = layer.weight
     if (
         weight.is_input
@@ -222,9 +242,10 @@ def _tied(layer: LinearWeight) -> bool:
         or weight.data_type != onnx.TensorProto.FLOAT
     ):
         return False
-    known = {(id(use.node), use.index) for use in layer.uses}
+    known = {(id(use.turned or use.node), use.index) for use in layer.uses}
+    known |= {(id(use.turned), 0) for use in layer.uses if use.turned is not None}
     roles = {use.role for use in layer.uses}
-    return roles <= {"weight", "table"} and known == {
+    return roles <= {"weight", "table"} and known >= {
         (id(node), index) for node, index in weight.uses
     }
 
@@ -308,7 +329,7 @@ def chosen_form(
     Raises:
         UsageError: ``packed`` is asked for, but not to be had.
     """
-    if form == "folded":
+    if form in ("folded", "decoded"):
         return "folded"
     reason = why_not_packed(layer, levels, block)
     if not reason and not all(within_reach(model, layer, use) for use in layer.uses):
@@ -353,8 +374,9 @@ def rewrite(
         grid: Scales and zero points of the rows of ``layer.layout.matrices``, one
             below the other; blocks cut rows into equal parts.
         codes: Int [groups * outputs, inputs].
-        form: ``folded`` decodes at load whatever reads the weight; ``packed`` keeps
-            codes at run time, of tables as ``rows``; ``auto`` where that pays.
+        form: ``folded`` decodes at load whatever reads the weight; ``decoded`` all but
+            rows of large tables; ``packed`` keeps codes at run time, of tables as
+            ``rows``; ``auto`` where that pays.
 
     Returns:
         What was done, in words.
@@ -377,26 +399,33 @@ def rewrite(
             f"blocks of {grid.block} do not cut {inputs} inputs of {layer.name} into "
             f"equal parts; {block_of(inputs, grid.block) or 'none'} would"
         )
-    small = layer.weight.size <= SMALL_TABLE
     tables = [
         use
         for use in layer.uses
-        if form == "packed" or (form == "auto" and not small)
-        if _looks_up_rows(use) and within_reach(model, layer, use)
+        if looks_up_rows(use) and within_reach(model, layer, use)
     ]
     others = [use for use in layer.uses if use not in tables]
     block = grid.block if grid.scale.shape[1] > 1 else 0
-    chosen = chosen_form(model, layer, _levels(grid), block, form) if others else ""
-    if chosen == "packed":
+    chosen = ""
+    if others:
+        rest = replace(layer, uses=tuple(others))
+        chosen = chosen_form(model, rest, _levels(grid), block, form)
+    if chosen == "packed" and not tables and not any(use.turned for use in others):
         _pack(model, layer, grid, codes)
         return f"{_described(grid)}, kept as codes for MatMulNBits"
-    written = _Decoded(model, layer, grid, codes)
+    is_small = layer.weight.size <= SMALL_TABLE
+    if chosen != "packed" and form != "packed" and (form == "folded" or is_small):
+        tables, others = [], list(layer.uses)
+    written = SharedCodes(model, layer, grid, codes)
     done = []
     for use in tables:
         written.rows(use)
     if tables:
         done.append("rows decoded after they are gathered")
-    if others:
+    if chosen == "packed":
+        written.packed(others)
+        done.append("the same codes kept for MatMulNBits")
+    elif others:
         written.folded()
         done.append("decoded at load")
     return f"{_described(grid)}, {' and '.join(done)}"
@@ -414,7 +443,8 @@ def _described(grid: Grid) -> str:
     return f"{values} levels for {shared}"
 
 
-def _looks_up_rows(use: Use) -> bool:
+def looks_up_rows(use: Use) -> bool:
+    """Whether a node takes whole rows of a matrix."""
     return (
         use.role == "table"
         and len(use.layout.shape) == 2
@@ -422,12 +452,12 @@ def _looks_up_rows(use: Use) -> bool:
     )
 
 
-class _Decoded:
+class SharedCodes:
     """The codes of one weight, and the ways in which nodes read them.
 
-    With one scale for a row they have the shape of the weight, and scales broadcast
-    against it; otherwise the inputs are two axes, blocks and places in a block, and
-    decoded values are reshaped.
+    Each way reads the same copy. With one scale for a row they have the shape of the
+    weight, and scales broadcast against it; otherwise the inputs are two axes, blocks
+    and places in a block, and decoded values are reshaped.
     """
 
     def __init__(
@@ -440,6 +470,7 @@ class _Decoded:
         dtype = np.int8 if grid.low < 0 else np.uint8
         scales = _scale_shape(layout) if blocks == 1 else None
         self.is_shaped = scales is not None
+        self.block = grid.block
 
         def add(what: str, rows: Array, shape: tuple[int, ...] | None) -> gs.Tensor:
             placed = _placed(layout, rows, blocks)
@@ -472,8 +503,7 @@ class _Decoded:
         """Let all readers have a constant expression that is the decoded weight."""
         value = self._decoded(self.codes, self.scale, self.zero, self.graph)
         if not self.is_shaped:
-            shape = np.array(self.layer.layout.shape, np.int64)
-            value = self._reshaped(value, self._constant(shape), self.graph)
+            value = self._reshaped(value, self.layer.layout.shape)
         self.model.replace_uses(self.layer.weight.value, value)
 
     def rows(self, use: Use) -> None:
@@ -484,18 +514,62 @@ class _Decoded:
         def gathered(tensor: gs.Tensor) -> gs.Tensor:
             if self.is_shared and tensor is not self.codes:
                 return tensor
+            if self.layer.layout.order != (0, 1, 2):
+                perm = [1, 0] if self.is_shaped else [2, 0, 1]
+                tensor = self._node("Transpose", [tensor], self.graph, perm=perm)
             return self._node("Gather", [tensor, indices], graph, axis=0)
 
         zero = None if self.zero is None else gathered(self.zero)
         value = self._decoded(gathered(self.codes), gathered(self.scale), zero, graph)
         if not self.is_shaped:
-            value = self._reshaped(value, self._row_shape(indices, graph), graph)
+            shape = self._row_shape(indices, graph)
+            value = self._node("Reshape", [value, shape], graph)
         self.model.replace_uses(node.outputs[0], value)
         self.model.remove(node, graph)
 
+    def matrix(self) -> gs.Tensor:
+        """Return the codes as MatMul multiplies them from the right."""
+        return self._right(self.codes, self.layer.layout.shape)
+
+    def packed(self, uses: Sequence[Use]) -> None:
+        """Let products read DequantizeLinear, which becomes part of their kernel."""
+        inputs = [self.matrix(), self.scales()]
+        if self.zero is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.codes.dtype))
+            zero = self._per_output(self.zero)
+            inputs.append(self._node("Cast", [zero], self.graph, to=kind))
+        attrs = {"axis": 1} if self.is_shaped else {"axis": 0, "block_size": self.block}
+        value = self._node("DequantizeLinear", inputs, self.graph, **attrs)
+        for use in uses:
+            _read(self.model, use.node, value)
+
+    def scales(self) -> gs.Tensor:
+        """Return the scales of outputs, [outputs], or of blocks, [blocks, outputs]."""
+        return self._per_output(self.scale)
+
+    def _per_output(self, tensor: gs.Tensor) -> gs.Tensor:
+        outputs, inputs = self.layer.layout.matrices_shape[1:]
+        if self.is_shared:
+            shape = self._constant(np.array([outputs]))
+            return self._node("Expand", [tensor, shape], self.graph)
+        if self.is_shaped:
+            return self._reshaped(tensor, (outputs,))
+        blocks = inputs // self.block
+        is_straight = self.layer.layout.order == (0, 1, 2)
+        return self._right(
+            tensor, (outputs, blocks) if is_straight else (blocks, outputs)
+        )
+
+    def _right(self, tensor: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
+        """Give a tensor a shape along the weight's axes, then inputs before outputs."""
+        value = tensor if self.is_shaped else self._reshaped(tensor, shape)
+        if self.layer.layout.order == (0, 1, 2):
+            value = self._node("Transpose", [value], self.graph, perm=[1, 0])
+        return value
+
     def _row_shape(self, indices: gs.Tensor, graph: gs.Graph) -> gs.Tensor:
         """Shape of the rows looked up: that of the indices and the width of a row."""
-        width = self.layer.layout.shape[1]
+        width = self.layer.layout.matrices_shape[2]
         if indices.shape is not None:
             return self._constant(np.array([0] * len(indices.shape) + [width]))
         outer = self._node("Shape", [indices], graph)
@@ -515,10 +589,9 @@ class _Decoded:
             value = self._node("Sub", [value, zero], graph)
         return self._node("Mul", [value, scale], graph)
 
-    def _reshaped(
-        self, value: gs.Tensor, shape: gs.Tensor, graph: gs.Graph
-    ) -> gs.Tensor:
-        return self._node("Reshape", [value, shape], graph)
+    def _reshaped(self, value: gs.Tensor, shape: Sequence[int]) -> gs.Tensor:
+        wanted = self._constant(np.array(shape, np.int64))
+        return self._node("Reshape", [value, wanted], self.graph)
 
     def _constant(self, values: NDArray[np.int64]) -> gs.Tensor:
         return self.model.add_weight(f"{self.name}_shape", values, self.graph)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxshrink.model import Model, Node, Weight, attribute
-from onnxshrink.model.topology import is_onnx
+from onnxshrink.model.topology import is_onnx, returned_by
 from onnxshrink.statistics import (
     ChannelNorm,
     ConvGram,
@@ -120,12 +120,15 @@ class Use:
         role: ``weight``: it multiplies activations; ``table``: rows are looked up;
             ``bias``: it is added, or scales a normalised value.
         layout: How this node reads it.
+        turned: The Transpose through which it reads the weight, if ``find`` was asked
+            to look behind such; ``layout`` is still of the weight as it is stored.
     """
 
     node: Node
     index: int
     role: Role
     layout: Layout
+    turned: Node | None = None
 
     @property
     def kind(self) -> str:
@@ -381,6 +384,7 @@ def find(
     roles: Sequence[Role] = ("weight",),
     codes: bool = False,
     fused: bool = False,
+    turned: bool = False,
 ) -> Iterator[LinearWeight]:
     """Yield the layers of a model, each weight once, in file order.
 
@@ -398,9 +402,12 @@ def find(
         fused: Whether products of com.microsoft count, which onnxruntime's optimizer
             writes: FusedConv, FusedGemm and FusedMatMul. An activation may be part of
             them, so that what they give is not linear in the weight.
+        turned: Whether matrices are wanted too that a Transpose turns for some of their
+            readers: a table whose rows are looked up and that scores, in one copy. What
+            reads the Transpose then has ``Use.turned``.
     """
     for weight in model.weights():
-        found = _layer(model, weight, roles, codes, fused)
+        found = _layer(model, weight, roles, codes, fused, turned)
         if found is None:
             continue
         layer, names = found
@@ -448,6 +455,7 @@ def _layer(
     roles: Sequence[Role],
     codes: bool,
     fused: bool = False,
+    turned: bool = False,
 ) -> tuple[LinearWeight, list[str]] | None:
     """Return the layer of a weight and all its names; ``None`` if it is none."""
     if len(weight.shape) == 0 or weight.size == 0:
@@ -457,7 +465,7 @@ def _layer(
         uses, others = _readings_of_codes(model, decoder)
         behind: list[tuple[str, Node]] = []
     else:
-        uses, others, behind = _readings(weight, fused)
+        uses, others, behind = _readings(weight, fused, turned)
     wanted = [use for use in uses if use.role in roles]
     if not wanted and not (behind and "weight" in roles):
         return None
@@ -477,7 +485,7 @@ def _decoder(model: Model, weight: Weight) -> Decoder | None:
 
 
 def _readings(
-    weight: Weight, fused: bool
+    weight: Weight, fused: bool, turned: bool
 ) -> tuple[list[Use], list[Node], list[tuple[str, Node]]]:
     """Sort what reads a weight: layers, other nodes, layers behind another node."""
     uses: list[Use] = []
@@ -488,10 +496,42 @@ def _readings(
         if use is not None:
             uses.append(use)
             continue
+        found = _turned(weight, node, fused) if turned else None
+        if found:
+            uses += found
+            continue
         others.append(node)
         if index == 0:  # a shape, a scale or a zero point is no weight
             behind += [(node.op, reader) for reader in _layers_behind(node)]
     return uses, others, behind
+
+
+def _turned(weight: Weight, node: Node, fused: bool) -> list[Use] | None:
+    """Return what reads a matrix through a Transpose; ``None`` if something else does.
+
+    The layout of a use is that of the matrix in front of the Transpose.
+    """
+    shape = weight.shape
+    if node.op != "Transpose" or not is_onnx(node.domain) or len(shape) != 2:
+        return None
+    value = node.outputs[0]
+    if attribute(node, "perm", None) not in (None, [1, 0], (1, 0)):
+        return None
+    if returned_by(value):
+        return None
+    uses: list[Use] = []
+    for reader in dict.fromkeys(value.outputs):
+        for index, tensor in enumerate(reader.inputs):
+            if tensor is not value:
+                continue
+            use = use_of(reader, index, shape[::-1], fused)
+            if use is None:
+                return None
+            groups, *split = use.layout.split
+            order = (0, 2, 1) if use.layout.order == (0, 1, 2) else (0, 1, 2)
+            layout = Layout(shape, (groups, split[1], split[0]), order)
+            uses.append(replace(use, layout=layout, turned=node))
+    return uses or None
 
 
 def _readings_of_codes(model: Model, decoder: Decoder) -> tuple[list[Use], list[Node]]:
@@ -574,6 +614,12 @@ def _why_not(
         label = reader.name or reader.op
         if op == "DequantizeLinear":
             return f"it is quantized for {label}; change weights before quantizing them"
+        if uses and op == "Transpose":
+            other = uses[0].node.name or uses[0].node.op
+            return (
+                f"{label} reads it through Transpose and {other} as it is; only "
+                "quantize changes one copy for both"
+            )
         return f"it reaches {label} through {op}; run fold first"
     if weight.data_type not in FLOATS and not is_decoded:
         kind = onnx.TensorProto.DataType.Name(weight.data_type).lower()

@@ -626,3 +626,49 @@ def test_the_plan_says_which_layers_gain_time() -> None:
     # A convolution with weights alone in codes computes in floats as before.
     alone = Quantize(activations="none", weights="int4").sites(made, ctx)
     assert {site.where: site.savings.seconds for site in alone} == {"v": 0.0}
+
+
+def tied(kind: str, opset: int = 17) -> Model:
+    """A table of 300 rows that also scores."""
+    body = {
+        "turned": "t = Transpose<perm = [1, 0]>(w) y = MatMul(r, t)",
+        "gemm": "y = Gemm<transB = 1>(r, w)",
+        "copy": "y = MatMul(r, h)",
+    }[kind]
+    inputs, outputs = ("[N,T]", "[N,T,300]") if kind != "gemm" else ("[N]", "[N,300]")
+    text = (
+        f'<ir_version: 8, opset_import: ["" : {opset}]>\n'
+        f"g (int64{inputs} i) => (float{outputs} y) {{ a = Gather(w, i) "
+        f"m = MatMul(a, v) r = Tanh(m) {body} }}"
+    )
+    proto = onnx.parser.parse_model(text)
+    weights = {"w": draw(300, 64), "v": draw(64, 64, seed=1)}
+    if kind == "copy":
+        weights["h"] = np.ascontiguousarray(weights["w"].T)
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items()
+    )
+    return Model.load(proto)
+
+
+@pytest.mark.parametrize(
+    ("text", "operator", "near"),
+    [
+        ("quantize", "MatMulInteger", 25),
+        ("quantize:activations=none", "MatMul", 30),
+        ("quantize:activations=none,weights=int4,skip=v", "MatMul", 30),
+    ],
+)
+@pytest.mark.parametrize("kind", ["turned", "gemm", "copy"])
+def test_a_table_that_also_scores_becomes_one_copy_of_int8_codes(
+    kind: str, text: str, operator: str, near: float
+) -> None:
+    shape = (32,) if kind == "gemm" else (32, 4)
+    i = np.random.default_rng(2).integers(0, 300, shape)
+    after, context = quantized(text, tied(kind), i=i)
+    assert not [where for where, _ in context.skips if where in ("w", "h")]
+    large = [weight for weight in after.weights() if weight.size == 300 * 64]
+    assert [weight.data_type for weight in large] == [TensorProto.INT8]
+    kinds = {node.op for node in after.graph.nodes}
+    assert kinds & {operator, "Gemm"}
+    assert snr(run(tied(kind), i=i), run(after, i=i)) > near

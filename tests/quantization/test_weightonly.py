@@ -207,6 +207,66 @@ def test_a_table_that_also_scores_keeps_one_set_of_codes() -> None:
     assert sum(weight.size == 50 * 64 for weight in model.weights()) == 1
 
 
+TIED = {
+    "gemm": ("a = Gather(w, i) y = Gemm<transB = 1>(a, w)", (50, 64)),
+    "gemm with a bias": ("a = Gather(w, i) y = Gemm<transB = 1>(a, w, b)", (50, 64)),
+    "turned": ("a = Gather(w, i) t = Transpose(w) y = MatMul(a, t)", (50, 64)),
+    "turned, gemm": (
+        "a = Gather(w, i) t = Transpose<perm = [1, 0]>(w) y = Gemm(a, t)",
+        (50, 64),
+    ),
+    "turned table": ("t = Transpose(w) a = Gather(t, i) y = MatMul(a, w)", (64, 50)),
+}
+
+
+@pytest.mark.parametrize("form", ["folded", "decoded", "packed"])
+@pytest.mark.parametrize("weights", ["int8", "uint8"])
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("kind", TIED)
+def test_a_table_that_also_scores_has_one_copy_of_codes_in_any_form(
+    kind: str,
+    block: int,
+    weights: str,
+    form: weightonly.Form,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weightonly, "SMALL_TABLE", 0)
+    body, shape = TIED[kind]
+    given = {"w": values(*shape)}
+    given |= {"b": values(50, seed=3)} if "b)" in body else {}
+    model = model_of(f"(int64[N] i) => (float[N,50] y) {{ {body} }}", **given)
+    layer = next(find(model, roles=("weight", "table"), turned=True))
+    assert weightonly.is_tied(layer)
+    grid, codes, real = coded(layer, weights, block)
+    table = real if shape == (50, 64) else real.T
+    i = np.array([3, 49, 7])
+    wanted = table[i] @ table.T + given.get("b", 0)
+    rewrite(model, layer, grid, codes, form=form)
+    found = run(model, i=i)
+    near = 0.03 if form == "packed" else 1e-5
+    assert np.abs(found - wanted).max() < near * np.abs(wanted).max()
+    assert sum(weight.size == 50 * 64 for weight in model.weights()) == 1
+    ran = optimized(model, tmp_path)
+    assert ("MatMulNBits" in ran) == (form == "packed")
+    assert "DequantizeLinear" not in ran
+    assert "Transpose" not in ran
+
+
+def test_a_turned_weight_that_something_else_reads_too_is_left_alone() -> None:
+    model = model_of(
+        """(int64[N] i) => (float[N,50] y, float[64,50] s) {
+            a = Gather(w, i)
+            t = Transpose(w)
+            y = MatMul(a, t)
+            s = Sin(t)
+        }""",
+        w=values(50, 64),
+    )
+    (layer,) = find(model, roles=("weight", "table"), turned=True)
+    assert "Transpose" in weightonly.why_not(layer)
+
+
 def test_a_table_read_along_another_axis_is_refused() -> None:
     model = model_of(
         """(int64[N] i) => (float[N,64] y) {
