@@ -36,6 +36,7 @@ from onnxshrink.errors import (
     PromiseError,
     UsageError,
 )
+from onnxshrink.isolation.host import SessionHost, hosting
 from onnxshrink.lineage import Lineage
 from onnxshrink.measuring.costs import FixedCosts
 from onnxshrink.measuring.measure import Stats, measure
@@ -162,6 +163,9 @@ class PassManager:
         measure_latency: bool = True,
         measure_memory: bool = True,
         custom_ops: Sequence[str | os.PathLike[str]] = (),
+        isolate: bool | None = None,
+        time_limit: float | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         """Set up a run.
 
@@ -192,9 +196,17 @@ class PassManager:
             measure_memory: Measure the memory that opening the model takes, before and
                 after, in processes of their own.
             custom_ops: Shared libraries with operators that the model needs.
+            isolate: Whether models are checked, run and timed in a child process, so
+                that a crash of onnxruntime rolls a pass back instead of ending the
+                run; by default if the system has processes and the environment does
+                not say ``ONNXSHRINK_ISOLATE=0``.
+            time_limit: Seconds that opening a model, or running it on one batch, may
+                take in the child.
+            memory_limit: Bytes of resident memory that the child may need.
 
         Raises:
-            UsageError: An unknown value for ``on_breach`` or ``names``.
+            UsageError: An unknown value for ``on_breach`` or ``names``; a limit that
+                cannot be held.
         """
         if names not in ("keep", "short"):
             raise UsageError(f"names is keep or short, not {names!r}")
@@ -222,6 +234,11 @@ class PassManager:
         self.measure_latency = measure_latency
         self.measure_memory = measure_memory
         self.custom_ops = tuple(custom_ops)
+        if isolate is False and (time_limit is not None or memory_limit is not None):
+            raise UsageError("limits of time and memory need isolate=True")
+        self.isolate = isolate
+        self.time_limit = time_limit
+        self.memory_limit = memory_limit
 
     # --- plan ---------------------------------------------------------------------
 
@@ -301,8 +318,12 @@ class PassManager:
             raise UsageError("resume needs an output: the state is kept beside it")
         if target is not None:
             source.check_target(target)
-        with self._executor() as executor, self._workspace(target, resume) as folder:
-            run = _PipelineRun(self, source, target, folder, executor)
+        with (
+            hosting(self.isolate, self.time_limit, self.memory_limit) as host,
+            self._executor() as executor,
+            self._workspace(target, resume) as folder,
+        ):
+            run = _PipelineRun(self, source, target, folder, executor, host)
             return run.run(resume)
 
     # --- shared with the run ------------------------------------------------------
@@ -399,6 +420,7 @@ class _PipelineRun:
         target: Path | None,
         folder: Path,
         executor: Executor | None,
+        host: SessionHost | None,
     ) -> None:
         self.manager = manager
         self.source = source.copy()
@@ -407,6 +429,7 @@ class _PipelineRun:
         self.target = target
         self.folder = folder
         self.executor = executor
+        self.host = host
         self.splits = manager._splits(source)
         budget = manager.budget
         if budget is None and manager.pipeline.budget:
@@ -463,6 +486,7 @@ class _PipelineRun:
             progress=manager.progress,
             answers=answers,
             timed_against=self.original,
+            host=self.host,
         )
 
     # --- the whole run ------------------------------------------------------------
@@ -918,6 +942,7 @@ class _PipelineRun:
             providers=manager.providers,
             latency=latency and manager.measure_latency,
             memory=False,
+            host=self.host,
         )
 
     def _loading(self, *paths: Path) -> list[runtime.LoadCost]:

@@ -26,16 +26,24 @@ from onnxshrink.package import Package, is_package
 from onnxshrink.tensors import LazyTensor, refer_to
 
 __all__ = [
+    "NO_PREPACKING",
     "LoadCost",
     "Session",
+    "check_providers",
     "custom_operators",
     "describe",
     "file_bytes",
+    "file_bytes_or_less",
+    "handed_over",
+    "libraries",
     "load_cost",
     "open_session",
     "providers",
+    "reason_of",
     "run_proto",
+    "serialized",
     "session",
+    "value_info",
     "version",
 ]
 
@@ -47,7 +55,7 @@ Source = Model | Path | str | bytes | onnx.ModelProto
 _CPU = ("CPUExecutionProvider",)
 _SPILL = 64 << 20
 """Bytes of weights from which a Model is handed over through a file, not a proto."""
-_NO_PREPACKING = 1 << 30
+NO_PREPACKING = 1 << 30
 """Bytes of weights from which onnxruntime must not make its own copy of them."""
 _EXTERNAL_MINIMUM = 1024
 _ALIGNMENT = 4096
@@ -143,6 +151,11 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
             _LIBRARIES.remove(path)
 
 
+def libraries() -> tuple[str, ...]:
+    """Return the paths of the operator libraries for sessions made now."""
+    return tuple(dict.fromkeys(_LIBRARIES))
+
+
 class Session:
     """A model that onnxruntime has loaded.
 
@@ -155,11 +168,11 @@ class Session:
     def __init__(self, raw: Any) -> None:
         """Use ``session``."""
         self._raw = raw
-        self.inputs = tuple(_value_info(arg) for arg in raw.get_inputs())
+        self.inputs = tuple(value_info(arg) for arg in raw.get_inputs())
         self.optional = tuple(
-            _value_info(arg) for arg in raw.get_overridable_initializers()
+            value_info(arg) for arg in raw.get_overridable_initializers()
         )
-        self.outputs = tuple(_value_info(arg) for arg in raw.get_outputs())
+        self.outputs = tuple(value_info(arg) for arg in raw.get_outputs())
         self._known = {info.name: info for info in (*self.inputs, *self.optional)}
         self._run_options = _onnxruntime().RunOptions()
         self._run_options.log_severity_level = 4
@@ -257,8 +270,8 @@ def describe(info: ValueInfo) -> str:
     return f"{info.name!r} ({dtype} [{dims}])"
 
 
-def _value_info(arg: Any) -> ValueInfo:
-    """Read onnxruntime's description of an input or output."""
+def value_info(arg: Any) -> ValueInfo:
+    """Read onnxruntime's description of an input or output: name, type and shape."""
     match = re.fullmatch(r"tensor\((\w+)\)", arg.type)
     if match is None:
         kind = {"seq": "sequence"}.get(
@@ -318,7 +331,7 @@ def session(
             raise ModelError(f"{source} does not exist or is not a file")
         if packed:
             return _from_package(source, threads, optimize, training, providers)
-        large = _bytes_of(source) >= _NO_PREPACKING
+        large = file_bytes_or_less(source) >= NO_PREPACKING
         options = _options(threads, optimize, large, training)
         return _open(str(source), options, providers, str(source))
     if isinstance(source, bytes):
@@ -331,16 +344,16 @@ def session(
             proto = onnx.ModelProto()
             proto.CopyFrom(source)
             _expose(proto.graph, expose, only_exposed)
-        data = _serialized(proto)
+        data = serialized(proto)
         return _open(
             data, _options(threads, optimize, False, training), providers, "the model"
         )
     with tempfile.TemporaryDirectory(
         prefix="onnxshrink-", ignore_cleanup_errors=True
     ) as scratch:
-        proto, folder, size = _handed_over(source, Path(scratch))
+        proto, folder, size = handed_over(source, Path(scratch))
         _expose(proto.graph, expose, only_exposed)
-        options = _options(threads, optimize, size >= _NO_PREPACKING, training)
+        options = _options(threads, optimize, size >= NO_PREPACKING, training)
         if folder is not None:
             # External data of a model given as bytes is looked for here.
             options.add_session_config_entry(
@@ -348,7 +361,7 @@ def session(
             )
         label = str(source.source) if source.source else "the model"
         # onnxruntime keeps the mapping of the scratch file, so the name may go.
-        return _open(_serialized(proto), options, providers, label)
+        return _open(serialized(proto), options, providers, label)
 
 
 def open_session(
@@ -399,7 +412,12 @@ def _parsed(data: bytes) -> onnx.ModelProto:
     return proto
 
 
-def _serialized(proto: onnx.ModelProto) -> bytes:
+def serialized(proto: onnx.ModelProto) -> bytes:
+    """Return a proto's bytes.
+
+    Raises:
+        ModelError: There are more than protobuf holds.
+    """
     try:
         return proto.SerializeToString()
     except Exception as error:  # protobuf has its own class for each backend
@@ -408,8 +426,8 @@ def _serialized(proto: onnx.ModelProto) -> bytes:
         ) from error
 
 
-def _bytes_of(path: Path) -> int:
-    """Bytes of a model and its data; of the file alone where it cannot be read."""
+def file_bytes_or_less(path: Path) -> int:
+    """Return bytes of a model and its data; of the file alone if it cannot be read."""
     try:
         return file_bytes(path)
     except ModelError:
@@ -430,7 +448,7 @@ def _options(
     if optimize not in levels:
         raise UsageError(f"optimize is one of {', '.join(levels)}, not {optimize!r}")
     options = ort.SessionOptions()
-    for library in dict.fromkeys(_LIBRARIES):
+    for library in libraries():
         options.register_custom_ops_library(library)
     options.log_severity_level = 4
     options.graph_optimization_level = levels[optimize]
@@ -446,9 +464,12 @@ def _options(
     return options
 
 
-def _open(
-    source: str | bytes, options: Any, wanted: Sequence[str], label: str
-) -> Session:
+def check_providers(wanted: Sequence[str]) -> None:
+    """Refuse execution providers that this onnxruntime lacks.
+
+    Raises:
+        UsageError: Names one, and those there are.
+    """
     available = providers()
     for name in wanted:
         if name not in available:
@@ -456,6 +477,12 @@ def _open(
                 f"onnxruntime has no provider {name!r}; it has {', '.join(available)}."
                 f"{nearest(name, available)}"
             )
+
+
+def _open(
+    source: str | bytes, options: Any, wanted: Sequence[str], label: str
+) -> Session:
+    check_providers(wanted)
     try:
         raw = _onnxruntime().InferenceSession(
             source, options, providers=list(wanted), enable_fallback=0
@@ -473,7 +500,7 @@ def _from_package(
     """Open a package: large weights are decoded into a file that is then mapped."""
     package = Package(path)
     size = sum(file.size for file in package.files)
-    options = _options(threads, optimize, size >= _NO_PREPACKING, training)
+    options = _options(threads, optimize, size >= NO_PREPACKING, training)
     if size < _SPILL and len(package.files) == 1:
         data = b"".join(package.stream(package.files[0]))
         return _open(data, options, wanted, str(path))
@@ -484,7 +511,7 @@ def _from_package(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", scratch
         )
-        return _open(_serialized(proto), options, wanted, str(path))
+        return _open(serialized(proto), options, wanted, str(path))
 
 
 def _spilled(package: Package, place: Path) -> onnx.ModelProto:
@@ -536,10 +563,15 @@ def _expose(graph: onnx.GraphProto, expose: Sequence[str], only_exposed: bool) -
             known.add(name)
 
 
-def _handed_over(
+def handed_over(
     model: Model, scratch: Path
 ) -> tuple[onnx.ModelProto, Path | None, int]:
-    """Return a proto of bounded size, the folder of its data, and bytes of weights."""
+    """Return a proto of bounded size, the folder of its data, and bytes of weights.
+
+    Args:
+        model: The model; it is not changed.
+        scratch: A folder for a file of weights, where the model's own will not do.
+    """
     from onnxshrink.model.exporter import Piece, export
     from onnxshrink.tensors import FileTensor
 
@@ -589,7 +621,12 @@ def _handed_over(
 
 def _reason(error: BaseException) -> str:
     """Return what onnxruntime means, in one line, and what would have worked."""
-    text = " ".join(str(error).split())
+    return reason_of(str(error)) or type(error).__name__
+
+
+def reason_of(text: str) -> str:
+    """Return what a message of onnxruntime means, in one line."""
+    text = " ".join(text.split())
     for pattern, words in _MEANINGS:
         match = re.search(pattern, text)
         if match is not None:
@@ -599,7 +636,7 @@ def _reason(error: BaseException) -> str:
     text = re.sub(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[.*?\])? ", "", text)
     text = text.replace("Please fix either the inputs/outputs or the model.", "")
     text = re.sub(r"\(?/onnxruntime_src/\S+\)?", "", text).strip(" .")
-    return text[:400] or type(error).__name__
+    return text[:400]
 
 
 _MEANINGS = (
@@ -771,11 +808,10 @@ def load_cost(
     """
     if not os.path.exists("/proc/self/status"):
         return None
-    size = "large" if _bytes_of(path) >= _NO_PREPACKING else "small"
+    size = "large" if file_bytes_or_less(path) >= NO_PREPACKING else "small"
     size = "package" if is_package(path) else size
     command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBE]
-    libraries = json.dumps(list(dict.fromkeys(_LIBRARIES)))
-    command += [str(path), str(threads), size, libraries, *providers]
+    command += [str(path), str(threads), size, json.dumps(libraries()), *providers]
     try:
         done = subprocess.run(
             command,

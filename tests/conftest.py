@@ -15,4 +15,8 @@ settings.register_profile(
     max_examples=5000,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# A child process for each run is half a second that most tests do not need; what needs
+# it asks for it, and tests/isolation tests it.
+os.environ.setdefault("ONNXSHRINK_ISOLATE", "0")
+
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

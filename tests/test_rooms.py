@@ -20,6 +20,7 @@ ORDER = (
     ("lineage",),
     ("model",),
     ("runtime",),
+    ("isolation",),
     ("samples",),
     ("statistics",),
     ("structure",),

@@ -47,6 +47,41 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # generic in new click 
         return number
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new click only
+    """A number of bytes: ``500000000``, ``500MB``, ``2GB``, ``1.5GiB``."""
+
+    name = "bytes"
+    units: ClassVar[dict[str, int]] = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+    }
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the number of bytes.
+
+        Raises:
+            click.BadParameter: It is none, or not positive.
+        """
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(
+            r"(\d+(?:\.\d*)?) *([kmg]?i?b?)", str(value).strip().lower()
+        )
+        unit = self.units.get(match.group(2)) if match else None
+        size = int(float(match.group(1)) * unit) if match and unit else 0
+        if size <= 0:
+            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
+        return size
+
+
 class Shape(click.ParamType):  # type: ignore[type-arg]  # generic in new click only
     """``name=2x128``: the shape of one input."""
 

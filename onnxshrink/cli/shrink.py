@@ -17,6 +17,7 @@ from onnxshrink.cli.group import words
 from onnxshrink.cli.options import (
     PATH,
     Share,
+    Size,
     budget_of,
     data_option,
     labels_option,
@@ -199,6 +200,22 @@ onnxshrink model.onnx --recipe mine.toml --plan
     help="What is measured of the model that came in and the one that is written. "
     "Between passes, latency is measured only under --max-latency.",
 )
+@option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    section="Running",
+    help="Most time that onnxruntime may take to open a model or to run it on one "
+    "batch; a pass whose model takes longer is rolled back.",
+)
+@option(
+    "--memory-limit",
+    type=Size(),
+    metavar="BYTES",
+    section="Running",
+    help="Most memory of the process that runs the models, such as 2GB; a pass whose "
+    "model needs more is rolled back.",
+)
 @option("-q", "--quiet", is_flag=True, section="Running", help="Print only errors.")
 @option(
     "-v",
@@ -251,6 +268,8 @@ def shrink(
     seed: int,
     jobs: int,
     measure: str,
+    time_limit: float | None,
+    memory_limit: int | None,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -307,6 +326,8 @@ def shrink(
             on_step=on_step,
             measure_latency="latency" in measure,
             measure_memory="memory" in measure,
+            time_limit=time_limit,
+            memory_limit=memory_limit,
         )
         if plan:
             planned = manager.plan(loaded)

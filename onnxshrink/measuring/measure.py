@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError
+from onnxshrink.isolation.host import HostedSession, SessionHost
+from onnxshrink.isolation.turns import in_turns
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.runtime import file_bytes
 from onnxshrink.samples import Samples, Splits
@@ -24,14 +25,6 @@ from onnxshrink.structure.shapes import macs
 __all__ = ["Stats", "count_parameters", "file_bytes", "latencies", "measure"]
 
 Array = np.ndarray[Any, Any]
-
-_PAIRS = 9
-_MOST_PAIRS = 200
-_ENOUGH_SECONDS = 0.5
-_TOO_LONG_SECONDS = 5.0
-_CONTENDED = 1.1
-_SHORTEST = 1e-3
-"""Seconds below which several runs are timed as one."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,7 @@ def measure(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     latency: bool = True,
     memory: bool = True,
+    host: SessionHost | None = None,
 ) -> Stats:
     """Measure a written model.
 
@@ -89,6 +83,7 @@ def measure(
         providers: onnxruntime's execution providers.
         latency: Whether to measure latency.
         memory: Whether to measure the memory of loading, in a process of its own.
+        host: Where sessions are; ``None`` for this process.
 
     Raises:
         ModelError: The file cannot be read, or cannot run on the samples.
@@ -99,10 +94,11 @@ def measure(
     feed = _first(samples)
     milliseconds = ratio = None
     if latency and feed is not None:
-        session = runtime.session(path, threads=threads, providers=providers)
+        opened = runtime.session if host is None else host.session
+        session = opened(path, threads=threads, providers=providers)
         other = None
         if baseline is not None:
-            other = runtime.session(baseline, threads=threads, providers=providers)
+            other = opened(baseline, threads=threads, providers=providers)
         try:
             milliseconds, ratio = latencies(session, other, feed)
         except ModelError as error:
@@ -320,11 +316,7 @@ def latencies(
 ) -> tuple[float, float | None]:
     """Time a session, in turns with a baseline so that noise meets both.
 
-    Both are warmed up, then run in pairs of alternating order, for about half a second
-    and at most five; runs shorter than a millisecond are timed several at once. Where
-    other work takes the processors away (more wall time than processor time, although
-    a run waits for nothing else), the ratio is of processor time: it varied by 2 %
-    where wall time varied by 20 %.
+    See ``isolation.turns.in_turns``; sessions of a host are timed in its child.
 
     Args:
         session: What is timed.
@@ -339,31 +331,14 @@ def latencies(
     Raises:
         ModelError: A run fails.
     """
-    sessions = [session] if baseline is None else [session, baseline]
-    feeds = [feed, feed if baseline_feed is None else baseline_feed]
-    for made, given in zip(sessions, feeds, strict=False):
-        made.check(given)
-        made.seconds(given)
-    longest = max(s.seconds(f) for s, f in zip(sessions, feeds, strict=False))
-    inner = max(1, min(1000, round(_SHORTEST / max(longest, 1e-6))))
-    wall: list[list[float]] = [[] for _ in sessions]
-    busy: list[list[float]] = [[] for _ in sessions]
-    start = time.perf_counter()
-    for number in range(_MOST_PAIRS):
-        spent = time.perf_counter() - start
-        if spent > _TOO_LONG_SECONDS or (number >= _PAIRS and spent > _ENOUGH_SECONDS):
-            break
-        order = list(range(len(sessions)))
-        for which in order if number % 2 else reversed(order):
-            before = time.process_time()
-            given = feeds[which]
-            total = sum(sessions[which].seconds(given) for _ in range(inner))
-            busy[which].append((time.process_time() - before) / inner)
-            wall[which].append(total / inner)
-    milliseconds = statistics.median(wall[0]) * 1e3
-    if baseline is None:
-        return milliseconds, None
-    contended = sum(map(sum, wall)) > _CONTENDED * sum(map(sum, busy))
-    times = busy if contended and min(map(min, busy)) > 0 else wall
-    ratios = [one / max(two, 1e-9) for one, two in zip(*times, strict=True)]
-    return milliseconds, statistics.median(ratios)
+    given = feed if baseline_feed is None else baseline_feed
+    if isinstance(session, HostedSession) and (
+        baseline is None or isinstance(baseline, HostedSession)
+    ):
+        return session.timed(feed, baseline, given)
+    session.check(feed)
+    runs = [partial(session.seconds, feed)]
+    if baseline is not None:
+        baseline.check(given)
+        runs.append(partial(baseline.seconds, given))
+    return in_turns(runs)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxshrink.base import Progress, Promise
 from onnxshrink.errors import UsageError
+from onnxshrink.isolation.host import hosting
 from onnxshrink.measuring.measure import Stats, measure
 from onnxshrink.model import Model, ValueInfo
 from onnxshrink.runtime import describe
@@ -220,25 +221,28 @@ def compare(
         raise UsageError("compare needs models from files: their sizes are compared")
     differences = signature_differences(a, b)
     samples = None if differences else splits()
-    verdict = None
-    if samples is not None:
-        validator = Validator(
-            a.source,
-            samples,
-            budget or Budget(),
-            metric=metric,
-            threads=threads,
-            providers=providers,
-            seed=seed,
-            progress=progress,
-        )
-        verdict = validator.check(b.source, Promise.CLOSE)
-    runs = verdict is not None and verdict.problem not in ("broken", "signature")
-    settings: dict[str, Any] = {"threads": threads, "providers": providers}
-    stats_a = measure(a.source, samples, latency=runs, **settings)
-    stats_b = measure(
-        b.source, samples, baseline=a.source if runs else None, latency=runs, **settings
-    )
+    with hosting() as host:
+        settings: dict[str, Any] = {
+            "threads": threads,
+            "providers": providers,
+            "host": host,
+        }
+        verdict = None
+        if samples is not None:
+            validator = Validator(
+                a.source,
+                samples,
+                budget or Budget(),
+                metric=metric,
+                seed=seed,
+                progress=progress,
+                **settings,
+            )
+            verdict = validator.check(b.source, Promise.CLOSE)
+        runs = verdict is not None and verdict.problem not in ("broken", "signature")
+        stats_a = measure(a.source, samples, latency=runs, **settings)
+        other = a.source if runs else None
+        stats_b = measure(b.source, samples, baseline=other, latency=runs, **settings)
     return Comparison(
         a=str(a.source),
         b=str(b.source),

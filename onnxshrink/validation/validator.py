@@ -21,6 +21,7 @@ import numpy as np
 from onnxshrink import runtime
 from onnxshrink.base import Progress, Promise
 from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.isolation.host import SessionHost
 from onnxshrink.measuring.differences import (
     Difference,
     Seen,
@@ -101,6 +102,7 @@ class Validator:
         progress: Progress | None = None,
         answers: Mapping[str, Array] | None = None,
         timed_against: Source | None = None,
+        host: SessionHost | None = None,
     ) -> None:
         """Set up the judge; nothing runs yet.
 
@@ -121,6 +123,7 @@ class Validator:
             answers: What outputs should be, by name, the first axis evaluation samples;
                 by default what the reference gives. Other outputs do not count then.
             timed_against: What the latency is a multiple of; by default the reference.
+            host: Where sessions of files are; ``None`` for this process.
 
         Raises:
             UsageError: No evaluation samples, or a metric that does not exist.
@@ -138,6 +141,7 @@ class Validator:
         self._progress = progress
         self._answers = answers
         self._timed_against = reference if timed_against is None else timed_against
+        self._host = host
         self._labels = self.samples.labels
         self._metric = metric
         if isinstance(metric, str) and ":" in metric:
@@ -363,7 +367,8 @@ class Validator:
     def _session(
         self, source: Source, optimize: runtime.Optimize = "all"
     ) -> runtime.Session:
-        return runtime.session(
+        opened = runtime.session if self._host is None else self._host.session
+        return opened(
             source, threads=self._threads, providers=self._providers, optimize=optimize
         )
 
