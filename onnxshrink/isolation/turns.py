@@ -1,4 +1,7 @@
-"""Runs timed in turns, so that noise meets all of them."""
+"""Runs timed in turns, so that noise meets all of them.
+
+Tested in tests/measuring/test_measure.py.
+"""
 
 from __future__ import annotations
 

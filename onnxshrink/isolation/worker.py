@@ -3,6 +3,8 @@
 It imports numpy and onnxruntime and little else, so that it is there soon. Requests
 come in on standard input, answers go out on what was standard output; anything that a
 library prints goes nowhere.
+
+Tested in tests/isolation/test_host.py.
 """
 
 from __future__ import annotations
