@@ -647,6 +647,9 @@ class Pass(ABC):
     """Options that went: old name -> what to write now, which the error says."""
     opset: ClassVar[int] = 0
     """Lowest ai.onnx opset the rewritten model needs; the manager raises it first."""
+    folds: ClassVar[Literal["", "weights", "fused"]] = ""
+    """What the manager folds first where it hides layers from the pass: weights behind
+    Slice, Concat or Transpose; ``fused``: and operators of onnxruntime's optimizer."""
     repairs: ClassVar[bool] = False
     """Whether it undoes damage: a pass that breaks the budget is judged after it."""
 

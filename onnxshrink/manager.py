@@ -41,6 +41,7 @@ from onnxshrink.lineage import Lineage
 from onnxshrink.measuring.costs import FixedCosts
 from onnxshrink.measuring.measure import Stats, measure
 from onnxshrink.model import External, Model, Storage, SupportsModelProto
+from onnxshrink.passes.fold import fold_first, why_fold
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.reporting.plan import Planned
 from onnxshrink.reporting.report import Report, Step
@@ -260,7 +261,7 @@ class PassManager:
             for index, pass_ in enumerate(self.pipeline):
                 splits = self._splits(model)
                 ctx = self._context(model, splits, executor, costs)
-                current = self._prepared(current, pass_)
+                current = self._prepared(current, pass_, ctx)
                 note = ""
                 if changed:
                     note = f"planned without the effect of {', '.join(changed)}"
@@ -390,11 +391,17 @@ class PassManager:
             progress=self.progress,
         )
 
-    def _prepared(self, model: Model, pass_: Pass) -> Model:
-        """Return a copy with the opset the pass needs, which the runtime loads."""
+    def _prepared(self, model: Model, pass_: Pass, ctx: Context) -> Model:
+        """Return a copy with the opset the pass needs, folded where it must be."""
         copy = model.copy()
         copy.require_opset(pass_.opset)
         copy.fit_runtime()
+        if pass_.folds:
+            expands = pass_.folds == "fused"
+            why = why_fold(copy, expands=expands)
+            words = fold_first(copy, ctx, expands=expands) if why else ""
+            if words:
+                ctx.did("model", f"{words}, since {why}")
         return copy
 
 
@@ -575,9 +582,9 @@ class _PipelineRun:
         """
         pass_ = first.pass_
         assert isinstance(pass_, SitePass)
-        prepared = self.manager._prepared(accepted.model, pass_)
+        ctx = self._context(first.index)
+        prepared = self.manager._prepared(accepted.model, pass_, ctx)
         if plan is None:
-            ctx = self._context(first.index)
             with _naming(first.index, pass_, ctx):
                 plan = backoff.nothing(pass_.sites(prepared, ctx))
         best: list[_TriedPass] | None = None
@@ -750,7 +757,8 @@ class _PipelineRun:
         plan: backoff.Plan | None,
         tag: str,
     ) -> _Attempt:
-        prepared = self.manager._prepared(before, pass_)
+        prepared = self.manager._prepared(before, pass_, ctx)
+        folded = list(ctx.done)
         if isinstance(pass_, SitePass):
             sites = list(pass_.sites(prepared, ctx))
             listed = list(ctx.skips)
@@ -759,6 +767,7 @@ class _PipelineRun:
                 raise PromiseError("the pass lists the same site twice")
             chosen = sites if plan is None else plan.chosen(pass_)
             candidate = self._rewritten(pass_, prepared, chosen, ctx, listed)
+            ctx.done[:0] = folded
         else:
             candidate = prepared.copy()
             pass_.apply(candidate, ctx)
@@ -878,7 +887,7 @@ class _PipelineRun:
     ) -> _TriedPass | None:
         index, pass_ = failed.index, failed.pass_
         assert isinstance(pass_, SitePass)
-        prepared = self.manager._prepared(accepted.model, pass_)
+        prepared = self.manager._prepared(accepted.model, pass_, ctx)
         sites = list(pass_.sites(prepared, ctx))
         listed = list(ctx.skips)
         if not sites:
@@ -1057,6 +1066,15 @@ class _PipelineRun:
                 "labels take no part: they fit no output as classes; --metric names "
                 "what to measure with them"
             )
+        gone = _optional_inputs(self.source) - _optional_inputs(written)
+        if gone:
+            names = sorted(gone)
+            few = ", ".join(names[:3]) + (
+                f" and {len(names) - 3} more" * (len(names) > 3)
+            )
+            notes.insert(
+                0, f"no inputs any more, with what was their default built in: {few}"
+            )
         if self.source.objection:
             notes.append(
                 "onnx.checker objects to the model as it came, and onnxruntime runs "
@@ -1116,6 +1134,12 @@ def _naming(index: int, pass_: Pass, ctx: Context) -> Iterator[None]:
             f"{label} failed after {where}: {type(error).__name__}: {error}; "
             "the model before this step is unharmed and nothing was written"
         ) from error
+
+
+def _optional_inputs(model: Model) -> set[str]:
+    """Return the names of the inputs that have a default value."""
+    required = {info.name for info in model.inputs}
+    return {tensor.name for tensor in model.graph.inputs} - required
 
 
 def _label(index: int, pass_: Pass) -> str:

@@ -22,6 +22,7 @@ from onnxshrink.model import Model
 from onnxshrink.solvers.channels import block_losses, energies, refit
 from onnxshrink.structure import channels, layers
 from onnxshrink.structure.channels import Group, Slices
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.structure.inputs import InputStatistics
 from onnxshrink.structure.layers import LinearWeight
 from onnxshrink.structure.selection import selected
@@ -109,6 +110,7 @@ class Channels(SitePass):
 
     name: ClassVar[str] = "channels"
     promise: ClassVar[Promise] = Promise.SIGNATURE
+    folds: ClassVar[Literal["", "weights", "fused"]] = "fused"
     example: ClassVar[str] = "channels:macs=0.5 recover distill"
 
     keep: float | None = None
@@ -471,7 +473,7 @@ def _by_outputs(model: Model, groups: Sequence[Group], ctx: Context) -> list[Arr
         for layer in readers.values()
         if not layer.is_shared and layer.kind in ("Conv", "Gemm", "MatMul")
     }
-    shapes = model.infer_shapes()
+    shapes = value_infos(model)
     places = {}
     for name, axis in values.items():
         info = shapes.get(name)

@@ -117,6 +117,7 @@ class Codebook(SitePass):
 
     name: ClassVar[str] = "codebook"
     promise: ClassVar[Promise] = Promise.CLOSE
+    folds: ClassVar[Literal["", "weights", "fused"]] = "weights"
     example: ClassVar[str] = "codebook:bits=4"
 
     bits: int | None = None

@@ -375,6 +375,10 @@ class _Training:
             scales=options.scales,
             ties=options.ties,
             reassign=options.reassign,
+            shapes={
+                name: value.shape
+                for name, value in training.read(np.arange(training.batch or 1)).items()
+            },
         )
         self.norms: list[str] = []
         if options.norms == "estimate":

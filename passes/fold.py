@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Pass, Promise
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
@@ -20,13 +22,15 @@ from onnxshrink.rewriting.constants import (
     merge_values,
     unfold_uniform,
 )
+from onnxshrink.rewriting.expansion import expand, is_fused
 from onnxshrink.rewriting.inlining import inline_branches, inline_functions
 from onnxshrink.rewriting.rewriter import Budget, Rewriter, Rule
 from onnxshrink.rewriting.rules_arithmetic import ARITHMETIC, FUSION, OUTPUTS
 from onnxshrink.rewriting.rules_layout import LAYOUT
 from onnxshrink.rewriting.rules_linear import LINEAR
+from onnxshrink.structure.layers import FOLD_HELPS, find
 
-__all__ = ["Fold"]
+__all__ = ["Fold", "fold_first", "why_fold"]
 
 _ROUNDS = 12
 _TRACES = "pkg.torch."
@@ -50,7 +54,8 @@ class Fold(Pass):
             ReduceMean) where the model's opset has it.
         inline: Inline model-local functions and branches that are always taken.
         keep_defaults: Leave inputs that have a default value as inputs; their default
-            is not folded then.
+            is not folded then. Before IR version 4 every weight had to be listed as an
+            input, so that these lists go all the same.
         keep_traces: Keep what PyTorch's exporter notes about every node (stack traces,
             names of classes and files): nothing reads it when the model runs, and it
             can be half of a small file.
@@ -66,7 +71,7 @@ class Fold(Pass):
     bytes: float = 1.0
     fuse: bool = True
     inline: bool = True
-    keep_defaults: bool = False
+    keep_defaults: bool = True
     keep_traces: bool = False
 
     def __post_init__(self) -> None:
@@ -147,3 +152,73 @@ class Fold(Pass):
 def _few(names: list[str], most: int = 5) -> str:
     listed = ", ".join(names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
+@dataclass(frozen=True, eq=False)
+class _Folded:
+    """A folded model, for all attempts of a step; it is never changed.
+
+    Attributes:
+        model: The model.
+        words: What folding did.
+    """
+
+    model: Model
+    words: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that count for the memory of the step: values are shared."""
+        return 1024 * sum(1 for _ in self.model.nodes())
+
+
+def fold_first(model: Model, ctx: Context, *, expands: bool = True) -> str:
+    """Fold a model, so that layers stand beside each other; return what that did.
+
+    Args:
+        model: The model, changed in place.
+        ctx: Of the step, which remembers the folded model.
+        expands: Write what onnxruntime's optimizer put together as ONNX operators.
+    """
+
+    def fold() -> _Folded:
+        folded = model.copy()
+        before = sum(1 for _ in folded.nodes())
+        apart = 0
+        if expands:
+            apart = sum(is_fused(node) for node in folded.nodes())
+            apart -= len(expand(folded)) if apart else 0
+        quiet = dataclasses.replace(ctx, done=[], skips=[])
+        Fold().apply(folded, quiet)
+        after = sum(1 for _ in folded.nodes())
+        words = f"folded first: {before} nodes -> {after}" if after != before else ""
+        if apart:
+            words += f"{'; ' if words else ''}{apart} of onnxruntime's optimizer apart"
+        return _Folded(folded, words)
+
+    names = tuple(str(node.name) for node in model.nodes())
+    key = ("folded", fingerprint(model), model.opset, names, expands)
+    found = ctx.remember(key, fold)
+    model.become(found.model)
+    return found.words
+
+
+def why_fold(model: Model, *, expands: bool) -> str:
+    """Say why a pass that wants plain weights and operators should see a folded model.
+
+    Args:
+        model: The model.
+        expands: Whether the pass wants ONNX operators where onnxruntime's optimizer
+            put several together.
+
+    Returns:
+        Nothing where folding would bring no layer to light.
+    """
+    if expands:
+        for node in model.nodes():
+            if is_fused(node):
+                return f"{node.op} {node.name!r} is made of several operators"
+    for layer in find(model, fused=True):
+        if layer.why_not.endswith(FOLD_HELPS):
+            return f"{layer.name}: {layer.why_not.removesuffix(FOLD_HELPS)}"
+    return ""

@@ -17,6 +17,7 @@ from onnxshrink.model import Model, Node, Weight
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.statistics import Range
 from onnxshrink.storage.encoder import Encoder, Encoding, plain_nbytes
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.structure.selection import selected
 from onnxshrink.tensors import numpy_type
 
@@ -303,7 +304,10 @@ def _not_stored(weight: Weight) -> str:
     if weight.node is not None:
         return "is a Constant node, which is written as it is; run fold first"
     if weight.is_input:
-        return "is a graph input that a caller may set; run fold first"
+        return (
+            "is a graph input that a caller may set; fold:keep_defaults=false makes it "
+            "a plain weight"
+        )
     if weight.is_output:
         return "is an output of its graph"
     if any(node.op in _SCALED for node, _ in weight.uses):
@@ -346,7 +350,7 @@ class _Conversion:
         self.kind = kind
         self._type = _KINDS[kind]
         self._types = {
-            name: info.data_type for name, info in model.infer_shapes().items()
+            name: info.data_type for name, info in value_infos(model).items()
         }
         self._graphs = list(_bodies(model.graph))
         self._home: dict[int, gs.Graph] = {}

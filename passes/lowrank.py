@@ -311,6 +311,7 @@ class Lowrank(SitePass):
 
     name: ClassVar[str] = "lowrank"
     promise: ClassVar[Promise] = Promise.CLOSE
+    folds: ClassVar[Literal["", "weights", "fused"]] = "fused"
     example: ClassVar[str] = "lowrank:keep=0.5"
 
     keep: float | None = None

@@ -141,6 +141,7 @@ class Prune(SitePass):
 
     name: ClassVar[str] = "prune"
     promise: ClassVar[Promise] = Promise.CLOSE
+    folds: ClassVar[Literal["", "weights", "fused"]] = "weights"
     example: ClassVar[str] = "prune:sparsity=0.8,scope=global"
 
     sparsity: float | None = None

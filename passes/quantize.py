@@ -18,7 +18,7 @@ from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.measuring.costs import LayerCosts
 from onnxshrink.model import Model
-from onnxshrink.passes.fold import Fold
+from onnxshrink.passes.fold import fold_first
 from onnxshrink.quantization import (
     correction,
     dynamic,
@@ -316,12 +316,7 @@ class Quantize(SitePass):
 
         def prepare() -> _Prepared:
             made = model.copy()
-            before = sum(1 for _ in made.nodes())
-            Fold().apply(made, dataclasses.replace(ctx, done=[], skips=[]))
-            after = sum(1 for _ in made.nodes())
-            words = []
-            if after < before:
-                words.append(f"folded first: {before} nodes -> {after}")
+            words = [text for text in [fold_first(made, ctx)] if text]
             gone = tying.tie(made, only=self.only, skip=self.skip)
             if gone:
                 words.append(

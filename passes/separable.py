@@ -90,6 +90,7 @@ class Separable(SitePass):
 
     name: ClassVar[str] = "separable"
     promise: ClassVar[Promise] = Promise.SIGNATURE
+    folds: ClassVar[Literal["", "weights", "fused"]] = "fused"
     example: ClassVar[str] = "separable recover distill:epochs=10"
 
     branches: int = 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
@@ -101,6 +102,7 @@ class Student(SitePass):
 
     name: ClassVar[str] = "student"
     promise: ClassVar[Promise] = Promise.SIGNATURE
+    folds: ClassVar[Literal["", "weights", "fused"]] = "fused"
     example: ClassVar[str] = "student:keep=0.5,width=0.75 distill"
 
     keep: float = 0.5
@@ -263,6 +265,7 @@ class Student(SitePass):
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
         """Leave out blocks, then remove channels, then begin weights anew."""
         chosen = {site.where: site for site in sites}
+        read = {id(t) for t in model.graph.inputs if _is_weight(t) and t.outputs}
         gone = [b for b in _all(blocks.find(model)) if b.name in chosen]
         for block in gone:
             ctx.did(block.name, f"block left out: {len(block.nodes)} nodes")
@@ -274,6 +277,13 @@ class Student(SitePass):
             self._thin(model, chosen, ctx)
         if not self.inherit:
             self._restart(model, chosen, ctx)
+        idle = [t for t in model.graph.inputs if id(t) in read and not t.outputs]
+        if idle:  # weights that a caller might have set, of blocks that went
+            left = {id(t) for t in idle}
+            model.graph.inputs = [t for t in model.graph.inputs if id(t) not in left]
+            model.drop_unused()
+            for tensor in idle:
+                ctx.did(tensor.name, "an input with a default that nothing reads now")
 
     def _thin(self, model: Model, chosen: Mapping[str, Site], ctx: Context) -> None:
         kept = []
@@ -306,6 +316,10 @@ class Student(SitePass):
                 values = (draws * np.sqrt(2 / inputs)).astype(weight.dtype)
             model.set_weight(weight, values)
             ctx.did(site.where, start)
+
+
+def _is_weight(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant)
 
 
 def _all(runs: Iterable[Run]) -> list[Block]:

@@ -498,3 +498,56 @@ def test_a_model_that_is_to_be_faster_is_so_after_the_last_pass_that_changes_it(
     # Alone, the first is the last, and is held to the budget.
     with pytest.raises(PromiseError, match=r"1\.04 of the reference's, more than 0\.9"):
         manager(Scale(), model=model, budget=budget, on_breach="abort").run(model)
+
+
+HIDDEN = """
+<ir_version: 8, opset_import: ["" : 17]>
+hidden (float[N,8] x) => (float[N,8] y)
+<int64[2] zeros = {0, 0}, int64[2] cut = {8, 8}, int64[2] axes = {0, 1}>
+{
+  half = Slice(w, zeros, cut, axes)
+  turned = Transpose<perm = [1, 0]>(half)
+  h = MatMul(x, turned)
+  y = Relu(h)
+}
+"""
+
+
+def _hidden() -> Model:
+    proto = onnx.parser.parse_model(HIDDEN)
+    values = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+    return Model.load(proto)
+
+
+@pytest.mark.parametrize("passes", ["prune:sparsity=0.5", "lowrank:rank=2"])
+def test_weights_behind_slice_and_transpose_are_found(passes: str) -> None:
+    result = shrink(_hidden(), passes, budget=Budget(min_sqnr=-20))
+    (step,) = result.report.steps
+    folded = [what for where, what in step.did if where == "model"]
+    assert folded == [
+        "folded first: 4 nodes -> 2, since w: it reaches MatMul through Slice"
+    ]
+    assert len(step.did) > 1
+
+
+GAIN = """
+<ir_version: 8, opset_import: ["" : 17]>
+gain (float[N,2] x, float gain = {2}) => (float[N,2] y)
+<float[2,2] w = {1, 2, 3, 4}>
+{ h = MatMul(x, w) y = Mul(h, gain) }
+"""
+
+
+@pytest.mark.parametrize("passes", ["fold", "quantize", "prune", "half", "lowrank"])
+def test_an_input_with_a_default_stays_one(passes: str) -> None:
+    result = shrink(onnx.parser.parse_model(GAIN), passes)
+    assert [t.name for t in result.model.graph.inputs] == ["x", "gain"]
+    assert not any("inputs any more" in note for note in result.report.notes)
+
+
+def test_inputs_that_a_run_takes_away_are_named() -> None:
+    result = shrink(onnx.parser.parse_model(GAIN), "fold:keep_defaults=false")
+    assert "no inputs any more, with what was their default built in: gain" in (
+        result.report.notes
+    )

@@ -18,6 +18,7 @@ from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Weight
 from onnxshrink.samples import Samples
 from onnxshrink.statistics import Statistic
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.tensors import LazyTensor, numpy_type
 
@@ -243,7 +244,7 @@ def _batch_size(
 def _sizes(model: Model, feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, int]:
     """Return the bytes of each value that nodes make of one feed, in graph order."""
     shapes = value_shapes(model, {name: value.shape for name, value in feed.items()})
-    types = {name: info.data_type for name, info in model.infer_shapes().items()}
+    types = {name: info.data_type for name, info in value_infos(model, feed).items()}
     sizes: dict[str, int] = {}
     for name in (t.name for node in model.graph.nodes for t in node.outputs):
         if not name or name in feed:

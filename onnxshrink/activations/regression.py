@@ -30,6 +30,7 @@ from onnxshrink.model.topology import Variable
 from onnxshrink.samples import Samples
 from onnxshrink.solvers.least_squares import RegressionSums
 from onnxshrink.statistics import ConvWindow
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.structure.shapes import value_shapes
 from onnxshrink.tensors import numpy_type
 
@@ -426,7 +427,7 @@ def gather(
     sizes = {name: value.shape for name, value in feed.items()}
     shapes = value_shapes(model, sizes)
     theirs = value_shapes(reference, sizes)
-    types = {name: info.data_type for name, info in model.infer_shapes().items()}
+    types = {name: info.data_type for name, info in value_infos(model).items()}
 
     def nbytes(request: Request) -> int:
         names = [request.inputs, *request.given, *request.given]

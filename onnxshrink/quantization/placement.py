@@ -34,6 +34,7 @@ from onnxshrink.model.exporter import in_order
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.quantization.schemes import Scheme, limits, quantize
 from onnxshrink.structure.bias import Bias, bias_at, give_bias
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.structure.layers import LinearWeight, find
 
 __all__ = [
@@ -209,7 +210,7 @@ class Planner:
         """Look at the graph once."""
         graph = self.model.graph
         self._order: list[Node] = list(in_order(graph.nodes))
-        self._infos = self.model.infer_shapes()
+        self._infos = value_infos(self.model)
         self._outputs = {id(tensor) for tensor in graph.outputs}
         self._linear = {id(one.node): one for one in self._candidates()}
 

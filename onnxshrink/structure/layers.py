@@ -42,6 +42,7 @@ from onnxshrink.structure.selection import selected
 
 __all__ = [
     "FLOATS",
+    "FOLD_HELPS",
     "Layout",
     "LinearWeight",
     "Use",
@@ -69,13 +70,29 @@ NORMALISATIONS = frozenset(
     }
 )
 _THROUGH = frozenset(
-    {"Cast", "DequantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+    {
+        "Cast",
+        "Concat",
+        "DequantizeLinear",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 """Operators a weight may pass through on its way to a layer."""
+_FARTHEST = 8
+"""Such operators in a row."""
 _FUSED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
 """Products of com.microsoft that onnxruntime's optimizer writes, and what they are."""
 _DECODING = 8
 """Nodes between codes and the layer that multiplies what they stand for, at most."""
+
+FOLD_HELPS = "; run fold first"
+"""How a reason ends that folding takes away."""
 
 Role = Literal["weight", "table", "bias"]
 
@@ -501,8 +518,11 @@ def _readings(
             uses += found
             continue
         others.append(node)
-        if index == 0:  # a shape, a scale or a zero point is no weight
-            behind += [(node.op, reader) for reader in _layers_behind(node)]
+        # A shape, a scale or a zero point is no weight.
+        if index == 0 or node.op == "Concat":
+            behind += [
+                (node.op, reader) for reader in _layers_behind(weight.model, node)
+            ]
     return uses, others, behind
 
 
@@ -584,21 +604,43 @@ def _reshaped(shape: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...] | 
     return tuple(sizes) if math.prod(sizes) == math.prod(shape) else None
 
 
-def _layers_behind(node: Node, depth: int = 4) -> Iterator[Node]:
+def _layers_behind(model: Model, node: Node, depth: int = _FARTHEST) -> Iterator[Node]:
     """Yield the layers whose weight is what this node makes of its input."""
     if node.op not in _THROUGH or not is_onnx(node.domain) or not depth:
         return
-    for reader in dict.fromkeys(node.outputs[0].outputs):
-        for index, tensor in enumerate(reader.inputs):
-            if tensor is not node.outputs[0]:
-                continue
-            if reader.op in {"Conv", "ConvTranspose", "Gemm", *RECURRENT}:
-                if index == 1:
+    if not all(_is_fixed(model, tensor, depth) for tensor in node.inputs):
+        return
+    for made in node.outputs:
+        for reader in dict.fromkeys(made.outputs):
+            for index, tensor in enumerate(reader.inputs):
+                if tensor is not made:
+                    continue
+                if reader.op in {"Conv", "ConvTranspose", "Gemm"}:
+                    if index == 1:
+                        yield reader
+                elif reader.op in RECURRENT:
+                    if index in (1, 2):
+                        yield reader
+                elif reader.op == "MatMul":
                     yield reader
-            elif reader.op == "MatMul":
-                yield reader
-            elif index == 0:
-                yield from _layers_behind(reader, depth - 1)
+                elif index == 0 or reader.op == "Concat":
+                    yield from _layers_behind(model, reader, depth - 1)
+
+
+def _is_fixed(model: Model, tensor: gs.Tensor, depth: int) -> bool:
+    """Whether a value is made of constants alone, by operators that move them."""
+    if isinstance(tensor, gs.Constant) or not tensor.name:
+        return True
+    if model.constant(tensor) is not None:
+        return True
+    if not tensor.inputs or not depth:
+        return False
+    maker = tensor.inputs[0]
+    return (
+        maker.op in _THROUGH
+        and is_onnx(maker.domain)
+        and all(_is_fixed(model, read, depth - 1) for read in maker.inputs)
+    )
 
 
 def _why_not(
@@ -620,14 +662,16 @@ def _why_not(
                 f"{label} reads it through Transpose and {other} as it is; only "
                 "quantize changes one copy for both"
             )
-        return f"it reaches {label} through {op}; run fold first"
+        return f"it reaches {label} through {op}{FOLD_HELPS}"
     if weight.data_type not in FLOATS and not is_decoded:
         kind = onnx.TensorProto.DataType.Name(weight.data_type).lower()
         return f"its values are {kind}, not floating point"
+    if weight.is_input and weight.model.ir_version < 4:
+        return f"it is listed as a graph input too{FOLD_HELPS}"
     if weight.is_input:
         return (
-            "it is also a graph input, so a caller may override it; run fold first "
-            "to make it a plain initializer"
+            "it is also a graph input, so a caller may override it; "
+            "fold:keep_defaults=false makes it a plain initializer"
         )
     if weight.is_output:
         return "it is also an output of its graph"

@@ -15,7 +15,9 @@ import onnx_graphsurgeon as gs
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.model import Model, Node
 from onnxshrink.model.topology import is_onnx, subgraphs_of
+from onnxshrink.rewriting.expansion import expand
 from onnxshrink.rewriting.inlining import inline_functions
+from onnxshrink.structure.inferred import state_foreign
 from onnxshrink.training.gradients import sorted_nodes
 from onnxshrink.training.rules_recurrent import unroll
 
@@ -43,7 +45,8 @@ def prepare(
 ) -> Model:
     """Return a copy whose shapes are static, for one size of the batch.
 
-    Functions are inlined, the opset is raised to 18 where it is lower, and what
+    Functions are inlined, operators of com.microsoft become the ONNX operators they are
+    made of, the opset is raised to 18 where it is lower, and what
     computes shapes (Shape, Gather, Concat, ...) becomes constants, as do other small
     values that depend on no input. LSTM, GRU and RNN nodes that depend on a value of
     ``keep`` are unrolled.
@@ -91,6 +94,8 @@ def prepare(
     for tensor in twin.graph.outputs:
         if isinstance(tensor, gs.Variable):
             tensor.shape = None
+    expand(twin, training=True)
+    state_foreign(twin)
     while _fold(twin, frozenset(keep)):
         pass
     if unroll(twin, keep):

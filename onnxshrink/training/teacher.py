@@ -36,6 +36,7 @@ from onnxshrink.files import replacing
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
 from onnxshrink.samples.columns import Column, open_arrays
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.tensors import numpy_type
 
 __all__ = [
@@ -378,7 +379,7 @@ def _inside(model: Model, patterns: Sequence[str], outputs: Sequence[str]) -> li
     Raises:
         UsageError: There is no such value, or it is no tensor of floats.
     """
-    known = model.infer_shapes() if patterns else {}
+    known = value_infos(model) if patterns else {}
     kinds = {
         tensor.name: known[tensor.name].data_type if tensor.name in known else 0
         for node in model.graph.nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxshrink.errors import ModelError
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.quantization.schemes import limits
+from onnxshrink.rewriting.expansion import expand
 from onnxshrink.storage.census import VECTORS, group_tables, vector_table
 from onnxshrink.structure.codes import CODES, MOVES, Decoder, decoder_of
+from onnxshrink.structure.inferred import value_infos
 from onnxshrink.structure.layers import layer_at
 from onnxshrink.structure.selection import selected
 from onnxshrink.training.fakequant import (
@@ -40,6 +44,8 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 _T = onnx.TensorProto
 Note = Callable[[str, str], None]
+_EXPANDED_OPSET = 18
+"""Lowest opset of what training graphs are written in."""
 
 _READ: dict[str, tuple[int, ...]] = {
     "Add": (0, 1),
@@ -378,6 +384,7 @@ def find_trainable(
     scales: Scales = "auto",
     ties: bool = True,
     reassign: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Trainable]:
     """List the weights that gradients of some outputs reach and that may change.
 
@@ -400,17 +407,23 @@ def find_trainable(
             stay equal.
         reassign: Whether an entry of such a weight may go over to another of at most
             64 values.
+        shapes: Shapes of a feed, which some operators of com.microsoft need to be known
+            for what they are.
 
     Returns:
         Each to be a parameter of the training step; scales first.
     """
+    names_as_given = {weight.name for weight in model.weights()}
     model = model.copy()
     float_products(model)
+    _expand(model, shapes)
     reached, blocked = _reach(model, outputs)
     found: list[Trainable] = []
     of_codes = _parameters_of_codes(model)
     for weight in model.weights():
         if not weight.size or not weight.shape or weight.name in of_codes:
+            continue
+        if weight.name not in names_as_given:
             continue
         readers = list(_readers(model, weight))
         learnt = [
@@ -440,6 +453,20 @@ def find_trainable(
     if scales == "fixed":
         return found
     return [*_scales(model, found, reached, only, skip, scales), *found]
+
+
+def _expand(model: Model, shapes: Mapping[str, Sequence[int]] | None) -> None:
+    """Write operators of com.microsoft as what they are made of, at given sizes."""
+    if not any(node.domain == "com.microsoft" for node in model.graph.nodes):
+        return
+    for tensor in model.graph.inputs:
+        if shapes and tensor.name in shapes and isinstance(tensor, gs.Variable):
+            tensor.shape = [int(size) for size in shapes[tensor.name]]
+    model.forget_shapes()
+    # prepare does the same; what it cannot raise to this opset it says.
+    with contextlib.suppress(ModelError):
+        model.require_opset(_EXPANDED_OPSET)
+    expand(model, training=True)
 
 
 def attach(model: Model, chosen: Sequence[Trainable]) -> None:
@@ -599,7 +626,10 @@ def _why_not(weight: Weight, readers: Sequence[tuple[Node, int]]) -> str:
     if weight.data_type not in (onnx.TensorProto.FLOAT, *CODES) and not is_bias:
         return f"its values are {kind.lower()}; float32 is trained, or integer codes"
     if weight.is_input:
-        return "it is also a graph input, so a caller may override it; run fold first"
+        return (
+            "it is also a graph input, so a caller may override it; "
+            "fold:keep_defaults=false makes it a plain initializer"
+        )
     if weight.is_output:
         return "it is also an output of the graph"
     if weight.graph is not weight._model.graph:
@@ -885,7 +915,7 @@ def _activations(
                 is_pair = node.op == "QuantizeLinear"
                 if is_pair or np.array_equal(one.read(), two.read()):
                     groups[root(one.name)] = root(two.name)
-    shapes = model.infer_shapes()
+    shapes = value_infos(model)
     for key in dict.fromkeys(root(name) for name in groups):
         names = tuple(name for name in groups if root(name) == key)
         nodes = [node for node in pairs if node.inputs[1].name and id(node) in known]

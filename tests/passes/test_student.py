@@ -265,3 +265,14 @@ def test_what_it_makes_is_an_ordinary_file(tmp_path: Path) -> None:
     student, _ = testing.apply(Student(width=0.5), load("vit"))
     student.save(tmp_path / "student.onnx")
     onnx.checker.check_model(onnx.load(tmp_path / "student.onnx"), full_check=True)
+
+
+def test_blocks_that_go_take_weights_with_them_that_were_inputs() -> None:
+    model = perceptron(16, 16, 16, 16, 4)
+    given = [t.name for t in model.graph.inputs]
+    for weight in list(model.weights()):
+        model.graph.inputs.append(weight.constant)
+    student, _ = testing.apply(Student(keep=0.34), model)
+    left = {weight.name for weight in student.weights()}
+    assert count_parameters(student) < count_parameters(model)
+    assert {t.name for t in student.graph.inputs} == left | set(given)
