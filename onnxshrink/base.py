@@ -462,6 +462,7 @@ class Context(metaclass=_ContextType):
             it finds belongs to the same work.
         memory: What ``remember`` keeps; one for all attempts of a step.
         engine: Does what rooms above this one know how to do.
+        max_bytes: Bytes that the file may take in the end, if the budget bounds them.
     """
 
     samples: Splits
@@ -477,6 +478,7 @@ class Context(metaclass=_ContextType):
     folder: Path | None = None
     memory: Memory = field(default_factory=Memory)
     engine: Engine | None = None
+    max_bytes: int | None = None
 
     @property
     def left(self) -> list[tuple[str, str]]:

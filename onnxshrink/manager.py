@@ -389,6 +389,7 @@ class PassManager:
             providers=self.providers,
             executor=executor,
             progress=self.progress,
+            max_bytes=None if self.budget is None else self.budget.max_bytes,
         )
 
     def _prepared(self, model: Model, pass_: Pass, ctx: Context) -> Model:
@@ -456,6 +457,7 @@ class _PipelineRun:
             self.budget = dataclasses.replace(
                 Budget.default(self.splits),
                 max_latency_ratio=self.budget.max_latency_ratio,
+                max_bytes=self.budget.max_bytes,
             )
         self.name = target.name if target is not None else "model.onnx"
         self.reference = source.copy()
@@ -1043,6 +1045,27 @@ class _PipelineRun:
             sort_keys=True,
         )
 
+    def _hold_size(self, files: Sequence[Path]) -> None:
+        """Refuse to write more than the budget has.
+
+        Raises:
+            PromiseError: It is more.
+        """
+        most = self.budget.max_bytes
+        size = sum(file.stat().st_size for file in files)
+        if most is None or size <= most:
+            return
+        gave_way = [step.pass_name for step in self.steps if step.left_out]
+        hint = (
+            f"{', '.join(gave_way)} gave way to keep the outputs: allow more loss"
+            if gave_way
+            else "codebook without bits, behind prune, chooses by --max-bytes"
+        )
+        raise PromiseError(
+            f"the model takes {size:,} bytes, more than --max-bytes {most:,}; "
+            f"nothing was written; {hint}, or more bytes"
+        )
+
     def _finish(self, accepted: Model, baseline: Stats) -> Result:
         manager = self.manager
         written = accepted.copy()
@@ -1059,6 +1082,7 @@ class _PipelineRun:
         insists = manager.on_breach == "keep" or verdict.problem == "unmeasured"
         if not verdict.ok and not (insists and verdict.keepable):
             raise PromiseError(f"the written model does not hold: {verdict.reason}")
+        self._hold_size(files)
         stats = dataclasses.replace(self._measure(path), metric=verdict.quality())
         notes = list(self.splits.describe())
         if self.splits.labelled and not self.final.reference_metric():

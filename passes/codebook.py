@@ -49,6 +49,9 @@ _DESCENDED = 1 << 34
 _SCALINGS = 4
 """How often scales and table take turns."""
 
+_DECODER = 400
+"""Bytes that the nodes of a decoder take about, at most."""
+
 _CODED = "it has a codebook already"
 
 
@@ -105,7 +108,9 @@ class Codebook(SitePass):
         initial: ``optimal``; or Lloyd's iteration from values spread evenly over the
             range (``linear``) or over the weights (``quantile``).
         bytes: Share of their bytes that all weights together may take: values are
-            divided among them, and bits and values are not given.
+            divided among them, and bits and values are not given. Without any of the
+            three, a budget of bytes (``--max-bytes``) leaves them what the rest of the
+            file does not take.
         rate: Bits a weight that an ideal coder may take for the codes of all weights
             together: frequent codes are preferred to nearer ones, in all weights by as
             much as the outputs lose by a bit saved.
@@ -188,8 +193,9 @@ class Codebook(SitePass):
             )
         found = list(self._layers(model, ctx))
         counts = {layer.name: self.count for layer in found}
-        if self.bytes is not None and found:
-            counts = self._divided(model, found, ctx)
+        room = self._room(model, found, ctx)
+        if room is not None:
+            counts = self._divided(model, found, room, ctx)
         trades: dict[str, float] = {}
         if self.rate is not None and found:
             trades = self._traded(model, found, counts, ctx)
@@ -281,8 +287,22 @@ class Codebook(SitePass):
             found += groups * outputs * item
         return found
 
-    def _divided(
+    def _room(
         self, model: Model, found: Sequence[LinearWeight], ctx: Context
+    ) -> float | None:
+        """Return the bytes that weights may take together, if these are bounded."""
+        if not found:
+            return None
+        total = sum(layer.weight.nbytes for layer in found)
+        if self.bytes is not None:
+            return self.bytes * total
+        if ctx.max_bytes is None or self.bits is not None or self.values is not None:
+            return None
+        rest = model.plain_nbytes() - total + _DECODER * len(found)
+        return max(0.0, float(ctx.max_bytes - rest))
+
+    def _divided(
+        self, model: Model, found: Sequence[LinearWeight], room: float, ctx: Context
     ) -> dict[str, int]:
         """Divide values among layers so that the sum of errors is least.
 
@@ -303,18 +323,17 @@ class Codebook(SitePass):
             for layer in found
         ]
         total = sum(layer.weight.nbytes for layer in found)
-        assert self.bytes is not None
-        places = share_out(items, self.bytes * total)
+        places = share_out(items, room)
         chosen = {
             layer.name: COUNTS[place]
             for layer, place in zip(found, places, strict=True)
         }
         spent = sum(self._stored(layer, chosen[layer.name]) for layer in found)
-        if spent > self.bytes * total:
+        if spent > room:
             ctx.skipped(
                 "bytes",
                 f"two values for each weight still take {spent / total:.3f} of the "
-                f"bytes, more than {self.bytes:g}",
+                f"bytes, more than {room / total:.3f}",
             )
         steps = ",".join(
             f"codebook:values={count},only={name}" for name, count in chosen.items()

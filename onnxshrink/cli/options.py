@@ -223,11 +223,12 @@ def budget_of(
     min_agreement: float | None,
     min_sqnr: float | None,
     max_latency: float | None = None,
+    max_bytes: int | None = None,
 ) -> Budget | None:
     """Return the budget that the options name, or ``None`` where they name none."""
     from onnxshrink.validation import Budget
 
-    limits = (max_drop, min_agreement, min_sqnr, max_latency)
+    limits = (max_drop, min_agreement, min_sqnr, max_latency, max_bytes)
     if all(limit is None for limit in limits):
         return None
     return Budget(
@@ -235,6 +236,7 @@ def budget_of(
         min_agreement=min_agreement,
         min_sqnr=min_sqnr,
         max_latency_ratio=max_latency,
+        max_bytes=max_bytes,
     )
 
 

@@ -114,6 +114,14 @@ onnxshrink model.onnx --recipe mine.toml --plan
     help="Most time of a run, in multiples of the model's as it came; noisy below 1.1.",
 )
 @option(
+    "--max-bytes",
+    type=Size(),
+    metavar="N",
+    section="Budget",
+    help="Most bytes of all that is written, such as 300kB: codebook without bits "
+    "divides them among layers, and nothing larger is written.",
+)
+@option(
     "--on-breach",
     type=click.Choice(["back-off", "rollback", "abort", "keep"]),
     default="back-off",
@@ -255,6 +263,7 @@ def shrink(
     min_agreement: float | None,
     min_sqnr: float | None,
     max_latency: float | None,
+    max_bytes: int | None,
     on_breach: Any,
     output: Path | None,
     storage: Any,
@@ -310,7 +319,7 @@ def shrink(
         manager = PassManager(
             pipeline,
             splits=splits_of(loaded, data, evaluation, labels, shapes, seed),
-            budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency),
+            budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency, max_bytes),
             metric=metric,
             on_breach=on_breach,
             storage=storage,

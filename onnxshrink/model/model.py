@@ -826,6 +826,11 @@ class Model:
         """
         return saving.save(self, path, storage, external, max_decode_ratio)
 
+    def plain_nbytes(self) -> int:
+        """Return the bytes of the file if weights are written as they are."""
+        parts = saving.encoded(self, "plain").parts()
+        return sum(p.nbytes if isinstance(p, LazyTensor) else len(p) for p in parts)
+
     def check_target(self, target: str | os.PathLike[str]) -> None:
         """Refuse an output that cannot be written, before any work is done.
 

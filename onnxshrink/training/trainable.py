@@ -168,26 +168,29 @@ class Tied(Trainable):
 class Assigned(Tied):
     """A weight of few distinct values; an entry may change to another of them.
 
-    Two things are trained, in one flat parameter: a float master of each entry, and the
-    table of values. In the graph an entry is the value of the table that is nearest to
-    its master. Its gradient goes to that value, and straight through to the master (as
-    the gradient of a rounded weight does: Bengio, Leonard and Courville 2013). An entry
-    that is zero stays zero; another one may become zero.
+    Two things are trained, in one flat parameter: a float master of each entry that is
+    not zero, and the table of values. In the graph an entry is the value of the table
+    that is nearest to its master. Its gradient goes to that value, and straight through
+    to the master (as the gradient of a rounded weight does: Bengio, Leonard and
+    Courville 2013). An entry that is zero stays zero; another one may become zero.
 
     Attributes:
-        start: The masters, flat; then the table, ascending.
+        start: The masters; then the table, ascending.
         index: Position in the table of each entry at the start, int32 of the weight's
             shape.
+        places: Where in the flat weight the masters' entries are, int64, ascending.
     """
+
+    places: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def _count(self) -> int:
-        return int(self.index.size)
+        return int(self.places.size)
 
     @property
     def held(self) -> int:
         """How many zeros stay zero."""
-        return int((self.start[: self._count] == 0).sum())
+        return int(self.index.size - self.places.size)
 
     def attach(self, model: Model) -> gs.Tensor:
         """Look each entry up by its master."""
@@ -217,9 +220,10 @@ class Assigned(Tied):
         small = model.add_weight("small", np.array(1 / _STRAIGHT, np.float32))
         rounded = make("Mul", [make("Round", [make("Mul", [master, large])]), small])
         found = make("Add", [found, make("Sub", [master, rounded])])
-        if self.keep is not None:
-            held = model.add_weight("held", self.keep[:count])
-            found = make("Mul", [found, held])
+        if self.held:
+            zeros = model.add_weight("zeros", np.zeros(self.index.size, np.float32))
+            places = model.add_weight("places", self.places)
+            found = make("ScatterElements", [zeros, places, found], axis=0)
         shape = _vector(model, *self.index.shape)
         last = made.inputs[0]
         last.inputs[0] = make("Reshape", [found, shape])
@@ -234,9 +238,8 @@ class Assigned(Tied):
         index = np.zeros(count, np.int32)
         for middle in middles:
             index += master > middle
-        values = table[index]
-        if self.keep is not None:
-            values = values * self.keep[:count]
+        values = np.zeros(self.index.size, np.float32)
+        values[self.places] = table[index]
         model.set_weight(self.name, values.reshape(self.index.shape))
 
 
@@ -661,9 +664,10 @@ def _made(
         index = np.searchsorted(table, values).astype(np.int32)
         keep = (table != 0).astype(np.float32) if kept.size else None
         if reassign and len(table) <= _ASSIGNED:
-            start = np.concatenate([values.reshape(-1), table])
+            places = np.flatnonzero(values)
+            start = np.concatenate([values.reshape(-1)[places], table])
             held = (start != 0).astype(np.float32) if kept.size else None
-            return Assigned(weight.name, start, held, index)
+            return Assigned(weight.name, start, held, index, places)
         return Tied(weight.name, table, keep, index)
     tables = _tables(values) if ties else None
     if tables is not None:

@@ -49,6 +49,8 @@ class Budget:
             values that stay in outputs of integers, booleans and strings.
         min_sqnr: Least signal to quantization noise ratio of every float output, dB.
         max_latency_ratio: Most the latency may be of the reference's.
+        max_bytes: Most bytes that all that is written may take; a pass that divides
+            bytes among layers does so with this, and no larger file is written.
         automatic: Whether it was chosen for the user; what the samples cannot measure
             is left out then.
     """
@@ -57,6 +59,7 @@ class Budget:
     min_agreement: float | None = None
     min_sqnr: float | None = None
     max_latency_ratio: float | None = None
+    max_bytes: int | None = None
     automatic: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +77,8 @@ class Budget:
         ratio = self.max_latency_ratio
         if ratio is not None and not 0 < ratio < math.inf:
             raise UsageError(f"a latency ratio is more than 0, not {ratio}")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise UsageError(f"--max-bytes is at least 1, not {self.max_bytes}")
 
     @classmethod
     def default(cls, splits: Splits) -> Budget:

@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnxshrink import runtime
+from onnxshrink import Budget, runtime, shrink
 from onnxshrink.base import Context, Savings, Site
 from onnxshrink.engine import make_context
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import PromiseError, UsageError
 from onnxshrink.model import Model
 from onnxshrink.passes.codebook import Codebook, CodebookSite
 from onnxshrink.pipeline import Pipeline
@@ -323,3 +323,29 @@ def test_a_budget_goes_to_the_layer_that_the_outputs_feel() -> None:
     }
     # What b gives is a hundredth of what a gives.
     assert counts["a"] > 4 * counts["b"]
+
+
+def test_a_budget_of_bytes_for_the_file_divides_values_and_is_held(
+    tmp_path: Path,
+) -> None:
+    rng = RNG(3)
+    text = """g (float[N,128] x) => (float[N,128] y)
+    { h = MatMul(x, a)
+      y = MatMul(h, b) }"""
+    weights = {
+        "a": rng.standard_normal((128, 128)).astype(np.float32),
+        "b": rng.standard_t(1.5, (128, 128)).astype(np.float32),
+    }
+    budget = Budget(min_sqnr=1.0, max_bytes=14_000)
+    found = shrink(make(text, **weights), "codebook", budget=budget, names="short")
+    path = tmp_path / "m.onnx"
+    found.model.save(path)
+    assert 11_000 < path.stat().st_size <= 14_000
+    counts = [len(np.unique(found.model.weight(name).read())) for name in "ab"]
+    assert counts[0] != counts[1]
+    # As asked for, more values are needed than fit.
+    with pytest.raises(PromiseError, match=r"more than --max-bytes 14,000"):
+        shrink(make(text, **weights), "codebook:bits=5", budget=budget)
+    tight = Budget(min_sqnr=28.0, max_bytes=14_000)
+    with pytest.raises(PromiseError, match="codebook gave way to keep the outputs"):
+        shrink(make(text, **weights), "codebook", budget=tight)
