@@ -163,7 +163,7 @@ def _run(
     after: After | None,
 ) -> None:
     size = _batch_size(model, wanted, samples, slice_bytes)
-    feed = samples.read(np.arange(size))
+    feed = samples.first(size)
     sizes = _sizes(model, feed)
     exposed = {name: size for name, size in sizes.items() if name in wanted}
     groups = list(_groups(exposed, slice_bytes))

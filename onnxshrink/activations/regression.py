@@ -423,7 +423,7 @@ def gather(
     if first is None or not requests:
         return found
     size = first.batch or batch_size(model, requests, first)
-    feed = first.read(np.arange(min(size, first.used)))
+    feed = first.first(size)
     sizes = {name: value.shape for name, value in feed.items()}
     shapes = value_shapes(model, sizes)
     theirs = value_shapes(reference, sizes)

@@ -80,11 +80,12 @@ def batches(stretches: Iterable[Span], size: int) -> list[Span]:
         step = samples.batch or max(1, size)
         marks = sorted({end for some in mine for end in (some.start, some.stop)})
         for left, right in pairwise(marks):
-            for start in range(left, right, step):
-                made = Span(samples, start, min(start + step, right))
-                is_full = samples.batch in (None, len(made))
-                if is_full and any(made.is_in(some) for some in mine):
-                    found.append(made)
+            for first, last in samples.alike(left, right):
+                for start in range(first, last, step):
+                    made = Span(samples, start, min(start + step, last))
+                    is_full = samples.batch in (None, len(made))
+                    if is_full and any(made.is_in(some) for some in mine):
+                        found.append(made)
     return found
 
 

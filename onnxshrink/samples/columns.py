@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import tempfile
 import weakref
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +26,16 @@ __all__ = [
     "Expression",
     "Fitted",
     "Spool",
+    "Stacked",
     "Stored",
     "cast",
     "listing",
-    "open_arrays",
     "parse_expression",
-    "split_path",
 ]
 
 Array = NDArray[Any]
 Indices = NDArray[np.int64]
 
-MAPPED = 64 << 20
-"""Bytes from which a compressed array is unpacked to a temporary file."""
 UNNAMED = ""
 """Name of the array of a ``.npy``."""
 
@@ -52,19 +45,44 @@ class Column(ABC):
 
     Attributes:
         count: Number of samples.
-        shape: Shape of one sample.
+        shape: Shape of one sample; of the first, where they differ.
         dtype: Dtype of what ``rows`` returns.
+        shapes: The shapes that there are, where samples differ; else empty.
+        kinds: Which of them each sample has, int64 [count]; ``None`` where all are
+            alike.
     """
 
     count: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    kinds: Indices | None = None
 
     @abstractmethod
     def rows(self, indices: Indices) -> Array:
-        """Return [len(indices), *shape]; may be a view of the data."""
+        """Return [len(indices), *shape]; may be a view of the data.
+
+        Raises:
+            ModelError: The samples have different shapes, or cannot be read.
+        """
+
+    def digest(self, feed: Callable[[bytes], object]) -> None:
+        """Feed a hash with all that is in it."""
+        one = max(1, math.prod(self.shape) * self.dtype.itemsize)
+        step = max(1, (8 << 20) // one) if self.kinds is None else 1
+        feed(f"{self.dtype} {self.count} {self.shape}".encode())
+        for start in range(0, self.count, step):
+            stop = min(start + step, self.count)
+            values = self.rows(np.arange(start, stop))
+            if values.dtype.hasobject:
+                feed(repr(values.tolist()).encode())
+            else:
+                feed(f"{values.shape}".encode())
+                feed(np.ascontiguousarray(values).tobytes())
 
     def __str__(self) -> str:
+        if self.kinds is not None:
+            return f"{self.dtype}, {self.count} of {len(self.shapes)} shapes"
         return f"{self.dtype} [{', '.join(map(str, (self.count, *self.shape)))}]"
 
 
@@ -90,112 +108,34 @@ class Stored(Column):
         return np.asarray(self._array[indices])
 
 
-class Member(Column):
-    """An array inside a ``.npz``, mapped if stored plainly, else unpacked once."""
+class Stacked(Column):
+    """Columns of single numbers side by side: the features of a table."""
 
-    def __init__(self, path: Path, info: zipfile.ZipInfo) -> None:
-        self._path, self._info = path, info
-        self._array: Array | None = None
-        name = f"{path}: array {info.filename.removesuffix('.npy')!r}"
-        if info.flag_bits & 1:
-            raise ModelError(f"{name} is encrypted")
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open(info) as file:
-                shape, fortran, dtype, self._start = _npy_header(file)
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ModelError(f"{name} cannot be read: {error}") from error
-        if dtype.hasobject:
-            raise ModelError(f"{name} holds Python objects, which are never loaded")
-        self._whole, self._fortran = shape, fortran
-        self._nbytes = math.prod(shape) * dtype.itemsize
-        if self._start + self._nbytes != info.file_size:
-            raise ModelError(
-                f"{name} claims {self._nbytes:,} bytes of values and has "
-                f"{info.file_size - self._start:,}"
-            )
-        # Deflate never shrinks more than 1,032 to 1.
-        if info.file_size > 1100 * max(info.compress_size, 64):
-            raise ModelError(f"{name} claims to unpack to {info.file_size:,} bytes")
-        if not shape:
-            raise ModelError(f"{name} is a single value, not an array of samples")
-        self.count, self.shape, self.dtype = shape[0], tuple(shape[1:]), dtype
+    def __init__(self, columns: Sequence[Column], dtype: np.dtype[Any]) -> None:
+        """Join columns over the same samples, for an input of this dtype."""
+        self._columns = columns
+        self.count, self.shape = columns[0].count, (len(columns),)
+        self.dtype = np.result_type(*(column.dtype for column in columns))
+        if dtype.kind == "f":
+            self.dtype = np.result_type(self.dtype, np.float64)
 
     def rows(self, indices: Indices) -> Array:
-        if self._array is None:
-            self._array = self._read()
-        return np.asarray(self._array[indices])
-
-    def _read(self) -> Array:
-        order: Literal["C", "F"] = "F" if self._fortran else "C"
-        try:
-            if self._info.compress_type == zipfile.ZIP_STORED and self._nbytes:
-                with self._path.open("rb") as file:
-                    file.seek(self._info.header_offset + 26)
-                    sizes = file.read(4)
-                skip = int.from_bytes(sizes[:2], "little")
-                skip += int.from_bytes(sizes[2:], "little")
-                start = self._info.header_offset + 30 + skip + self._start
-                return np.memmap(
-                    self._path, self.dtype, "r", start, self._whole, order=order
-                )
-            with (
-                zipfile.ZipFile(self._path) as archive,
-                archive.open(self._info) as file,
-            ):
-                if self._nbytes < MAPPED:
-                    return np.asarray(
-                        np.lib.format.read_array(file, allow_pickle=False)
-                    )
-                # Lives as long as the mapping; it has no name on disk.
-                with tempfile.TemporaryFile() as scratch:
-                    shutil.copyfileobj(file, scratch, 1 << 20)
-                    return np.memmap(
-                        scratch, self.dtype, "r", self._start, self._whole, order=order
-                    )
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ModelError(
-                f"{self._path}: array {self._info.filename.removesuffix('.npy')!r} "
-                f"cannot be read: {error}"
-            ) from error
-
-
-def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return shape, Fortran order, dtype and bytes of the header of an npy stream."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"format version {version} is not supported")
-    return tuple(shape), fortran, dtype, file.tell()
-
-
-class Joined(Column):
-    """Several columns behind each other."""
-
-    def __init__(self, parts: Sequence[Column]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([part.count for part in parts])
-        self.count = int(self._ends[-1])
-        self.shape, self.dtype = parts[0].shape, parts[0].dtype
-
-    def rows(self, indices: Indices) -> Array:
-        out = np.empty((len(indices), *self.shape), self.dtype)
-        which = np.searchsorted(self._ends, indices, side="right")
-        for number in np.unique(which):
-            start = self._ends[number] - self._parts[number].count
-            chosen = which == number
-            out[chosen] = self._parts[number].rows(indices[chosen] - start)
-        return out
+        """Return the values of these samples, in this order."""
+        each = [column.rows(indices) for column in self._columns]
+        return np.stack(each, axis=1).astype(self.dtype, copy=False)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an expression: an operator of ``+-*/`` or ``@chw``, ``@mask``."""
+    """One step of an expression: an operator of ``+-*/`` or ``@chw``, ``@mask``.
+
+    Attributes:
+        what: The operator.
+        numbers: One, or one for each value along the last axis.
+    """
 
     what: str
-    number: float = 0.0
+    numbers: tuple[float, ...] = ()
 
 
 class Computed(Column):
@@ -206,25 +146,37 @@ class Computed(Column):
     ) -> None:
         self._source, self._steps, self._what = source, steps, what
         self.count, self.dtype = source.count, dtype
-        shape = list(source.shape)
         for step in steps:
             if step.what == "@chw":
-                if len(shape) < 2:
-                    raise UsageError(
-                        f"{what}: @chw needs samples with at least two axes, "
-                        f"these are {shape}"
-                    )
-                shape.insert(0, shape.pop())
-            elif step.what != "@mask" and source.dtype.kind not in "biuf":
+                continue
+            if step.what != "@mask" and source.dtype.kind not in "biuf":
                 raise UsageError(f"{what}: there is no arithmetic on {source.dtype}")
             elif dtype.kind in "iub" and (
-                step.what == "/" or not float(step.number).is_integer()
+                step.what == "/" or not all(n.is_integer() for n in step.numbers)
             ):
                 raise UsageError(
                     f"{what}: the input takes {dtype}, so it can be computed with "
                     "+, - and * of whole numbers only"
                 )
-        self.shape = tuple(shape)
+        self.shape, self.kinds = self._moved(source.shape), source.kinds
+        self.shapes = tuple(self._moved(shape) for shape in source.shapes)
+
+    def _moved(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that a sample has after the steps."""
+        for step in self._steps:
+            if step.what == "@chw":
+                if len(shape) < 2:
+                    raise UsageError(
+                        f"{self._what}: @chw needs samples with at least two axes, "
+                        f"these are {list(shape)}"
+                    )
+                shape = (shape[-1], *shape[:-1])
+            elif len(step.numbers) > 1 and shape[-1:] != (len(step.numbers),):
+                raise UsageError(
+                    f"{self._what}: there are {len(step.numbers)} numbers for "
+                    f"{shape[-1] if shape else 1} values along the last axis"
+                )
+        return shape
 
     def rows(self, indices: Indices) -> Array:
         """Return the values of these samples, in this order."""
@@ -240,7 +192,8 @@ class Computed(Column):
                 values = values != 0
                 continue
             values = values.astype(work, copy=False)
-            number = work.type(step.number)
+            number = np.array(step.numbers, np.float64).astype(work)
+            number = number[0] if len(number) == 1 else number
             if step.what == "+":
                 values = values + number
             elif step.what == "-":
@@ -274,11 +227,18 @@ class Fitted(Column):
     ) -> None:
         self._source, self._what = source, what
         self.count, self.shape, self.dtype = source.count, shape, dtype
+        self._added = len(shape) - len(source.shape)
+        self.kinds = source.kinds
+        if self.kinds is not None:
+            self.shapes = tuple((1,) * self._added + s for s in source.shapes)
 
     def rows(self, indices: Indices) -> Array:
         """Return the values of these samples, in this order."""
         values = self._source.rows(indices)
         fitted = cast(values, self.dtype, self._what)
+        if self.kinds is not None:
+            added = (1,) * self._added
+            return fitted.reshape(len(values), *added, *fitted.shape[1:])
         return fitted.reshape(len(values), *self.shape)
 
 
@@ -322,7 +282,7 @@ class Expression:
 
 
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+"
-_STEP = re.compile(rf"([-+*/])({_NUMBER})|(@\w+)")
+_STEP = re.compile(rf"([-+*/])((?:{_NUMBER})(?::(?:{_NUMBER}))*)|(@\w+)")
 
 
 def parse_expression(text: str, arrays: Mapping[str, Column], where: str) -> Expression:
@@ -347,13 +307,16 @@ def parse_expression(text: str, arrays: Mapping[str, Column], where: str) -> Exp
         match = _STEP.match(rest)
         if match is None or (match.group(3) or "@chw") not in ("@chw", "@mask"):
             raise UsageError(
-                f"{where}: cannot read {rest!r} in {text!r}; a step is +N, -N, *N, /N, "
-                "@chw or @mask"
+                f"{where}: cannot read {rest!r} in {text!r}; a step is +N, -N, *N, /N "
+                "(or a number for each channel, /N:N:N), @chw or @mask"
             )
         sign, operand, word = match.groups()
-        if sign == "/" and float(operand) == 0:
+        numbers = tuple(float(number) for number in (operand or "0").split(":"))
+        if not all(math.isfinite(number) for number in numbers):
+            raise UsageError(f"{where}: {text!r} holds a number out of range")
+        if sign == "/" and 0 in numbers:
             raise UsageError(f"{where}: {text!r} divides by zero")
-        steps.append(Step(word or sign, float(operand or 0)))
+        steps.append(Step(word or sign, numbers))
         rest = rest[match.end() :]
     return Expression(text, array, number, tuple(steps))
 
@@ -405,87 +368,3 @@ class Spool:
     def column(self) -> Column:
         """Return all that was collected as a column."""
         return Stored(self.whole())
-
-
-def _missing(path: str) -> ModelError:
-    siblings = []
-    parent = Path(path).parent
-    if parent.is_dir():
-        siblings = [str(parent / p.name) for p in parent.iterdir()]
-    return ModelError(f"{path} does not exist.{nearest(path, siblings)}")
-
-
-def split_path(text: str) -> tuple[Path, str | None]:
-    """Split ``path:words`` where the path exists; a colon may be part of it."""
-    if Path(text).exists():
-        return Path(text), None
-    for match in re.finditer(":", text):
-        path = Path(text[: match.start()])
-        if match.start() and path.exists():
-            return path, text[match.end() :]
-    raise _missing(text.partition(":")[0])
-
-
-def open_arrays(path: Path) -> dict[str, Column]:
-    """Open a file or folder of arrays; nothing is read yet."""
-    if not path.exists():
-        raise _missing(str(path))
-    if path.is_dir():
-        return _open_folder(path)
-    if path.suffix == ".npy":
-        return {UNNAMED: Stored(_open_npy(path))}
-    if path.suffix == ".npz":
-        return _open_npz(path)
-    raise ModelError(f"{path} is no data: give a .npz, a .npy, or a folder of either")
-
-
-def _open_npy(path: Path) -> Array:
-    try:
-        # A file cut short later would end the process when mapped pages are read; the
-        # user's own data is trusted that far.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(array, np.ndarray) or array.ndim == 0:
-        raise ModelError(f"{path} holds no array of samples")
-    return array
-
-
-def _open_npz(path: Path) -> dict[str, Column]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [i for i in archive.infolist() if i.filename.endswith(".npy")]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path} is not an .npz file: {error}") from error
-    arrays: dict[str, Column] = {}
-    for info in members:
-        name = info.filename.removesuffix(".npy")
-        arrays[name] = Member(path, info)
-    if not arrays:
-        raise ModelError(f"{path} holds no arrays")
-    return arrays
-
-
-def _open_folder(path: Path) -> dict[str, Column]:
-    packed = sorted(path.glob("*.npz"))
-    plain = sorted(path.glob("*.npy"))
-    if packed and plain:
-        raise ModelError(f"{path} mixes .npz and .npy files; use one kind")
-    if plain:
-        return {file.stem: Stored(_open_npy(file)) for file in plain}
-    if not packed:
-        raise ModelError(f"{path} holds no .npz or .npy files")
-    parts = [_open_npz(file) for file in packed]
-    for file, part in zip(packed, parts, strict=True):
-        if part.keys() != parts[0].keys():
-            raise ModelError(
-                f"{file} has arrays {sorted(part)}, {packed[0]} has {sorted(parts[0])}"
-            )
-        for name, column in part.items():
-            first = parts[0][name]
-            if column.shape != first.shape or column.dtype != first.dtype:
-                raise ModelError(
-                    f"{file}: {name!r} is {column}, in {packed[0]} it is {first}; pad "
-                    "the samples to one shape"
-                )
-    return {name: Joined([part[name] for part in parts]) for name in parts[0]}

@@ -1,9 +1,12 @@
 """Samples: what a model is fed with, read lazily.
 
-Plain data needs no words: a ``.npz`` with one array for each model input by name, a
-``.npy`` (or ``.npz`` with one array) for a model with one input, a folder of ``.npz``
-files that continue each other, or a folder with ``<input>.npy`` for each input. The
-first axis counts samples. An array called ``labels`` holds labels.
+Plain data needs no words: a ``.npz`` (``.safetensors``, ``.parquet``, ``.csv``) with
+one array or column for each model input by name, a ``.npy`` (or an ``.npz`` with one
+array) for a model with one input, a folder of ``.npz`` files that continue each other
+or are a sample each, a folder with ``<input>.npy`` for each input or a ``.npy`` for
+each sample, or a folder of images. The first axis counts samples. An array called
+``labels`` (or ``label``, ``target``, ``targets``, ``y``, ``class``, which is said)
+holds labels.
 
 Anything else is said after the path (``--data`` and ``--eval``):
 
@@ -14,7 +17,8 @@ Anything else is said after the path (``--data`` and ``--eval``):
 Each part is ``name=value``: a model input (or the labels' key), then an array of the
 file or a number, then steps taken from left to right:
 
-    +N -N *N /N   arithmetic, in the dtype of the input; ``/`` only for float inputs
+    +N -N *N /N   arithmetic, in the dtype of the input; ``/`` only for float inputs;
+                  ``/N:N:N`` has a number for each value along the last axis
     @chw          move the last axis (channels) in front of the others
     @mask         1 where the value is not zero, else 0
 
@@ -26,10 +30,12 @@ are stored flat, where the element count fits the input exactly.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,19 +51,20 @@ from onnxshrink.samples.columns import (
     Expression,
     Fitted,
     Indices,
-    Spool,
+    Stacked,
     Stored,
     listing,
-    open_arrays,
     parse_expression,
-    split_path,
 )
+from onnxshrink.samples.given import columns_of
 from onnxshrink.samples.random_inputs import (
     RandomColumn,
     index_limits,
     input_dtype,
     random_shapes,
 )
+from onnxshrink.samples.records import Lengths, Mode, Padded, Records
+from onnxshrink.samples.sources import open_arrays, split_path
 
 if TYPE_CHECKING:
     from onnxshrink.model import Model, ValueInfo
@@ -65,6 +72,10 @@ if TYPE_CHECKING:
 __all__ = ["Samples"]
 
 _LABELS = "labels"
+_WHOLE = (("b", "f"), ("i", "f"), ("u", "f"))
+"""Kinds of dtypes of which single numbers become floats without being asked."""
+_OTHER_LABELS = ("label", "target", "targets", "y", "class")
+"""Names under which labels are found where the model has no such input."""
 
 
 # --- samples ----------------------------------------------------------------------
@@ -74,8 +85,10 @@ _LABELS = "labels"
 class Samples:
     """Named arrays over the same samples, read when a batch is asked for.
 
-    Made by ``from_path``, ``from_arrays``, ``from_batches`` or ``random``, then tied to
-    a model's inputs with ``bind``. ``take`` gives a part, without copying data.
+    Made by ``of``, ``from_path``, ``from_arrays``, ``from_batches`` or ``random_for``,
+    then tied to a model's inputs with ``bind``. ``take`` gives a part, without copying
+    data. Samples may differ in shape: they are filled up where the model has a mask for
+    that, else those of one shape run together.
 
     Attributes:
         source: Where it came from, in words.
@@ -95,34 +108,50 @@ class Samples:
     notes: tuple[str, ...] = ()
     _bound: bool = False
     _taken: bool = False
+    _kinds: Indices | None = None
+    _memo: dict[str, str] = field(default_factory=dict)
+    _path: Path | None = None
 
     # --- making -------------------------------------------------------------------
 
     @classmethod
-    def of(cls, data: Any, labels: str | None = None) -> Samples:
+    def of(
+        cls,
+        data: Any,
+        labels: str | None = None,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> Samples:
         """Make samples of whatever the Python API takes.
 
         Args:
             data: ``Samples``; text or a path as on the command line; a mapping of
-                arrays; one array; or an iterable of batches.
+                arrays; one array; a pair ``(x, y)``; a frame or table; or an iterable
+                of batches or rows, each a mapping, a pair, or one array. Arrays may be
+                tensors of any framework.
             labels: Key of the labels; ``None`` takes ``labels`` if there is such.
+            transform: What to do to each item of an iterable or, where there are
+                columns, to each row, before it is taken.
+
+        Raises:
+            UsageError: It is none of these.
+            ModelError: It cannot be read.
         """
         if isinstance(data, Samples):
             return data
         if isinstance(data, (str, Path)):
+            if transform is not None:
+                found = cls.from_path(data, labels)
+                source, columns = columns_of(
+                    {**found._columns, **found._labelled()}, transform
+                )
+                return cls._made(found.source, columns, None, labels)
             return cls.from_path(data, labels)
-        if isinstance(data, (Mapping, np.ndarray)):
-            return cls.from_arrays(data, labels)
-        if isinstance(data, Iterable):
-            return cls.from_batches(data, labels)
-        raise UsageError(
-            f"cannot read samples from {type(data).__name__}; give a path, arrays by "
-            "input name, one array, or an iterable of batches"
-        )
+        source, columns = columns_of(data, transform)
+        return cls._made(source, columns, None, labels)
 
     @classmethod
     def from_path(cls, text: str | Path, labels: str | None = None) -> Samples:
-        """Open a file or folder; nothing but headers is read.
+        """Open a file or folder; of arrays nothing but headers is read.
 
         Args:
             text: Path, optionally ``path:name=value,...`` as in the module's text.
@@ -133,61 +162,54 @@ class Samples:
             ModelError: A file cannot be read.
         """
         path, words = split_path(str(text))
-        arrays = open_arrays(path)
-        if words is None:
-            return cls._made(str(path), arrays, None, labels)
-        expressions: dict[str, Expression] = {}
-        for word in words.split(","):
+        parts: dict[str, str] = {}
+        for word in [] if words is None else words.split(","):
             key, equals, value = word.partition("=")
             if not equals or not key or not value:
                 raise UsageError(
                     f"{text}: cannot read {word!r}; each part after the path is "
                     "name=array, such as image=train_x/255"
                 )
-            if key in expressions:
+            if key in parts:
                 raise UsageError(f"{text}: {key!r} is given twice")
-            expressions[key] = parse_expression(value, arrays, f"{path}, {key}")
-        return cls._made(str(text), arrays, expressions, labels)
+            parts[key] = value
+        edge = None
+        if path.is_dir() and "edge" in parts:
+            edge = _whole_number(parts.pop("edge"), f"{text}: edge")
+        notes: list[str] = []
+        arrays = open_arrays(path, edge, notes)
+        source = str(path if words is None else text)
+        if not parts:
+            found = cls._made(source, arrays, None, labels)
+        else:
+            expressions = {
+                key: parse_expression(value, arrays, f"{path}, {key}")
+                for key, value in parts.items()
+            }
+            # Folders and file lists label their files: nobody has to say so.
+            given = path.is_dir() and UNNAMED not in arrays and "labels" in arrays
+            mine = labels or (_LABELS if given and _LABELS not in parts else None)
+            found = cls._made(source, arrays, expressions, mine)
+        return replace(found, notes=tuple(notes), _path=path)
 
     @classmethod
     def from_arrays(
-        cls, arrays: Mapping[str, Array] | Array, labels: str | None = None
+        cls, arrays: Mapping[str, Any] | Any, labels: str | None = None
     ) -> Samples:
         """Take arrays by input name, or one array; they are not copied."""
-        given = {UNNAMED: arrays} if isinstance(arrays, np.ndarray) else arrays
-        columns: dict[str, Column] = {}
-        for name, array in given.items():
-            try:
-                columns[name] = Stored(np.asarray(array))
-            except ModelError as error:
-                raise ModelError(f"array {name!r}: {error}") from error
-        return cls._made("arrays", columns, None, labels)
+        source, columns = columns_of(arrays)
+        return cls._made(source, columns, None, labels)
 
     @classmethod
     def from_batches(cls, batches: Iterable[Any], labels: str | None = None) -> Samples:
-        """Take an iterable of batches, each a mapping of arrays or one array.
+        """Take an iterable of batches or rows: mappings, pairs ``(x, y)``, or arrays.
 
-        The batches are kept in a temporary file, because samples are read more than
-        once and not in their order.
+        They are kept in a temporary file, because samples are read more than once and
+        not in their order. Which of the two they are shows when they are tied to a
+        model.
         """
-        spools: dict[str, Spool] = {}
-        count = 0
-        for number, batch in enumerate(batches):
-            given = batch if isinstance(batch, Mapping) else {UNNAMED: batch}
-            if number and given.keys() != spools.keys():
-                raise ModelError(
-                    f"batch {number} has arrays {sorted(given)}, the first had "
-                    f"{sorted(spools)}"
-                )
-            for name, array in given.items():
-                if name not in spools:
-                    spools[name] = Spool(name)
-                spools[name].add(np.asarray(array), number)
-            count += 1
-        if not count:
-            raise ModelError("the iterable gave no batch")
-        columns = {name: spool.column() for name, spool in spools.items()}
-        return cls._made(f"{count} batches", columns, None, labels)
+        source, columns = columns_of(iter(batches))
+        return cls._made(source, columns, None, labels)
 
     @classmethod
     def _made(
@@ -222,7 +244,7 @@ class Samples:
         if expressions is not None:
             names = {e.array for e in expressions.values()}
             used = {name: c for name, c in columns.items() if name in names}
-        if not used and not (expressions is not None and expressions):
+        if not used and not expressions:
             raise ModelError(f"{source} holds no array of samples")
         if not used:
             raise UsageError(f"{source}: at least one input needs an array")
@@ -311,7 +333,7 @@ class Samples:
     @property
     def labels(self) -> Array | None:
         """Labels in the order of the samples, or ``None``."""
-        if self._labels is None:
+        if self._labels is None or isinstance(self._labels, Records):
             return None
         labels = self._labels.rows(self._indices)
         if labels.dtype.kind == "f" and np.isnan(labels).any():
@@ -381,14 +403,72 @@ class Samples:
     def spans(self, size: int = 32) -> Iterator[tuple[int, int]]:
         """Yield the positions [start, stop) of each batch that ``batches`` gives."""
         step = self.batch or max(1, size)
-        for start in range(0, len(self), step):
-            stop = min(start + step, len(self))
-            if self.batch is None or stop - start == self.batch:
+        for first, last in self.alike(0, len(self)):
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                if self.batch is None or stop - start == self.batch:
+                    yield start, stop
+
+    def alike(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut the positions [start, stop) where the shape of the samples changes."""
+        if self._kinds is None:
+            if start < stop:
                 yield start, stop
+            return
+        kinds = self._kinds[self._indices[start:stop]]
+        ends = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+        for first, last in pairwise(ends):
+            if first < last:
+                yield start + first, start + last
+
+    def first(self, size: int) -> dict[str, Array]:
+        """Return the feed of the first batch of at most so many samples."""
+        return next(self.batches(size))
+
+    def grouped(self) -> Samples:
+        """Return the same samples, those of one shape behind each other."""
+        if self._kinds is None:
+            return self
+        kinds = self._kinds[self._indices]
+        return self.take(np.argsort(kinds, kind="stable"))
+
+    @property
+    def varied(self) -> bool:
+        """Whether samples differ in shape, so that not all run in one batch."""
+        return self._kinds is not None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all values and labels of the source, in its order.
+
+        Of a file it is that of the file, as ``sha256sum`` gives it.
+
+        Raises:
+            ModelError: The data cannot be read.
+        """
+        if "digest" not in self._memo:
+            found = hashlib.sha256()
+            if self._path is not None and self._path.is_file():
+                _feed_file(found.update, self._path)
+            elif self.random:
+                found.update(self.source.encode())
+            else:
+                for name, column in sorted(self._columns.items()):
+                    found.update(name.encode(errors="replace"))
+                    column.digest(found.update)
+                if self._labels is not None:
+                    self._labels.digest(found.update)
+            self._memo["digest"] = found.hexdigest()
+        return self._memo["digest"]
+
+    def _labelled(self) -> dict[str, Column]:
+        return {} if self._labels is None else {_LABELS: self._labels}
 
     @property
     def used(self) -> int:
         """How many samples ``batches`` gives."""
+        if self.batch and self._kinds is not None:
+            return sum(stop - start for start, stop in self.spans())
         return len(self) // self.batch * self.batch if self.batch else len(self)
 
     def to_json(self) -> dict[str, object]:
@@ -398,6 +478,7 @@ class Samples:
             "samples": len(self),
             "random": self.random,
             "labels": self._labels is not None,
+            "sha256": self.digest,
             "notes": list(self.notes),
         }
 
@@ -420,8 +501,15 @@ class Samples:
             return self
         if not inputs:
             raise ModelError("the model has no inputs, so it cannot be fed")
-        notes: list[str] = []
+        notes: list[str] = list(self.notes)
+        found = self._with_labels(inputs, notes)
+        return found._tied(inputs, notes)
+
+    def _tied(self, inputs: Sequence[ValueInfo], notes: list[str]) -> Samples:
         chosen = self._chosen(inputs, notes)
+        chosen, mode = self._settled(inputs, chosen)
+        labels = _settled_labels(self._labels, mode, notes)
+        chosen = self._filled(inputs, chosen, notes)
         columns: dict[str, Column] = {}
         whole: dict[str, bool] = {}
         for info in inputs:
@@ -437,7 +525,8 @@ class Samples:
         count = next(iter(counts.values()), len(self))
         if count == 0:
             raise ModelError(f"{self.source} holds no samples")
-        _check_labels(self._labels, count, self.source)
+        _check_labels(labels, count, self.source)
+        kinds = _joint_kinds(columns, notes)
         sizes = _symbols(inputs, columns, whole, self.source)
         alone = any(whole.values())
         for info in inputs:
@@ -459,6 +548,8 @@ class Samples:
             }
         return replace(
             self,
+            _labels=labels,
+            _kinds=kinds,
             _columns={info.name: columns[info.name] for info in inputs},
             _expressions=None,
             _indices=self._indices if self._taken else np.arange(count),
@@ -473,6 +564,16 @@ class Samples:
     ) -> dict[str, tuple[Expression | None, Column | None]]:
         """Find for each input its array (or a number) and what to do to it."""
         names = [info.name for info in inputs]
+        wide = self._side_by_side(inputs, notes)
+        if wide is not None:
+            return {inputs[0].name: (None, wide)}
+        by_place = self._by_place()
+        if by_place and len(by_place) != len(inputs):
+            raise UsageError(
+                f"{self.source}: items of {len(by_place)} arrays without names, and "
+                f"the model takes {len(inputs)} inputs: {', '.join(names)}; give the "
+                "inputs in their order, with labels behind them or not, or a mapping"
+            )
         if self._expressions is not None:
             for key in self._expressions:
                 if key not in names:
@@ -488,18 +589,186 @@ class Samples:
                 chosen[info.name] = expression, column
             elif self._expressions is None and info.name in self._columns:
                 chosen[info.name] = None, self._columns[info.name]
+            elif by_place:
+                place = len(chosen)
+                chosen[info.name] = None, self._columns[by_place[place]]
+            elif "mask" in info.name.lower() and any(
+                isinstance(column, Records) for column in self._columns.values()
+            ):
+                chosen[info.name] = None, None  # found by ``_filled``
             elif (
                 self._expressions is None
                 and len(inputs) == 1
-                and len(self._columns) == 1
+                and (len(self._columns) == 1 or UNNAMED in self._columns)
             ):
-                (only,) = self._columns
+                only = (
+                    UNNAMED if UNNAMED in self._columns else next(iter(self._columns))
+                )
                 if only not in (UNNAMED, "arr_0"):
                     notes.append(f"array {only!r} feeds the only input {info.name!r}")
                 chosen[info.name] = None, self._columns[only]
             else:
                 raise UsageError(self._missing(info.name))
+        if self._expressions is None and not by_place:
+            unused = [name for name in self._columns if name and name not in chosen]
+            if unused and UNNAMED not in self._columns and len(self._columns) > 1:
+                shown = ", ".join(map(repr, unused[:8]))
+                more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+                notes.append(f"nothing uses {shown}{more}")
         return chosen
+
+    def _by_place(self) -> list[str]:
+        """Return the names of columns that have only their place, in order."""
+        found = [name for name in self._columns if name.startswith("#")]
+        return found if self._expressions is None else []
+
+    def _with_labels(self, inputs: Sequence[ValueInfo], notes: list[str]) -> Samples:
+        """Find labels that nobody named."""
+        names = {info.name for info in inputs}
+        if self._expressions is not None or UNNAMED in self._columns:
+            return self
+        columns = dict(self._columns)
+        if self._labels is not None:
+            if _LABELS in names and _LABELS not in columns and not self._taken:
+                columns[_LABELS] = self._labels  # the model's own input
+                return replace(self, _labels=None, _columns=columns)
+            return self
+        by_place = self._by_place()
+        if by_place and len(by_place) == len(inputs) + 1:
+            label = by_place[-1]
+            found = columns.pop(label)
+            return replace(self, _labels=found, _columns=columns)
+        for label in columns:
+            if label not in names and label.lower() in _OTHER_LABELS:
+                if len(columns) == 1:
+                    break
+                notes.append(f"labels: taken from {label!r}")
+                found = columns.pop(label)
+                return replace(self, _labels=found, _columns=columns)
+        return self
+
+    def _side_by_side(
+        self, inputs: Sequence[ValueInfo], notes: list[str]
+    ) -> Column | None:
+        """Join the columns of a table for the only input, which has none by name."""
+        names = list(self._columns)
+        if len(inputs) != 1 or self._expressions is not None or len(names) < 2:
+            return None
+        (info,) = inputs
+        if info.name in names or info.shape is None or len(info.shape) != 2:
+            return None
+        columns = list(self._columns.values())
+        numbers = all(
+            column.shape == ()
+            and column.dtype.kind in "biuf"
+            and not isinstance(column, Records)
+            for column in columns
+        )
+        width = info.shape[1]
+        if not numbers or (isinstance(width, int) and width != len(names)):
+            return None
+        if len({column.count for column in columns}) > 1:
+            return None
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        notes.append(f"{info.name}: the columns {shown} side by side")
+        return Stacked(columns, input_dtype(info))
+
+    def _settled(
+        self,
+        inputs: Sequence[ValueInfo],
+        chosen: Mapping[str, tuple[Expression | None, Column | None]],
+    ) -> tuple[dict[str, tuple[Expression | None, Column | None]], Mode]:
+        """Say of items whether they are batches or samples: what fits the model."""
+        recorded = [
+            info for info in inputs if isinstance(chosen[info.name][1], Records)
+        ]
+        if not recorded:
+            return dict(chosen), "row"
+        can_fill = any("mask" in info.name.lower() for info in inputs)
+        costs: dict[Mode, int] = {}
+        modes: tuple[Mode, ...] = ("batch", "row")
+        for mode in modes:
+            cost = 0
+            for info in recorded:
+                expression, records = chosen[info.name]
+                assert isinstance(records, Records)
+                one = _cost(info, expression, records, mode, can_fill, self.source)
+                if one is None:
+                    break
+                cost += one
+            else:
+                costs[mode] = cost
+        if costs:
+            best = min(costs, key=lambda mode: costs[mode])
+        else:
+            info = recorded[0]
+            ndim = len(next(iter(chosen[info.name][1].item_shapes)))  # type: ignore[union-attr]
+            rank = len(info.shape) if info.shape is not None else ndim
+            best = "row" if ndim < rank else "batch"
+        settled = {
+            name: (e, c.column(best) if isinstance(c, Records) else c)
+            for name, (e, c) in chosen.items()
+        }
+        return settled, best
+
+    def _filled(
+        self,
+        inputs: Sequence[ValueInfo],
+        chosen: Mapping[str, tuple[Expression | None, Column | None]],
+        notes: list[str],
+    ) -> dict[str, tuple[Expression | None, Column | None]]:
+        """Fill samples up to one shape where the model has a mask for that."""
+        filled = dict(chosen)
+        masks = [info for info in inputs if "mask" in info.name.lower()]
+        wanted = [i for i in masks if chosen[i.name] == (None, None)]
+        varied = {
+            info.name: column
+            for info in inputs
+            if (column := chosen[info.name][1]) is not None and column.kinds is not None
+        }
+        covering = [i for i in masks if i in wanted or i.name in varied]
+        if not covering:
+            return filled
+        for info in inputs:
+            column = varied.get(info.name)
+            if column is None:
+                continue
+            if len({len(shape) for shape in column.shapes}) > 1:
+                raise UsageError(
+                    f"{self.source}: samples of {info.name!r} differ in their number "
+                    "of axes"
+                )
+            dims = (info.shape or ())[1:] or (None,) * len(column.shape)
+            most = [max(sizes) for sizes in zip(*column.shapes, strict=True)]
+            target = tuple(
+                dim if isinstance(dim, int) and dim >= size else size
+                for dim, size in zip(dims, most, strict=False)
+            )
+            if len(target) != len(most):
+                target = tuple(most)
+            filled[info.name] = chosen[info.name][0], Padded(column, target)
+            least = min(math.prod(shape) for shape in column.shapes)
+            notes.append(
+                f"{info.name}: samples of {least} to {math.prod(most)} values filled "
+                f"up with zeros to {list(target)}, which {covering[0].name!r} covers"
+            )
+        for info in wanted:
+            rank = len(info.shape or ()) - 1
+            like = next(
+                (
+                    name
+                    for name, (_, column) in filled.items()
+                    if column is not None and len(column.shape) == rank
+                ),
+                None,
+            )
+            if like is None:
+                raise UsageError(self._missing(info.name))
+            source = varied.get(like) or filled[like][1]
+            shape = filled[like][1].shape  # type: ignore[union-attr]  # see above
+            filled[info.name] = None, Lengths(source, shape)  # type: ignore[arg-type]
+            notes.append(f"{info.name}: ones where {like!r} has values")
+        return filled
 
     def _missing(self, name: str) -> str:
         known = [n for n in self._columns if n]
@@ -537,6 +806,9 @@ class Samples:
                 target = dtype if expression.arithmetic else column.dtype
                 column = Computed(column, expression.steps, target, what)
         change = _dtype_change(column.dtype, dtype)
+        is_table = column.shape == () or isinstance(column, Lengths)
+        if change is None and is_table and (column.dtype.kind, dtype.kind) in _WHOLE:
+            change = "taken as"
         if change is None:
             raise UsageError(
                 f"{what}: array {name or 'given'!r} holds {column.dtype} and the input "
@@ -544,12 +816,22 @@ class Samples:
             )
         if change:
             notes.append(f"{info.name}: {column.dtype} {change} {dtype}")
-        shape, alone, note = _fitting(info, column)
-        if shape is None:
+        found = [_fitting(info, shape) for shape in column.shapes or (column.shape,)]
+        for given, (shape, _, _) in zip(
+            column.shapes or (column.shape,), found, strict=True
+        ):
+            if shape is None or (column.kinds is not None and shape != given):
+                raise UsageError(
+                    f"{what}: samples of shape {list(given)} do not fit the input "
+                    f"{describe(info)}{_layout_advice(info, given)}"
+                )
+        if len({alone for _, alone, _ in found}) > 1:
             raise UsageError(
-                f"{what}: samples of shape {list(column.shape)} do not fit the input "
-                f"{describe(info)}{_layout_advice(info, column.shape)}"
+                f"{what}: some samples are whole feeds of {describe(info)} and others "
+                "are not"
             )
+        shape, alone, note = found[0]
+        assert shape is not None
         if note:
             notes.append(f"{info.name}: {note}")
         return Fitted(column, shape, dtype, what), alone
@@ -604,6 +886,95 @@ class Samples:
         return batch
 
 
+def _whole_number(text: str, what: str) -> int:
+    if not text.isdigit() or len(text) > 6:
+        raise UsageError(f"{what} is a whole number, not {text!r}")
+    return int(text)
+
+
+def _feed_file(feed: Callable[[bytes], object], path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                feed(piece)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _cost(
+    info: ValueInfo,
+    expression: Expression | None,
+    records: Records,
+    mode: Mode,
+    can_fill: bool,
+    source: str,
+) -> int | None:
+    """Return how far items are from an input, as batches or samples; ``None``: no."""
+    if mode == "batch" and () in records.item_shapes:
+        return None
+    cost = 0
+    for item in records.item_shapes:
+        shape = item[1:] if mode == "batch" else item
+        if expression is not None and expression.steps:
+            one = np.zeros((1, *shape), records.dtype)
+            try:
+                shape = Computed(
+                    Stored(one), expression.steps, records.dtype, source
+                ).shape
+            except UsageError:
+                return None
+        fitted, alone, note = _fitting(info, shape)
+        if fitted is None:
+            dims = (info.shape or ())[1:]
+            fills = len(dims) == len(shape) and all(
+                not isinstance(dim, int) or size <= dim
+                for dim, size in zip(dims, shape, strict=True)
+            )
+            if not can_fill or not fills:
+                return None
+            cost = max(cost, 3)
+        cost = max(cost, 2 * alone, int(bool(note)))
+    return cost
+
+
+def _settled_labels(
+    labels: Column | None, mode: Mode, notes: list[str]
+) -> Column | None:
+    """Return labels as what their items are, beside items that are in this mode."""
+    if isinstance(labels, Records):
+        one = mode == "row" or () in labels.item_shapes
+        labels = labels.column("row" if one else "batch")
+    if labels is not None and labels.kinds is not None:
+        notes.append("labels: they differ in shape, so nothing is measured with them")
+        return None
+    if labels is not None and labels.shape == (1,):
+        return Fitted(labels, (), labels.dtype, "labels")
+    return labels
+
+
+def _joint_kinds(columns: Mapping[str, Column], notes: list[str]) -> Indices | None:
+    """Return a number for each sample, the same for those that run together."""
+    varied = {name: c for name, c in columns.items() if c.kinds is not None}
+    if not varied:
+        return None
+    sizes = []
+    kinds = []
+    for column in varied.values():
+        assert column.kinds is not None
+        kinds.append(column.kinds)
+        each = np.array([math.prod(shape) for shape in column.shapes], np.int64)
+        sizes.append(each[column.kinds])
+    # Short ones first: where two have one shape, in all inputs, the number is the same.
+    stacked = np.stack([np.sum(sizes, axis=0), *kinds], axis=1)
+    _, joint = np.unique(stacked, axis=0, return_inverse=True)
+    count = int(joint.max()) + 1
+    notes.append(
+        f"{', '.join(varied)}: samples of {count} shapes; "
+        "those of one shape run together"
+    )
+    return np.asarray(joint, np.int64).reshape(-1)
+
+
 def _check_labels(labels: Column | None, count: int, source: str) -> None:
     if labels is not None and labels.count != count:
         raise ModelError(f"{source}: {labels.count} labels for {count} samples")
@@ -621,17 +992,19 @@ def _dtype_change(given: np.dtype[Any], wanted: np.dtype[Any]) -> str | None:
     if given.kind in "iub" and wanted.kind in "iub":
         exact = np.can_cast(given, wanted, "safe")
         return "widened to" if exact else "checked to fit"
+    if given.name == "bfloat16" and wanted.kind == "f":
+        return "widened to"
     if given.kind == "f" and (wanted.kind == "f" or wanted.name == "bfloat16"):
         return "widened to" if np.can_cast(given, wanted, "safe") else "rounded to"
     return None
 
 
 def _fitting(
-    info: ValueInfo, column: Column
+    info: ValueInfo, given: tuple[int, ...]
 ) -> tuple[tuple[int, ...] | None, bool, str]:
     """Return the shape of one sample for an input, whether it is whole, and a note."""
     if info.shape is None:
-        return column.shape, False, ""
+        return given, False, ""
     wanted = info.shape
 
     def fits(shape: Sequence[int], dims: Sequence[int | str | None]) -> bool:
@@ -640,24 +1013,24 @@ def _fitting(
             for dim, size in zip(dims, shape, strict=True)
         )
 
-    if wanted and fits(column.shape, wanted[1:]):
-        return column.shape, False, ""
-    if fits(column.shape, wanted):
-        return column.shape, True, "each sample is a whole feed, batch axis included"
+    if wanted and fits(given, wanted[1:]):
+        return given, False, ""
+    if fits(given, wanted):
+        return given, True, "each sample is a whole feed, batch axis included"
     dims = wanted[1:]
     if not wanted or not all(isinstance(dim, int) for dim in dims):
         return None, False, ""
     target = tuple(int(dim) for dim in dims if isinstance(dim, int))
-    if math.prod(target) != math.prod(column.shape):
+    if math.prod(target) != math.prod(given):
         return None, False, ""
 
     def core(shape: Sequence[int]) -> list[int]:
         return [size for size in shape if size != 1]
 
-    flat = len(core(column.shape)) <= 1 or len(core(target)) <= 1
-    if core(column.shape) != core(target) and not flat:
+    flat = len(core(given)) <= 1 or len(core(target)) <= 1
+    if core(given) != core(target) and not flat:
         return None, False, ""
-    return target, False, f"samples {list(column.shape)} reshaped to {list(target)}"
+    return target, False, f"samples {list(given)} reshaped to {list(target)}"
 
 
 def _layout_advice(info: ValueInfo, shape: tuple[int, ...]) -> str:
@@ -682,6 +1055,8 @@ def _symbols(
     for info in inputs:
         if info.name not in columns or info.shape is None:
             continue
+        if columns[info.name].kinds is not None:
+            continue  # see ``_joint_kinds``
         dims = info.shape if whole[info.name] else info.shape[1:]
         for dim, size in zip(dims, columns[info.name].shape, strict=False):
             if not isinstance(dim, str):

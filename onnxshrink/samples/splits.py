@@ -117,12 +117,15 @@ class Splits:
                 f"evaluation is {count} of {count + len(pool)} samples, held out by a "
                 f"permutation with seed {seed}"
             )
-        parts = _divide(pool, calibration_size)
+        parts = [
+            part if part is None else part.grouped()
+            for part in (*_divide(pool, calibration_size), held)
+        ]
         return cls(
             calibration=parts[0],
             training=parts[1],
             validation=parts[2],
-            evaluation=held,
+            evaluation=parts[3],
             how=how,
         )
 

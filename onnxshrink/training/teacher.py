@@ -20,7 +20,7 @@ import json
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
 from onnxshrink.files import replacing
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
-from onnxshrink.samples.columns import Column, open_arrays
+from onnxshrink.samples.columns import Column
+from onnxshrink.samples.sources import open_arrays
 from onnxshrink.structure.inferred import value_infos
 from onnxshrink.tensors import numpy_type
 
@@ -118,10 +119,9 @@ def answers(
         step = max(
             1, min(step, _OUTPUT_BYTES // max(1, sum(map(_nbytes, given.values()))))
         )
-    for start in range(0, total, step):
-        stop = min(start + step, total)
+    for start, stop in _stretches(samples, step):
         # Repeat the last sample where a fixed batch is not full.
-        chosen = np.minimum(np.arange(start, start + step), total - 1)
+        chosen = np.minimum(np.arange(start, start + step), stop - 1)
         chosen = chosen if samples.batch else chosen[: stop - start]
         given = session.run(samples.read(chosen), names)
         for name in names:
@@ -145,6 +145,13 @@ def answers(
         if progress is not None:
             progress(stop, total, "teacher")
     return kept
+
+
+def _stretches(samples: Samples, step: int) -> Iterator[tuple[int, int]]:
+    """Yield the positions [start, stop) of all samples, so many of one shape each."""
+    for first, last in samples.alike(0, len(samples)):
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
 
 
 def _counted(name: str, value: Any, count: int, whole: bool) -> Array:
@@ -236,8 +243,7 @@ def checksums(samples: Samples) -> Array:
     """Return the CRC-32 of what each sample feeds, uint32 [samples]."""
     found = np.zeros(len(samples), np.uint32)
     step = _batch_of(samples)
-    for start in range(0, len(samples), step):
-        stop = min(start + step, len(samples))
+    for start, stop in _stretches(samples, step):
         if samples.whole:
             feeds = [
                 [np.ascontiguousarray(v) for v in samples.read([at]).values()]

@@ -161,7 +161,7 @@ def _data(path: Path) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
 
 
 def _decoded(data: Array, offsets: Array) -> Array:
-    from PIL import Image  # type: ignore[import-not-found]  # only for JPEG
+    from PIL import Image
 
     images = []
     for first, last in itertools.pairwise(offsets):
