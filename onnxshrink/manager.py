@@ -1190,6 +1190,7 @@ def shrink(
     data: Any = None,
     evaluation: Any = None,
     labels: str | None = None,
+    transform: Callable[[Any], Any] | None = None,
     budget: Budget | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -1201,9 +1202,11 @@ def shrink(
         model: A path, bytes, a ModelProto, a Model or a framework's export result.
         passes: Pipeline text, passes, or a pipeline.
         data: Samples for calibration and training: a path as on the command line, a
-            mapping of arrays by input name, an array, ``Samples`` or ``Splits``.
+            mapping of arrays by input name, an array or tensor, a pair ``(x, y)``, a
+            frame, an iterable of batches or rows, ``Samples`` or ``Splits``.
         evaluation: Samples that only measure; by default a part of ``data``.
         labels: Key of the labels in ``data`` and ``evaluation``.
+        transform: What to do to each item of the data, see ``Samples.of``.
         budget: What each pass may cost.
         output: Where to write; without it the model is only returned.
         resume: Continue an interrupted run, see ``PassManager.run``.
@@ -1223,8 +1226,14 @@ def shrink(
     splits = data if isinstance(data, Splits) else None
     with runtime.custom_operators(options.get("custom_ops", ())):
         loaded = model if isinstance(model, Model) else Model.load(model)
-        if splits is None and data is not None:
-            seed = int(options.get("seed", 0))
-            splits = Splits.build(loaded, data, evaluation, labels=labels, seed=seed)
+        if splits is None and (data is not None or evaluation is not None):
+            splits = Splits.build(
+                loaded,
+                data,
+                evaluation,
+                labels=labels,
+                transform=transform,
+                seed=int(options.get("seed", 0)),
+            )
         manager = PassManager(pipeline, splits=splits, budget=budget, **options)
         return manager.run(loaded, output, resume=resume)

@@ -341,9 +341,16 @@ class _Training:
         folder: Path,
     ) -> None:
         self.options, self.model, self.ctx = options, model, ctx
-        self.training = training
         self.notes: list[str] = []
         held = ctx.samples.validation
+        if training.varied:
+            every, training = len(training), training.commonest()
+            held = None if held is None else held.commonest()
+            self.notes.append(
+                "a training step takes one shape: it learns from the "
+                f"{len(training):,} of {every:,} samples that have the commonest one"
+            )
+        self.training = training
         if held is None or not held.used:
             held = training
             self.notes.append(

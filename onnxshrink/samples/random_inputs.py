@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import onnx
 
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.samples.columns import Array, Column, Indices
+from onnxshrink.terminal import size_text
 
 if TYPE_CHECKING:
     from onnxshrink.model import Model, ValueInfo
@@ -19,7 +21,18 @@ if TYPE_CHECKING:
 _LARGEST = 2 << 30
 """Bytes of one random input; a file can ask for any number."""
 
-__all__ = ["RandomColumn", "index_limits", "input_dtype", "random_shapes"]
+__all__ = [
+    "MAX_INPUT_BYTES",
+    "RandomColumn",
+    "check_sizes",
+    "index_limits",
+    "input_dtype",
+    "random_shapes",
+]
+
+MAX_INPUT_BYTES = 1 << 30
+"""Bytes of one set of inputs that a model's word is enough for."""
+_ADDRESSABLE = 1 << 46
 
 
 def input_dtype(info: ValueInfo) -> np.dtype[Any]:
@@ -142,6 +155,39 @@ def random_shapes(
 
 def _itemsize(info: ValueInfo) -> int:
     return input_dtype(info).itemsize if info.data_type and info.kind == "tensor" else 1
+
+
+def check_sizes(
+    inputs: Sequence[ValueInfo],
+    sizes: Mapping[str, Sequence[int]],
+    given: Mapping[str, object],
+    most: int,
+) -> None:
+    """Refuse inputs that are larger than a model's word is enough for.
+
+    Args:
+        inputs: The inputs.
+        sizes: Their shapes by name.
+        given: Names of inputs whose shape the user gave; these do not count.
+        most: Bytes of all others together.
+
+    Raises:
+        ModelError: They are larger.
+    """
+    total = 0
+    for info in inputs:
+        shape = sizes.get(info.name, ())
+        dtype = input_dtype(info) if info.kind == "tensor" else np.dtype(np.int8)
+        nbytes = math.prod(shape) * max(1, dtype.itemsize)
+        total += 0 if info.name in given else nbytes
+        if total > most or nbytes > _ADDRESSABLE:
+            shown = "x".join(map(str, shape))
+            raise ModelError(
+                f"input {info.name!r} is {dtype} {shown}, {size_text(float(nbytes))} a "
+                f"sample, and random inputs of more than {size_text(most)} are not made "
+                "up on a model's word: give --data, or raise --max-input-bytes "
+                "(max_input_bytes=)"
+            )
 
 
 def _default_size(

@@ -58,7 +58,9 @@ from onnxshrink.samples.columns import (
 )
 from onnxshrink.samples.given import columns_of
 from onnxshrink.samples.random_inputs import (
+    MAX_INPUT_BYTES,
     RandomColumn,
+    check_sizes,
     index_limits,
     input_dtype,
     random_shapes,
@@ -259,6 +261,7 @@ class Samples:
         seed: int = 0,
         count: int = 8,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        max_input_bytes: int = MAX_INPUT_BYTES,
     ) -> Samples:
         """Make seeded random inputs of the right dtypes and shapes: a smoke test.
 
@@ -271,12 +274,16 @@ class Samples:
             seed: Seed of the values.
             count: Number of feeds.
             shapes: Shapes of inputs by name, for dimensions the model leaves open.
+            max_input_bytes: Most bytes of one feed that the model may ask for; inputs
+                whose shape is given do not count.
 
         Raises:
             UsageError: A shape names no input or does not fit it.
-            ModelError: An input is not a tensor of a type that can be made up.
+            ModelError: An input is not a tensor of a type that can be made up, or the
+                model asks for more bytes than are believed.
         """
         sizes = random_shapes(model.inputs, shapes or {})
+        check_sizes(model.inputs, sizes, shapes or {}, max_input_bytes)
         limits = index_limits(model)
         columns: dict[str, Column] = {}
         for info in model.inputs:
@@ -431,6 +438,13 @@ class Samples:
             return self
         kinds = self._kinds[self._indices]
         return self.take(np.argsort(kinds, kind="stable"))
+
+    def commonest(self) -> Samples:
+        """Return those samples of the shape that most of them have."""
+        if self._kinds is None:
+            return self
+        kinds = self._kinds[self._indices]
+        return self.take(np.flatnonzero(kinds == np.bincount(kinds).argmax()))
 
     @property
     def varied(self) -> bool:
@@ -635,8 +649,8 @@ class Samples:
             return self
         by_place = self._by_place()
         if by_place and len(by_place) == len(inputs) + 1:
-            label = by_place[-1]
-            found = columns.pop(label)
+            found = columns.pop(by_place[-1])
+            notes.append(f"labels: what stands behind {', '.join(names)} in each item")
             return replace(self, _labels=found, _columns=columns)
         for label in columns:
             if label not in names and label.lower() in _OTHER_LABELS:

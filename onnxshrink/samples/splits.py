@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnxshrink.errors import UsageError
+from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
 from onnxshrink.samples.samples import Samples
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ class Splits:
         evaluation: Any = None,
         *,
         labels: str | None = None,
+        transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
         calibration_size: int = 512,
         evaluation_size: int | None = None,
         evaluation_share: float = 0.4,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        max_input_bytes: int = MAX_INPUT_BYTES,
     ) -> Splits:
         """Divide data by a seeded permutation.
 
@@ -62,12 +65,16 @@ class Splits:
             data: What ``Samples.of`` takes.
             evaluation: The same.
             labels: Key of the labels; ``None`` takes ``labels`` if there is such.
+            transform: What to do to each item of ``data`` and ``evaluation``, see
+                ``Samples.of``.
             seed: Seed of the permutation or of the random inputs.
             calibration_size: Most samples for calibration.
             evaluation_size: Most samples for evaluation; ``None`` takes all.
             evaluation_share: Share of ``data`` held out where ``evaluation`` is not
                 given.
             shapes: Shapes of random inputs by name.
+            max_input_bytes: Most bytes of one set of random inputs, see
+                ``Samples.random_for``.
 
         Raises:
             UsageError: The data does not fit the model; says what would.
@@ -82,7 +89,13 @@ class Splits:
                 f"the share held out is between 0 and 1, not {evaluation_share}"
             )
         if data is None and evaluation is None:
-            both = Samples.random_for(model, seed=seed, count=12, shapes=shapes)
+            both = Samples.random_for(
+                model,
+                seed=seed,
+                count=12,
+                shapes=shapes,
+                max_input_bytes=max_input_bytes,
+            )
             return cls(
                 calibration=both.take(slice(0, 8)),
                 evaluation=both.take(slice(8, 12)),
@@ -98,7 +111,7 @@ class Splits:
         random = np.random.default_rng(seed)
         held: Samples | None = None
         if evaluation is not None:
-            held = Samples.of(evaluation, labels).bind(inputs)
+            held = Samples.of(evaluation, labels, transform).bind(inputs)
             how = "evaluation is exactly what was given for it"
             if evaluation_size is not None and len(held) > evaluation_size:
                 order = np.sort(random.permutation(len(held))[:evaluation_size])
@@ -106,7 +119,7 @@ class Splits:
                 how = f"evaluation is {evaluation_size} of what was given for it"
         pool: Samples | None = None
         if data is not None:
-            pool = Samples.of(data, labels).bind(inputs)
+            pool = Samples.of(data, labels, transform).bind(inputs)
             pool = pool.take(random.permutation(len(pool)))
         if pool is not None and held is None:
             unit = pool.batch or 1
