@@ -46,6 +46,7 @@ from onnxshrink.pipeline import Pipeline
 from onnxshrink.reporting.plan import Planned
 from onnxshrink.reporting.report import Report, Step
 from onnxshrink.samples import Splits
+from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
 from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, digest
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
@@ -159,6 +160,7 @@ class PassManager:
         jobs: int = 0,
         executor: Executor | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        max_input_bytes: int = MAX_INPUT_BYTES,
         progress: Progress | None = None,
         on_step: Callable[[Step], None] | None = None,
         measure_latency: bool = True,
@@ -189,6 +191,8 @@ class PassManager:
             jobs: Threads that passes share work among; 0 is one for each processor.
             executor: Used instead of threads of our own; it is not shut down.
             shapes: Input shapes for random inputs and measurement.
+            max_input_bytes: Most bytes of one set of random inputs that a model's word
+                is enough for.
             progress: Receives progress of long work.
             on_step: Receives each step's report as soon as it is there.
             measure_latency: Measure latency against the model the run started from: of
@@ -230,6 +234,7 @@ class PassManager:
         self.jobs = jobs or os.cpu_count() or 1
         self.executor = executor
         self.shapes = dict(shapes or {})
+        self.max_input_bytes = max_input_bytes
         self.progress: Progress = progress or (lambda done, total, what: None)
         self.on_step = on_step
         self.measure_latency = measure_latency
@@ -364,7 +369,12 @@ class PassManager:
     def _splits(self, model: Model) -> Splits:
         if self.splits is not None:
             return self.splits
-        return Splits.build(model, seed=self.seed, shapes=self.shapes)
+        return Splits.build(
+            model,
+            seed=self.seed,
+            shapes=self.shapes,
+            max_input_bytes=self.max_input_bytes,
+        )
 
     @property
     def _ranked_by(self) -> Saved:

@@ -16,6 +16,7 @@ from onnxshrink.cli.options import (
     Share,
     budget_of,
     data_option,
+    input_size_option,
     json_option,
     labels_option,
     metric_option,
@@ -43,6 +44,7 @@ onnxshrink compare a.onnx b.onnx --data test.npz --min-agreement 99% --json
 @data_option
 @labels_option
 @shapes_option
+@input_size_option
 @metric_option
 @option(
     "--max-drop",
@@ -74,6 +76,7 @@ def compare_(
     data: str | None,
     labels: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    max_input_bytes: int,
     metric: str | None,
     max_drop: float | None,
     min_agreement: float | None,
@@ -100,7 +103,9 @@ def compare_(
         found = compare(
             reference,
             other,
-            lambda: splits_of(reference, None, data, labels, shapes, seed),
+            lambda: splits_of(
+                reference, None, data, labels, shapes, seed, max_input_bytes
+            ),
             budget=budget_of(max_drop, min_agreement, min_sqnr),
             metric=metric,
             providers=providers or ("CPUExecutionProvider",),

@@ -73,7 +73,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new click o
         if isinstance(value, int):
             return value
         match = re.fullmatch(
-            r"(\d+(?:\.\d*)?) *([kmg]?i?b?)", str(value).strip().lower()
+            r"(\d{1,15}(?:\.\d*)?) *([kmg]?i?b?)", str(value).strip().lower()
         )
         unit = self.units.get(match.group(2)) if match else None
         size = int(float(match.group(1)) * unit) if match and unit else 0
@@ -143,13 +143,23 @@ shapes_option = option(
     section="Samples",
     help="Shape of an input that leaves dimensions open. Repeat it for each input.",
 )
+input_size_option = option(
+    "--max-input-bytes",
+    type=Size(),
+    default=1 << 30,
+    metavar="SIZE",
+    section="Samples",
+    help="Most bytes of one set of random inputs that the model may ask for: 500MB. "
+    "[default: 1.07GB]",
+)
 data_option = option(
     "--data",
     metavar="FILE|DIR",
     section="Samples",
-    help="Samples: .npz with one array per input, .npy, or a folder of them; "
-    "FILE:input=array/255,labels=other names and scales arrays. Without it seeded "
-    "random inputs are used: a smoke test, no measurement.",
+    help="Samples: .npz or .safetensors with one array per input, .npy, .csv, "
+    ".parquet, a folder of images or of files that are a sample each; "
+    "FILE:input=array/255,labels=other names and scales arrays; synthetic makes up "
+    "images. Without it seeded random inputs are used: a smoke test, no measurement.",
 )
 labels_option = option(
     "--labels",
@@ -247,6 +257,7 @@ def splits_of(
     labels: str | None,
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     seed: int,
+    max_input_bytes: int = 1 << 30,
 ) -> Splits:
     """Return the samples that the options name, divided."""
     from onnxshrink.samples import Splits
@@ -254,7 +265,13 @@ def splits_of(
     if labels is not None and data is None and evaluation is None:
         raise UsageError("--labels names an array of the data; add --data")
     return Splits.build(
-        model, data, evaluation, labels=labels, seed=seed, shapes=dict(shapes) or None
+        model,
+        data,
+        evaluation,
+        labels=labels,
+        seed=seed,
+        shapes=dict(shapes) or None,
+        max_input_bytes=max_input_bytes,
     )
 
 

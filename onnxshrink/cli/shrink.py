@@ -20,6 +20,7 @@ from onnxshrink.cli.options import (
     Size,
     budget_of,
     data_option,
+    input_size_option,
     labels_option,
     metric_option,
     option,
@@ -82,6 +83,7 @@ onnxshrink model.onnx --recipe mine.toml --plan
     help="Samples that measure and do nothing else. [default: 40 % of the data]",
 )
 @shapes_option
+@input_size_option
 @metric_option
 @option(
     "--max-drop",
@@ -258,6 +260,7 @@ def shrink(
     labels: str | None,
     evaluation: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    max_input_bytes: int,
     metric: str | None,
     max_drop: float | None,
     min_agreement: float | None,
@@ -318,7 +321,9 @@ def shrink(
         loaded = Model.load(model)
         manager = PassManager(
             pipeline,
-            splits=splits_of(loaded, data, evaluation, labels, shapes, seed),
+            splits=splits_of(
+                loaded, data, evaluation, labels, shapes, seed, max_input_bytes
+            ),
             budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency, max_bytes),
             metric=metric,
             on_breach=on_breach,

@@ -501,7 +501,7 @@ def _quality_change(before: Mapping[str, float], after: Mapping[str, float]) -> 
 
 def _samples(verdict: Verdict) -> str:
     if verdict.smoke_test:
-        return f"{verdict.samples:,} random inputs, a smoke test only"
+        return f"{verdict.samples:,} made-up inputs, a smoke test only"
     return f"{verdict.samples:,} samples no pass has seen"
 
 

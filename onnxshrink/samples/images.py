@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.errors import ModelError, UsageError
-from onnxshrink.samples.columns import Array, Column, Indices, Stored
+from onnxshrink.samples.columns import Array, Column, Stored
+from onnxshrink.samples.records import Made
 
 __all__ = ["SUFFIXES", "labelled_files", "open_images"]
 
@@ -168,33 +167,21 @@ def _guarded(file: Path, work: Callable[[], Any]) -> Any:
         raise ModelError(f"{file} cannot be read as an image: {words}") from error
 
 
-class _Images(Column):
+class _Images(Made):
     """Pixels, decoded once and kept in a temporary file."""
 
     def __init__(
         self, files: Sequence[Path], shape: tuple[int, ...], edge: int | None
     ) -> None:
+        super().__init__(len(files), shape, np.dtype(np.uint8))
         self._files, self._edge = files, edge
-        self.count, self.shape, self.dtype = len(files), shape, np.dtype(np.uint8)
-        self._known = np.zeros(len(files), bool)
-        self._pixels: Any = None
-        self._lock = threading.Lock()
 
-    def rows(self, indices: Indices) -> Array:
-        """Return the pixels of these images, in this order."""
-        with self._lock:
-            if self._pixels is None:
-                # Without a name, and sparse: only what is decoded takes room.
-                with tempfile.TemporaryFile() as scratch:
-                    self._pixels = np.memmap(
-                        scratch, np.uint8, "w+", 0, (self.count, *self.shape)
-                    )
-            for index in indices[~self._known[indices]]:
-                self._pixels[index] = _guarded(
-                    self._files[index], functools.partial(self._decoded, int(index))
-                )
-                self._known[index] = True
-        return np.asarray(self._pixels[indices])
+    def make(self, index: int) -> Array:
+        """Return the pixels of one image."""
+        found: Array = _guarded(
+            self._files[index], functools.partial(self._decoded, index)
+        )
+        return found
 
     def _decoded(self, index: int) -> Array:
         from PIL import Image, ImageOps

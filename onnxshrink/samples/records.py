@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +22,17 @@ import numpy as np
 from onnxshrink.errors import ModelError
 from onnxshrink.samples.columns import Array, Column, Indices, Stored
 
-__all__ = ["Filed", "Item", "Lengths", "Mode", "Padded", "Pieces", "Records", "held"]
+__all__ = [
+    "Filed",
+    "Item",
+    "Lengths",
+    "Made",
+    "Mode",
+    "Padded",
+    "Pieces",
+    "Records",
+    "held",
+]
 
 Mode = Literal["batch", "row"]
 
@@ -280,6 +291,36 @@ class Padded(Column):
             place: Any = (chosen, *(slice(0, size) for size in values.shape[1:]))
             out[place] = values
         return out
+
+
+class Made(Column):
+    """Samples that are made when they are first read, and kept in a temporary file."""
+
+    def __init__(
+        self, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        """Make none yet."""
+        self.count, self.shape, self.dtype = count, shape, dtype
+        self._known = np.zeros(count, bool)
+        self._kept: Any = None
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def make(self, index: int) -> Array:
+        """Return one sample."""
+
+    def rows(self, indices: Indices) -> Array:
+        """Return the values of these samples, in this order."""
+        with self._lock:
+            if self._kept is None:
+                # Without a name, and sparse: only what is made takes room.
+                with tempfile.TemporaryFile() as scratch:
+                    whole = (self.count, *self.shape)
+                    self._kept = np.memmap(scratch, self.dtype, "w+", 0, whole)
+            for index in indices[~self._known[indices]]:
+                self._kept[index] = self.make(int(index))
+                self._known[index] = True
+            return np.asarray(self._kept[indices])
 
 
 class Lengths(Column):

@@ -67,6 +67,7 @@ from onnxshrink.samples.random_inputs import (
 )
 from onnxshrink.samples.records import Lengths, Mode, Padded, Records
 from onnxshrink.samples.sources import open_arrays, split_path
+from onnxshrink.samples.synthetic import DeadLeaves, image_inputs
 
 if TYPE_CHECKING:
     from onnxshrink.model import Model, ValueInfo
@@ -312,6 +313,67 @@ class Samples:
             random=True,
             _bound=True,
         )
+
+    @classmethod
+    def synthetic_for(
+        cls, model: Model, words: str = "", *, seed: int = 0, count: int = 192
+    ) -> Samples:
+        """Make up images of dead leaves, to calibrate with where there are none.
+
+        Inputs that are no images get seeded random values.
+
+        Args:
+            model: The model to feed.
+            words: ``input=rgb/255@chw,...`` as after a path; the arrays are ``rgb`` and
+                ``gray``, uint8. Without words, floats get values from -1 to 1.
+            seed: Seed of the images.
+            count: Number of images.
+
+        Raises:
+            UsageError: No input takes images, or the words cannot be read.
+            ModelError: Another input cannot be made up.
+        """
+        shown = image_inputs(model.inputs)
+        high, wide, channels, _ = next(iter(shown.values()))
+        seed_of = zlib.crc32(f"dead leaves {seed}".encode())
+        arrays: dict[str, Column] = {
+            "rgb": DeadLeaves(seed_of, count, (high, wide, 3)),
+            "gray": DeadLeaves(seed_of, count, (high, wide)),
+        }
+        if any(channels == 4 for _, _, channels, _ in shown.values()):
+            arrays["rgba"] = DeadLeaves(seed_of, count, (high, wide, 4))
+        parts: dict[str, str] = {}
+        notes = []
+        for word in filter(None, words.split(",")):
+            key, _, value = word.partition("=")
+            parts[key] = value
+        for info in model.inputs:
+            if info.name in parts:
+                continue
+            if info.name in shown:
+                _, _, channels, is_first = shown[info.name]
+                array = {1: "gray", 3: "rgb"}.get(channels, "rgba")
+                scaled = input_dtype(info).kind == "f"
+                parts[info.name] = (
+                    array
+                    + ("-127.5/127.5" if scaled else "")
+                    + ("@chw" if is_first and channels > 1 else "")
+                )
+                if scaled:
+                    notes.append(
+                        f"{info.name}: made-up images with values from -1 to 1; if the "
+                        f"model takes others, synthetic:{info.name}={array}/255@chw"
+                    )
+                continue
+            drawn = cls.random_for(model, seed=seed, count=count)
+            arrays[info.name] = drawn._columns[info.name]
+            parts[info.name] = info.name
+        expressions = {
+            key: parse_expression(value, arrays, f"synthetic, {key}")
+            for key, value in parts.items()
+        }
+        made = cls._made("synthetic images (dead leaves)", arrays, expressions, None)
+        return replace(made, notes=tuple(notes))
 
     # --- looking ------------------------------------------------------------------
 

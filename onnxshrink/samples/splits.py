@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Splits:
         validation: For choices inside a pass, such as a learning rate.
         evaluation: For the validator only.
         random: Whether all of it is random: then a verdict is a smoke test.
+        made_up: Whether what measures is made up, random or synthetic, so that it
+            proves nothing.
         how: How the samples were divided, in words.
     """
 
@@ -36,6 +39,7 @@ class Splits:
     validation: Samples | None = None
     evaluation: Samples | None = None
     random: bool = False
+    made_up: bool = False
     how: str = ""
 
     @classmethod
@@ -62,7 +66,8 @@ class Splits:
 
         Args:
             model: The model to feed.
-            data: What ``Samples.of`` takes.
+            data: What ``Samples.of`` takes, or ``synthetic`` (``synthetic:words``)
+                for ``Samples.synthetic_for``.
             evaluation: The same.
             labels: Key of the labels; ``None`` takes ``labels`` if there is such.
             transform: What to do to each item of ``data`` and ``evaluation``, see
@@ -100,6 +105,7 @@ class Splits:
                 calibration=both.take(slice(0, 8)),
                 evaluation=both.take(slice(8, 12)),
                 random=True,
+                made_up=True,
                 how="no data was given: seeded random inputs, a smoke test only",
             )
         if shapes:
@@ -118,9 +124,14 @@ class Splits:
                 held = held.take(order)
                 how = f"evaluation is {evaluation_size} of what was given for it"
         pool: Samples | None = None
-        if data is not None:
+        synthetic = _synthetic(data)
+        if synthetic is not None:
+            pool = Samples.synthetic_for(model, synthetic, seed=seed).bind(inputs)
+        elif data is not None:
             pool = Samples.of(data, labels, transform).bind(inputs)
+        if pool is not None:
             pool = pool.take(random.permutation(len(pool)))
+        made_up = synthetic is not None and held is None
         if pool is not None and held is None:
             unit = pool.batch or 1
             count = max(1, round(len(pool) * evaluation_share / unit)) * unit
@@ -130,6 +141,8 @@ class Splits:
                 f"evaluation is {count} of {count + len(pool)} samples, held out by a "
                 f"permutation with seed {seed}"
             )
+        if made_up:
+            how += "; all are synthetic images, which prove nothing about quality"
         parts = [
             part if part is None else part.grouped()
             for part in (*_divide(pool, calibration_size), held)
@@ -139,6 +152,7 @@ class Splits:
             training=parts[1],
             validation=parts[2],
             evaluation=parts[3],
+            made_up=made_up,
             how=how,
         )
 
@@ -167,7 +181,8 @@ class Splits:
             name: None if samples is None else samples.to_json()
             for name, samples in self._named()
         }
-        return {**facts, "random": self.random, "how": self.how}
+        said = {"random": self.random, "made_up": self.made_up, "how": self.how}
+        return {**facts, **said}
 
     def _named(self) -> list[tuple[str, Samples | None]]:
         return [
@@ -176,6 +191,14 @@ class Splits:
             ("validation", self.validation),
             ("evaluation", self.evaluation),
         ]
+
+
+def _synthetic(data: Any) -> str | None:
+    """Return the words after ``synthetic``, or ``None`` if the data is something."""
+    if not isinstance(data, str):
+        return None
+    word, _, words = data.partition(":")
+    return words if word == "synthetic" and not Path(word).exists() else None
 
 
 def _divide(

@@ -131,7 +131,7 @@ class Validator:
         if splits.evaluation is None or not splits.evaluation.used:
             raise UsageError("there are no evaluation samples to validate with")
         self.samples: Samples = splits.evaluation
-        self.smoke_test = splits.random
+        self.smoke_test = splits.random or splits.made_up
         self.seed = seed
         self._source = reference
         self._asked = budget if budget is not None else Budget.default(splits)

@@ -158,7 +158,7 @@ def test_the_summary_of_a_smoke_test_says_so() -> None:
     steps = report().steps
     random = dataclasses.replace(steps[0], verdict=verdict(smoke_test=True))
     assert (
-        "10,000 random inputs, a smoke test only" in report(steps=(random,)).summary()
+        "10,000 made-up inputs, a smoke test only" in report(steps=(random,)).summary()
     )
 
 
