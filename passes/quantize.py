@@ -91,10 +91,12 @@ class QuantizeSite(Site):
     Attributes:
         form: What becomes of the activations it multiplies.
         bits: Bits of a code.
+        packed: Whether codes of a weight alone stay codes at run time.
     """
 
     form: Form
     bits: float
+    packed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,16 @@ class Quantize(SitePass):
         granularity: What shares a scale: the whole tensor, each channel, or blocks of
             a row (weights alone); auto: each channel.
         block: Values in a block, 16 to 256.
+        zero_points: Whether rows or blocks have zero points of their own; auto: where
+            codes have four bits or two.
+        form: What becomes of codes of weights alone. packed: MatMul multiplies codes
+            (MatMulNBits), which takes a quarter of float's memory or less and is fast
+            for one token; decoded: at load, fast for many rows; auto: packed from
+            4 million weights of 4 bits on, and from 262,144 where samples have no more
+            than two rows.
+        accuracy: Of packed products: 4 rounds activations to int8, 1 multiplies floats;
+            written as com.microsoft's MatMulNBits. 0: standard ONNX, and the session
+            decides (onnxruntime: 4).
         calibration: How ranges of activations are found: minmax, moving-average,
             percentile, entropy or mse; auto: mse.
         percentile: Percent of the values within the range, for that method.
@@ -152,6 +164,9 @@ class Quantize(SitePass):
     )
     granularity: Literal["auto", "tensor", "channel", "block"] = "auto"
     block: int = 32
+    zero_points: Literal["auto", "true", "false"] = "auto"
+    form: Literal["auto", "packed", "decoded"] = "auto"
+    accuracy: int = 0
     calibration: Literal[
         "auto", "minmax", "moving-average", "percentile", "entropy", "mse"
     ] = "auto"
@@ -173,6 +188,11 @@ class Quantize(SitePass):
             raise UsageError(
                 f"percentile is above 50 and at most 100, not {self.percentile:g}"
             )
+        if not 0 <= self.accuracy <= 4:
+            raise UsageError(
+                f"accuracy is 1 (floats) to 4 (int8), or 0, not {self.accuracy}"
+            )
+        weightonly.levels_of(self._weights, self._zero_points)
         if self.activations != "static":
             return
         if self.granularity == "block":
@@ -264,7 +284,9 @@ class Quantize(SitePass):
         for layer in layers.find(
             prepared, only=self.only, skip=self.skip, roles=_ROLES, turned=True
         ):
-            site = self._site(prepared, layer, layer.name in static_ok, data, ctx)
+            site = self._site(
+                prepared, layer, layer.name in static_ok, data, costs, ctx
+            )
             if site is not None:
                 saved = dataclasses.replace(
                     site.savings, seconds=_saved(layer, site, costs)
@@ -285,6 +307,7 @@ class Quantize(SitePass):
         layer: LinearWeight,
         static_ok: bool,
         data: bool,
+        costs: LayerCosts,
         ctx: Context,
     ) -> QuantizeSite | None:
         dynamic_ok = not dynamic.why_not(model, layer)
@@ -305,7 +328,34 @@ class Quantize(SitePass):
             Savings(bytes=max(0, saved)),
             form=form,
             bits=bits,
+            packed=form == "none" and self._packs(model, layer, costs, ctx),
         )
+
+    def _packs(
+        self, model: Model, layer: LinearWeight, costs: LayerCosts, ctx: Context
+    ) -> bool:
+        """Whether the codes of a weight alone stay codes where they are multiplied."""
+        layer = weightonly.multiplied(layer)
+        if self.form == "decoded" or not layer.uses:
+            return False
+        levels, block = self._levels_and_block(layer)
+        why = weightonly.why_not_packed(layer, levels, block)
+        if not all(weightonly.within_reach(model, layer, use) for use in layer.uses):
+            why = why or "it is handed to a function"
+        if self.form == "packed":
+            if why:
+                ctx.skipped(layer.name, f"decoded at load: {why}")
+            return not why
+        known = None if ctx.samples.random else costs.of(layer)
+        rows = None if known is None else known.macs // layer.weight.size
+        return not why and weightonly.packing_pays(layer, levels, rows)
+
+    def _levels_and_block(self, layer: LinearWeight) -> tuple[weightonly.Levels, int]:
+        weights = self._weights_of(layer)
+        width = layer.layout.matrices_shape[2]
+        wanted = self.block if self._in_blocks_of(weights) else 0
+        levels = weightonly.levels_of(weights, self._zero_points)
+        return levels, weightonly.block_of(width, wanted)
 
     def _prepare(self, model: Model, ctx: Context) -> tuple[str, ...]:
         """Fold a model, so that layers are neighbours, and tie heads to their tables.
@@ -344,9 +394,12 @@ class Quantize(SitePass):
         for words in self._prepare(model, ctx):
             ctx.did("model", words)
         names: dict[str, list[str]] = {"static": [], "dynamic": [], "none": []}
+        packed = set()
         for site in sites:
             assert isinstance(site, QuantizeSite)
             names[site.form].append(site.where)
+            if site.packed:
+                packed.add(site.where)
         processor, note = processors.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
@@ -377,7 +430,7 @@ class Quantize(SitePass):
             names["none"] += [
                 name for name in left if model.weight(name).size >= SMALLEST
             ]
-        self._others(model, names, processor, ctx, seen)
+        self._others(model, names, packed, processor, ctx, seen)
         model.drop_unused()
         model.forget_shapes()
 
@@ -396,7 +449,7 @@ class Quantize(SitePass):
         if self.equalize == "auto" and names["dynamic"] and self._has_data(ctx):
             return smoothing.smooth(model, ctx, only=names["dynamic"], pairs=pairs)
         if self.equalize == "awq" and names["none"]:
-            levels = weightonly.LEVELS[self._weights]
+            levels = weightonly.levels_of(self._weights, self._zero_points)
             block = self.block if self._in_blocks else 0
             return smoothing.awq(model, ctx, levels, block=block, only=names["none"])
         if self.equalize in ("smooth", "awq"):
@@ -422,6 +475,10 @@ class Quantize(SitePass):
         return self._weights
 
     @property
+    def _zero_points(self) -> bool | None:
+        return None if self.zero_points == "auto" else self.zero_points == "true"
+
+    @property
     def _in_blocks(self) -> bool:
         """Whether blocks of a weight that is alone in codes have their own scales."""
         return self._in_blocks_of(self._weights)
@@ -435,6 +492,7 @@ class Quantize(SitePass):
         self,
         model: Model,
         names: Mapping[str, Sequence[str]],
+        packed: set[str],
         processor: Processor,
         ctx: Context,
         seen: Seen,
@@ -443,7 +501,7 @@ class Quantize(SitePass):
         wanted = {*names["dynamic"], *names["none"]}
         if not wanted:
             return
-        self._raise_opset(model, names["none"], ctx)
+        packed = self._raise_opset(model, packed, ctx)
         chosen = [
             layer
             for layer in layers.find(model, roles=_ROLES, turned=True)
@@ -462,9 +520,14 @@ class Quantize(SitePass):
             if codings[layer.name].form == "dynamic" or not weightonly.why_not(layer)
         ]
         for layer, grid, codes in self._coded(model, usable, codings, ctx, seen):
-            is_dynamic = codings[layer.name].form == "dynamic"
-            write = dynamic.rewrite if is_dynamic else weightonly.rewrite
-            ctx.did(layer.name, write(model, layer, grid, codes))
+            if codings[layer.name].form == "dynamic":
+                ctx.did(layer.name, dynamic.rewrite(model, layer, grid, codes))
+                continue
+            form: weightonly.Form = "packed" if layer.name in packed else "decoded"
+            words = weightonly.rewrite(
+                model, layer, grid, codes, form=form, accuracy=self.accuracy
+            )
+            ctx.did(layer.name, words)
 
     def _coding(
         self,
@@ -481,6 +544,7 @@ class Quantize(SitePass):
             self.granularity == "tensor",
             self.rounding,
             processor.saturation != "never",
+            self._zero_points,
         )
 
     def _coded(
@@ -524,19 +588,20 @@ class Quantize(SitePass):
                 del left[layer.name]
         yield from _LayersToCode(list(left.values()), codings, ctx).coded({})
 
-    def _raise_opset(self, model: Model, names: Sequence[str], ctx: Context) -> None:
-        """Raise the opset where large matrices need it to stay packed at run time."""
-        levels = weightonly.LEVELS[self._weights]
+    def _raise_opset(self, model: Model, names: set[str], ctx: Context) -> set[str]:
+        """Raise the opset where matrices need it to stay packed; return these."""
         needed = model.opset
-        for layer in layers.find(model):
-            if layer.name in names and not layer.why_not:
-                width = layer.layout.matrices_shape[2]
-                block = weightonly.block_of(width, self.block * self._in_blocks)
-                needed = max(needed, weightonly.opset_for(layer, levels, block))
+        for layer in layers.find(model, roles=_ROLES, turned=True):
+            if layer.name in names:
+                one = weightonly.multiplied(layer)
+                levels, block = self._levels_and_block(layer)
+                needed = max(needed, weightonly.opset_for(one, levels, block))
         try:
             model.require_opset(needed)
         except ModelError as error:
-            ctx.skipped("model", f"large matrices are decoded at load: {error}")
+            ctx.skipped("model", f"matrices are decoded at load: {error}")
+            return set()
+        return names
 
 
 class _LayersToCode:

@@ -37,6 +37,7 @@ class Coding:
         rounding: How weights are rounded; ``auto`` is GPTQ where there is a Gram matrix
             and the scales of least squared error where there is none.
         pairs: As for ``dynamic.safe_scale``.
+        zero_points: As for ``weightonly.levels_of``.
     """
 
     form: Literal["dynamic", "none"]
@@ -45,6 +46,12 @@ class Coding:
     shared: bool = False
     rounding: Rounding = "auto"
     pairs: bool = True
+    zero_points: bool | None = None
+
+    @property
+    def levels(self) -> weightonly.Levels:
+        """The codes."""
+        return weightonly.levels_of(self.weights, self.zero_points)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +94,7 @@ def _coded(
     rows: Array, coding: Coding, gram: NDArray[np.float64] | None
 ) -> tuple[Grid, NDArray[np.int32]]:
     """Choose the codes of a weight that is decoded before it is used."""
-    levels = weightonly.LEVELS[coding.weights]
+    levels = coding.levels
     block = weightonly.block_of(rows.shape[1], coding.block)
     method: Fit = "hqq" if coding.rounding == "hqq" else "mse"
     if coding.rounding == "nearest":

@@ -27,7 +27,7 @@ types INT4 (opset 21) and INT2 (opset 25).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -61,9 +61,11 @@ __all__ = [
     "half_scales",
     "home",
     "is_tied",
+    "levels_of",
     "looks_up_rows",
     "multiplied",
     "opset_for",
+    "packing_pays",
     "quantized",
     "rewrite",
     "why_not",
@@ -76,6 +78,11 @@ Form = Literal["auto", "folded", "decoded", "packed"]
 
 PACKED_FROM = 1 << 22
 """Entries of a matrix from which MatMulNBits is no slower for up to 100 rows."""
+FEW_ROWS = 2
+"""Rows up to which MatMulNBits is faster than floats from ``FEW_FROM`` entries on: one
+thread, AVX2, 4 bits and 8, K of 576, N of 576 .56 and .63 for one row, .84 and .97 for
+two, 1.16 and 1.38 for four; N of 16384 .27 and .48, .27 and .46, .51 and .67."""
+FEW_FROM = 1 << 18
 SMALL_TABLE = 1 << 18
 """Entries of a table up to which memory is not worth seven nodes at run time."""
 MIN_BLOCK = 16
@@ -117,6 +124,28 @@ LEVELS = {
 """What the names of weight types stand for. With few codes, a zero point for each row
 or block is worth its bits: MiniLM's embeddings in blocks of 32, rounded to 4 bits, have
 cosine .9984 with and .9966 without."""
+
+
+def levels_of(weights: str, zero_points: bool | None = None) -> Levels:
+    """Return the codes of a weight type.
+
+    Args:
+        weights: Key of ``LEVELS``.
+        zero_points: Whether rows or blocks have zero points of their own; ``None``:
+            as ``LEVELS`` says.
+
+    Raises:
+        UsageError: Zero points are asked for where codes are -1, (0) and 1.
+    """
+    levels = LEVELS[weights]
+    if zero_points is None or zero_points is not levels.symmetric:
+        return levels
+    if weights in ("ternary", "binary"):
+        raise UsageError(f"{weights} codes have no zero points; weights=int2 has")
+    if not zero_points and levels.low == 0:
+        return replace(levels, symmetric=True)
+    low = -levels.high - 1 if zero_points else levels.low
+    return replace(levels, low=low, symmetric=not zero_points)
 
 
 # --- choosing codes -------------------------------------------------------------------
@@ -318,6 +347,7 @@ def chosen_form(
     levels: Levels,
     block: int = 0,
     form: Form = "auto",
+    rows: int | None = None,
 ) -> Literal["folded", "packed"]:
     """Return the form a layer's weight gets.
 
@@ -325,6 +355,15 @@ def chosen_form(
     is what takes time (4 bits, 2048 by 2048: 0.25 of float's time for one row, 0.8 for
     32, 1.0 for 128). Below ``PACKED_FROM`` entries, and for eight bits, MatMulNBits is
     up to 1.9 times slower than float for 32 rows or more (K, N of 384 and 1536, AVX2).
+    Where a run has a row or two, as one token has, smaller ones are packed as well.
+
+    Args:
+        model: The model the layer is in.
+        layer: The layer.
+        levels: Its codes.
+        block: Columns that share a scale; 0: a row.
+        form: What is asked for.
+        rows: Rows of a run, if they are known.
 
     Raises:
         UsageError: ``packed`` is asked for, but not to be had.
@@ -341,21 +380,28 @@ def chosen_form(
         if reason:
             raise UsageError(f"{layer.name} cannot stay packed: {reason}")
         return "packed"
-    return "packed" if not reason and _packing_pays(layer, levels) else "folded"
+    return "packed" if not reason and packing_pays(layer, levels, rows) else "folded"
 
 
 def opset_for(layer: LinearWeight, levels: Levels, block: int = 0) -> int:
-    """Return the opset from which ``auto`` keeps a layer packed; 0: it never does."""
-    if why_not_packed(layer, levels, block) or not _packing_pays(layer, levels):
-        return 0
-    return _opset(levels, block)
+    """Return the opset that a packed layer needs; 0: it cannot be packed."""
+    return 0 if why_not_packed(layer, levels, block) else _opset(levels, block)
 
 
 def _opset(levels: Levels, block: int) -> int:
     return max(MIN_OPSET[_fits(levels)], 21 if block else 13)
 
 
-def _packing_pays(layer: LinearWeight, levels: Levels) -> bool:
+def packing_pays(layer: LinearWeight, levels: Levels, rows: int | None = None) -> bool:
+    """Whether products of codes are as fast as of floats, or faster.
+
+    Args:
+        layer: The layer.
+        levels: Its codes.
+        rows: Rows of a run, if they are known.
+    """
+    if rows is not None and rows <= FEW_ROWS and layer.weight.size >= FEW_FROM:
+        return True
     few = levels.high - levels.low < _FEW_CODES
     return few and layer.weight.size >= PACKED_FROM
 
@@ -364,7 +410,13 @@ def _packing_pays(layer: LinearWeight, levels: Levels) -> bool:
 
 
 def rewrite(
-    model: Model, layer: LinearWeight, grid: Grid, codes: Array, *, form: Form = "auto"
+    model: Model,
+    layer: LinearWeight,
+    grid: Grid,
+    codes: Array,
+    *,
+    form: Form = "auto",
+    accuracy: int = 0,
 ) -> str:
     """Put codes in the place of a weight.
 
@@ -377,6 +429,9 @@ def rewrite(
         form: ``folded`` decodes at load whatever reads the weight; ``decoded`` all but
             rows of large tables; ``packed`` keeps codes at run time, of tables as
             ``rows``; ``auto`` where that pays.
+        accuracy: Level of MatMulNBits, which is then written as that operator of
+            com.microsoft: 1 multiplies floats, 4 rounds activations to int8; 0: in
+            standard ONNX, and onnxruntime takes 4 unless its session says otherwise.
 
     Returns:
         What was done, in words.
@@ -411,7 +466,10 @@ def rewrite(
         rest = replace(layer, uses=tuple(others))
         chosen = chosen_form(model, rest, _levels(grid), block, form)
     if chosen == "packed" and not tables and not any(use.turned for use in others):
-        _pack(model, layer, grid, codes)
+        if accuracy:
+            _pack_blocks(model, layer, grid, codes, accuracy)
+        else:
+            _pack(model, layer, grid, codes)
         return f"{_described(grid)}, kept as codes for MatMulNBits"
     is_small = layer.weight.size <= SMALL_TABLE
     if chosen != "packed" and form != "packed" and (form == "folded" or is_small):
@@ -655,17 +713,93 @@ def _pack(model: Model, layer: LinearWeight, grid: Grid, codes: Array) -> None:
         _read(model, use.node, decoder.outputs[0])
 
 
-def _read(model: Model, node: Node, weight: gs.Tensor) -> None:
-    """Let a MatMul or a plain Gemm multiply with a [inputs, outputs] weight."""
-    if node.op == "MatMul":
-        node.inputs[1] = weight
+def _pack_blocks(
+    model: Model, layer: LinearWeight, grid: Grid, codes: Array, accuracy: int
+) -> None:
+    """Write MatMulNBits itself, whose blocks are ``MIN_BLOCK`` wide or more."""
+    graph, name = layer.weight.graph, layer.weight.value.name or "weight"
+    bits = 8 // _per_byte(_fits(_levels(grid)))
+    outputs, inputs = codes.shape
+    block = grid.block if grid.scale.shape[1] > 1 else 32
+    blocks = -(-inputs // block)
+    shift = 0 if grid.low >= 0 else 1 << (bits - 1)
+    spread = (outputs, blocks)
+    zero = np.broadcast_to(grid.zero + shift, spread).astype(np.uint8)
+    wide = np.repeat(zero, block, axis=1)
+    wide[:, :inputs] = codes + shift
+    inputs_ = [
+        model.add_weight(
+            f"{name}_codes",
+            _bit_rows(wide.reshape(-1, block), bits).reshape(outputs, blocks, -1),
+            graph,
+        ),
+        model.add_weight(
+            f"{name}_scale",
+            np.broadcast_to(grid.scale, spread).astype(np.float32).reshape(-1),
+            graph,
+        ),
+    ]
+    if (zero != 1 << (bits - 1)).any():
+        packed = _bit_rows(zero, bits).reshape(-1)
+        inputs_.append(model.add_weight(f"{name}_zero", packed, graph))
+    attrs = {
+        "K": inputs,
+        "N": outputs,
+        "bits": bits,
+        "block_size": block,
+        "accuracy_level": accuracy,
+    }
+    for use in layer.uses:
+        _read(model, use.node, *inputs_, attrs=attrs)
+
+
+def _per_byte(data_type: int) -> int:
+    """Codes of a type that a byte holds."""
+    types = onnx.TensorProto
+    if data_type in (types.INT2, types.UINT2):
+        return 4
+    return 2 if data_type in (types.INT4, types.UINT4) else 1
+
+
+def _bit_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Put codes of a row side by side into bytes, the first in the lowest bits."""
+    each = 8 // bits
+    rows = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
+    parts = rows.reshape(len(rows), -1, each).astype(np.uint8)
+    packed = np.zeros(parts.shape[:2], np.uint8)
+    for at in range(each):
+        packed |= parts[..., at] << np.uint8(bits * at)
+    return packed
+
+
+def _read(
+    model: Model,
+    node: Node,
+    *weight: gs.Tensor,
+    attrs: Mapping[str, Any] | None = None,
+) -> None:
+    """Let a MatMul or a plain Gemm multiply with a [inputs, outputs] weight.
+
+    Args:
+        model: The model.
+        node: The product.
+        weight: The weight; with ``attrs`` what MatMulNBits reads behind activations.
+        attrs: Attributes of a MatMulNBits.
+    """
+    if node.op == "MatMul" and attrs is None:
+        node.inputs[1] = weight[0]
         return
     graph = home(model, node)
     product = model.add_node(
-        "MatMul", [node.inputs[0], weight], name=f"{node.name}_product", graph=graph
+        "MatMul" if attrs is None else "MatMulNBits",
+        [node.inputs[0], *weight],
+        attrs=attrs,
+        name=f"{node.name}_product",
+        domain="" if attrs is None else "com.microsoft",
+        graph=graph,
     )
     value = product.outputs[0]
-    bias = addend(node)
+    bias = addend(node) if node.op == "Gemm" else None
     if bias is not None:
         total = model.add_node(
             "Add", [value, bias], name=f"{node.name}_sum", graph=graph

@@ -19,6 +19,7 @@ from onnxshrink.measuring import measure
 from onnxshrink.model import Model
 from onnxshrink.passes.quantize import Quantize
 from onnxshrink.pipeline import Pipeline
+from onnxshrink.quantization import weightonly
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.validation import Budget
 
@@ -649,6 +650,42 @@ def tied(kind: str, opset: int = 17) -> Model:
         numpy_helper.from_array(array, name) for name, array in weights.items()
     )
     return Model.load(proto)
+
+
+@pytest.mark.parametrize("kind", ["turned", "gemm", "copy"])
+@pytest.mark.parametrize("accuracy", [0, 1])
+def test_codes_stay_packed_if_asked(kind: str, accuracy: int, tmp_path: Path) -> None:
+    shape = (32,) if kind == "gemm" else (32, 4)
+    i = np.random.default_rng(2).integers(0, 300, shape)
+    text = f"quantize:activations=none,weights=int4,form=packed,accuracy={accuracy}"
+    after, _ = quantized(text, tied(kind), i=i)
+    path = tmp_path / "packed.onnx"
+    after.save(path)
+    options = runtime._options(1, "all")
+    target = tmp_path / "optimized.onnx"
+    options.optimized_model_filepath = str(target)
+    runtime._open(path, options, ("CPUExecutionProvider",), "it")
+    nodes = [node for node in onnx.load(target).graph.node if "NBits" in node.op_type]
+    bits = {
+        next(a.i for a in node.attribute if a.name == "bits"): node for node in nodes
+    }
+    assert sorted(bits) == [4, 8]
+    assert path.stat().st_size < 300 * 64 + 64 * 64 + 4000
+    assert snr(run(tied(kind), i=i), run(Model.load(path), i=i)) > 12
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_codes_stay_packed_where_samples_have_few_rows(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weightonly, "FEW_FROM", 64 * 64)
+    i = np.random.default_rng(2).integers(0, 300, (32, rows))
+    text = "quantize:activations=none,weights=int4"
+    after, _ = quantized(text, tied("turned"), i=i)
+    packed = "DequantizeLinear" in {node.op for node in after.graph.nodes}
+    assert packed == (rows == 1)
+    after, _ = quantized(f"{text},form=decoded", tied("turned"), i=i)
+    assert "DequantizeLinear" not in {node.op for node in after.graph.nodes}
 
 
 @pytest.mark.parametrize(

@@ -402,7 +402,9 @@ def test_large_matrices_of_few_codes_stay_packed_by_themselves(
     model, _ = reader("matmul", opset=17)
     assert weightonly.opset_for(layer_of(model), LEVELS["int4"], 16) == 21
     assert weightonly.opset_for(layer_of(model), LEVELS["int2"]) == 25
-    assert weightonly.opset_for(layer_of(model), LEVELS["int8"]) == 0
+    assert weightonly.opset_for(layer_of(model), LEVELS["int8"]) == 13
+    assert weightonly.packing_pays(layer_of(model), LEVELS["int4"])
+    assert not weightonly.packing_pays(layer_of(model), LEVELS["int8"])
     model.require_opset(21)
     layer = layer_of(model)
     grid, codes, _ = coded(layer, "int4", 16)
@@ -442,3 +444,53 @@ def test_zeros_of_a_pruned_matrix_are_code_zero():
 
     assert np.all(codes[weight == 0] == 0)
     assert np.all(grid.zero == 0)
+
+
+def test_few_rows_are_worth_packing_from_a_certain_size_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = reader("matmul")
+    layer = layer_of(model)
+    assert not weightonly.packing_pays(layer, LEVELS["int8"], 1)
+    monkeypatch.setattr(weightonly, "FEW_FROM", 64 * 24)
+    assert weightonly.packing_pays(layer, LEVELS["int8"], 1)
+    assert not weightonly.packing_pays(layer, LEVELS["int8"], 64)
+
+
+@pytest.mark.parametrize(("accuracy", "near"), [(1, 1e-5), (4, 0.03)])
+@pytest.mark.parametrize("kind", ["matmul", "gemm transposed", "odd"])
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("weights", ["int8", "uint8", "int4"])
+def test_an_accuracy_level_is_written_into_the_operator(
+    weights: str, block: int, kind: str, accuracy: int, near: float, tmp_path: Path
+) -> None:
+    if kind == "odd":
+        if block:
+            pytest.skip("blocks do not cut 50 inputs")
+        x = values(5, 50, seed=1)
+        text = "(float[5,50] x) => (float[5,24] y) { y = Gemm(x, w, b) }"
+        plain = model_of(text, w=values(50, 24), b=values(24))
+    else:
+        plain, x = reader(kind)
+    model = plain.copy()
+    layer = layer_of(model)
+    grid, codes, real = coded(layer, weights, block)
+    rewrite(model, layer, grid, codes, form="packed", accuracy=accuracy)
+    plain.set_weight("w", real)
+    wanted = run(plain, x=x)
+    error = np.abs(run(model, x=x) - wanted).max()
+    assert error < near * np.abs(wanted).max()
+    assert (error > 1e-4 * np.abs(wanted).max()) == (accuracy == 4)
+    assert "MatMulNBits" in optimized(model, tmp_path)
+
+
+def test_zero_points_are_a_choice() -> None:
+    weight = values(8, 64) + 1
+    for name in ("int8", "uint8", "int4", "int2"):
+        for answer in (False, True):
+            levels = weightonly.levels_of(name, answer)
+            grid, codes = quantized(weight, levels)
+            assert (np.ptp(grid.zero) > 0) == answer
+            assert grid.low <= codes.min() <= codes.max() <= grid.high
+    with pytest.raises(UsageError, match="int2"):
+        weightonly.levels_of("ternary", True)
