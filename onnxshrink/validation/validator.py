@@ -117,7 +117,8 @@ class Validator:
                 labels and an output fit.
             threads: onnxruntime's threads.
             providers: onnxruntime's execution providers.
-            batch_size: Samples in a run; by default as many as fit 8 MB, at most 32.
+            batch_size: Samples in a run; by default as many as have at most 8 MB of
+                inputs and of outputs, at most 32.
             seed: Kept for the report; nothing is drawn here.
             progress: Receives progress.
             answers: What outputs should be, by name, the first axis evaluation samples;
@@ -284,15 +285,17 @@ class Validator:
         session = self._session(source)
         inputs, outputs = signature_of(source, session)
         kinds = kinds_of(source, inputs, outputs)
-        spans = list(self.samples.spans(self._size()))
-        store = Store()
+        few = self.samples.read(np.arange(self.samples.batch or 1))
+        one, two = self._run(session, few), self._run(session, few)
         seen = {info.name: Seen() for info in session.outputs}
-        for number, (feed, span) in enumerate(self._feeds(spans, what)):
-            if number == 0:
-                few = self.samples.read(np.arange(self.samples.batch or 1))
-                one, two = self._run(session, few), self._run(session, few)
-                for name, value in one.items():
-                    seen[name].stable = _repeats(value, two[name])
+        for name, value in one.items():
+            seen[name].stable = _repeats(value, two[name])
+        if self._known is not None:
+            spans = self._known.spans
+        else:
+            spans = list(self.samples.spans(self._size(few, one)))
+        store = Store()
+        for feed, span in self._feeds(spans, what):
             out = self._run(session, feed)
             count = _count(feed, span, self.samples)
             for name, value in out.items():
@@ -372,11 +375,18 @@ class Validator:
             source, threads=self._threads, providers=self._providers, optimize=optimize
         )
 
-    def _size(self) -> int:
+    def _size(self, feed: Mapping[str, Array], out: Mapping[str, Any]) -> int:
+        """Return how many samples run at once, by the bytes of what goes in and out."""
         if self._batch_size is not None:
             return max(1, self._batch_size)
-        one = sum(value.nbytes for value in self.samples.read([0]).values())
-        return max(1, min(_BATCH, _BATCH_BYTES // max(1, one)))
+        samples = self.samples.batch or 1
+        sides = [
+            sum(
+                value.nbytes for value in side.values() if isinstance(value, np.ndarray)
+            )
+            for side in (feed, out)
+        ]
+        return max(1, min(_BATCH, _BATCH_BYTES * samples // max(1, *sides)))
 
     def _feeds(
         self, spans: Sequence[tuple[int, int]], what: str

@@ -18,8 +18,10 @@ from onnxshrink.base import Promise
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.measuring import differences
 from onnxshrink.model import Model
+from onnxshrink.runtime import Session
 from onnxshrink.samples import Samples, Splits
 from onnxshrink.validation import Budget, OutputMetrics, Validator, Verdict
+from onnxshrink.validation import validator as validators
 
 RNG = np.random.default_rng(11)
 X = RNG.normal(size=(50, 3)).astype(np.float32)
@@ -122,6 +124,27 @@ def test_figures_do_not_depend_on_the_batch_size_or_where_outputs_are_kept(
     assert metrics(cut).sqnr_db == pytest.approx(metrics(whole).sqnr_db)
     assert metrics(cut).cosine == pytest.approx(metrics(whole).cosine)
     assert cut.metric == whole.metric
+
+
+@pytest.mark.parametrize(("side", "samples"), [(0, 50), (1, 4)])
+def test_a_batch_is_bounded_by_the_bytes_that_go_in_and_that_come_out(
+    monkeypatch: pytest.MonkeyPatch, side: int, samples: int
+):
+    # Twenty-five floats are a sample's outputs here: 100 bytes.
+    weight = np.random.default_rng(3).normal(size=(3, 25)).astype(np.float32)
+    wide = linear(weight, shapes={"y": ["N", 25]})
+    monkeypatch.setattr(validators, "_BATCH", 1000)
+    monkeypatch.setattr(validators, "_BATCH_BYTES", [10**6, 400][side])
+    sizes: list[int] = []
+    run = Session.run
+
+    def counted(self: Session, feeds: Any, names: Any = None) -> dict[str, Any]:
+        sizes.append(len(feeds["x"]))
+        return run(self, feeds, names)
+
+    monkeypatch.setattr(Session, "run", counted)
+    assert validator(wide).check(wide).ok
+    assert max(sizes) == samples
 
 
 def test_a_tie_of_the_reference_may_fall_either_way():
