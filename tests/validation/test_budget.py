@@ -90,6 +90,7 @@ def test_limits_that_can_be_meant_are_taken():
         "min_agreement": 1,
         "min_sqnr": -3,
         "max_latency_ratio": 0.5,
+        "max_bytes": None,
         "automatic": False,
     }
 
