@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from onnxshrink import runtime
 from onnxshrink._version import __version__
+from onnxshrink.activations.gathering import fingerprint
+from onnxshrink.activations.reach import unreached
 from onnxshrink.base import (
     Context,
     Memory,
@@ -67,6 +69,8 @@ for them: what counts is whether the repaired model holds.
 """
 
 _TIGHTENINGS = 24
+_NAMED = 8
+"""Places that a warning names."""
 _NO_SLOWER = 1.05
 """Latency up to which a model is as fast as it came, but for noise."""
 _REPAIRS = 2
@@ -428,6 +432,9 @@ class _PipelineRun:
             first choice comes.
         steps: Reports of the steps that are decided.
         memory: What passes remember in the step that is being decided.
+        reach: The fingerprint of the model that was last looked at for weights that no
+            sample reaches, and these.
+        untouched: All such weights that steps left alone, and why.
         costs: What layers cost, for all steps.
     """
 
@@ -477,6 +484,8 @@ class _PipelineRun:
         self.selection: Validator | None = None
         self.steps: list[Step] = []
         self.memory = Memory()
+        self.reach: tuple[str, Mapping[str, str]] | None = None
+        self.untouched: dict[str, str] = {}
         self.costs = FixedCosts(threads=manager.threads, providers=manager.providers)
 
     def _as_given(self) -> Path:
@@ -595,7 +604,7 @@ class _PipelineRun:
         pass_ = first.pass_
         assert isinstance(pass_, SitePass)
         ctx = self._context(first.index)
-        prepared = self.manager._prepared(accepted.model, pass_, ctx)
+        prepared = self._prepared(accepted.model, pass_, ctx)
         if plan is None:
             with _naming(first.index, pass_, ctx):
                 plan = backoff.nothing(pass_.sites(prepared, ctx))
@@ -769,7 +778,7 @@ class _PipelineRun:
         plan: backoff.Plan | None,
         tag: str,
     ) -> _Attempt:
-        prepared = self.manager._prepared(before, pass_, ctx)
+        prepared = self._prepared(before, pass_, ctx)
         folded = list(ctx.done)
         if isinstance(pass_, SitePass):
             sites = list(pass_.sites(prepared, ctx))
@@ -788,6 +797,19 @@ class _PipelineRun:
         if attempt.verdict.problem == "budget":
             self._forgive_taught(attempt, pass_, prepared, before_path, ctx)
         return attempt
+
+    def _prepared(self, model: Model, pass_: Pass, ctx: Context) -> Model:
+        """Return a copy that a pass may work on, and that says what is out of reach."""
+        prepared = self.manager._prepared(model, pass_, ctx)
+        if pass_.promise is not Promise.CLOSE or not ctx.has_data:
+            return prepared
+        samples = (self.splits.calibration,)
+        mark = fingerprint(prepared)
+        if self.reach is None or self.reach[0] != mark:
+            self.reach = mark, unreached(prepared, samples, ctx)
+        prepared.unreached = self.reach[1]
+        self.untouched |= self.reach[1]
+        return prepared
 
     def _forgive_taught(
         self,
@@ -899,7 +921,7 @@ class _PipelineRun:
     ) -> _TriedPass | None:
         index, pass_ = failed.index, failed.pass_
         assert isinstance(pass_, SitePass)
-        prepared = self.manager._prepared(accepted.model, pass_, ctx)
+        prepared = self._prepared(accepted.model, pass_, ctx)
         sites = list(pass_.sites(prepared, ctx))
         listed = list(ctx.skips)
         if not sites:
@@ -1037,6 +1059,16 @@ class _PipelineRun:
 
     # --- the end ------------------------------------------------------------------
 
+    def _warnings(self) -> Iterator[str]:
+        """Yield what a reader of the last lines must not miss."""
+        whys: dict[str, list[str]] = {}
+        for name, why in self.untouched.items():
+            whys.setdefault(why, []).append(name)
+        for why, names in whys.items():
+            some = ", ".join(names[:_NAMED])
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            yield f"left alone: {some}{more}: {why}"
+
     def _note_run(self, written: Model) -> None:
         """Let a model say what was done to it."""
         manager = self.manager
@@ -1147,6 +1179,7 @@ class _PipelineRun:
             final=stats,
             notes=tuple(notes),
             output=tuple(str(file) for file in files) if self.target else (),
+            warnings=tuple(self._warnings()),
         )
         written.source = self.target
         return Result(written, report, files if self.target is not None else ())

@@ -443,8 +443,8 @@ class Codebook(SitePass):
         held = 0
         for layer in found:
             known = seen.get(layer.name)
-            if known is not None and not known.is_finite:
-                known = None  # the model itself overflows on this data
+            if known is not None and not (known.is_finite and known.count):
+                known = None  # it overflows on this data, or sees nothing of it
             one = _Study.of(self, layer, known)
             size = 0 if known is None else known.nbytes
             if batch and held + size > _HELD:

@@ -425,7 +425,9 @@ class Prune(SitePass):
             seen = inputs[layer.name]
             if seen.gram is None:
                 studies[layer.name] = _Study("wanda", seen.squares)
-            elif seen.is_finite:  # else the model itself overflows on this data
+            elif (
+                seen.is_finite and seen.count
+            ):  # else the model itself overflows on this data
                 adjusts = self._adjusts and layers.free_bias(layer) is not None
                 study = _Study(
                     "obs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,6 +38,7 @@ from onnxshrink.quantization.schemes import MIN_OPSET, Scheme, limits
 from onnxshrink.quantization.smoothing import Smoothed
 from onnxshrink.quantization.static import Recipe
 from onnxshrink.solvers.rounding import Grid
+from onnxshrink.statistics import Range
 from onnxshrink.structure import layers
 from onnxshrink.structure.layers import LinearWeight
 
@@ -280,13 +281,13 @@ class Quantize(SitePass):
         static_ok -= {name for name, _ in planner.skips}
         reasons = dict(planner.skips)
         costs = LayerCosts(prepared, ctx)
+        odd = self._not_finite(prepared, ctx) if data else frozenset()
         sites = []
         for layer in layers.find(
             prepared, only=self.only, skip=self.skip, roles=_ROLES, turned=True
         ):
-            site = self._site(
-                prepared, layer, layer.name in static_ok, data, costs, ctx
-            )
+            is_static = layer.name in static_ok
+            site = self._site(prepared, layer, is_static, data, odd, costs, ctx)
             if site is not None:
                 saved = dataclasses.replace(
                     site.savings, seconds=_saved(layer, site, costs)
@@ -301,16 +302,41 @@ class Quantize(SitePass):
             ctx.skipped("model", "no weight is large enough, of float32 and selected")
         return sites
 
+    def _not_finite(self, model: Model, ctx: Context) -> frozenset[str]:
+        """Return activations with NaN, infinity or fills of a mask in some sample."""
+        if self.activations not in ("auto", "dynamic"):
+            return frozenset()
+        read = {
+            use.node.inputs[0].name
+            for layer in layers.find(model, only=self.only, skip=self.skip)
+            if not dynamic.why_not(model, layer)
+            for use in layer.uses
+        }
+        seen = ctx.statistics(model, {name: Range() for name in read})
+        return frozenset(
+            name
+            for name, one in seen.items()
+            if isinstance(one, Range) and one.nan + one.inf + one.fills
+        )
+
     def _site(
         self,
         model: Model,
         layer: LinearWeight,
         static_ok: bool,
         data: bool,
+        odd: Collection[str],
         costs: LayerCosts,
         ctx: Context,
     ) -> QuantizeSite | None:
         dynamic_ok = not dynamic.why_not(model, layer)
+        if dynamic_ok and any(use.node.inputs[0].name in odd for use in layer.uses):
+            dynamic_ok = False
+            ctx.skipped(
+                layer.name,
+                "activations stay float: they hold NaN, infinity or values beyond "
+                "1e30, which a range found at run time would follow",
+            )
         if self.activations == "auto":
             dynamic_ok = dynamic_ok and dynamic.pays(layer)
         form = self._form(layer, static_ok, dynamic_ok, data)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Cost, Promise, Site, SitePass
-from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight
 from onnxshrink.solvers.separable import (
     ORDERS,
@@ -284,12 +284,8 @@ def _fit(
     dense = layer.weight.read().astype(np.float64).reshape(outputs, inputs, taps)
     moments, centre = None, np.zeros(inputs * taps)
     found = seen.get(layer.name)
-    if found is not None and found.gram is not None and found.count:
-        if not found.is_finite:
-            raise ModelError(
-                f"{layer.name} multiplies NaN or infinity on the calibration data; "
-                f"skip={layer.name} leaves it alone"
-            )
+    # Otherwise it overflows on this data, or sees nothing of it.
+    if found is not None and found.gram is not None and found.count and found.is_finite:
         moments = found.gram[0] / found.count
         if all(_bias_is_free(layer, use) for use in layer.uses):
             centre = found.mean[0]

@@ -303,11 +303,23 @@ def add(
         return
     try:
         for piece in rows.pieces(*map(_numeric, (inputs, now, wanted))):
-            sums.add(*piece)
+            sums.add(*_finite(*piece))
     except ModelError as error:
         sums.why_not = str(error)
         return
     sums.check_finite()
+
+
+def _finite(inputs: Array, now: Array, wanted: Array) -> Piece:
+    """Return a piece without the rows in which one of the three is not finite."""
+    whole = [inputs, now, wanted]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(sum(float(part.sum(dtype=np.float64)) for part in whole)):
+            return inputs, now, wanted
+    # A row of one group goes with that row of all groups.
+    kept = np.logical_and.reduce([np.isfinite(part).all(axis=(0, 2)) for part in whole])
+    inputs, now, wanted = (part[:, kept] for part in whole)
+    return inputs, now, wanted
 
 
 def _differ(now: Array, wanted: Array) -> str:

@@ -67,6 +67,8 @@ class Model:
         lineage: What each value was in the model that a run started from.
         objection: What onnx.checker says against a model that onnxruntime opens all
             the same; empty if nothing.
+        unreached: Weights that no sample reached, by name, and why: layers are to leave
+            them alone. A run finds them out before a pass that may change outputs.
     """
 
     def __init__(self, graph: Graph, origin: onnx.ModelProto) -> None:
@@ -79,6 +81,7 @@ class Model:
         self.external = False
         self.lineage = Lineage()
         self.objection = ""
+        self.unreached: Mapping[str, str] = {}
         self._files: frozenset[Path] = frozenset()
         self._names: set[str] | None = None
         self._numbers: dict[str, int] = {}
@@ -201,6 +204,7 @@ class Model:
         twin.external = self.external
         twin.lineage = self.lineage.copy()
         twin.objection = self.objection
+        twin.unreached = self.unreached
         twin._files = self._files
         return twin
 

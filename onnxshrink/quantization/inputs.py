@@ -24,7 +24,6 @@ from onnxshrink.activations.inputs import (
     seen_from_outside,
 )
 from onnxshrink.base import Context
-from onnxshrink.errors import ModelError
 from onnxshrink.model import Model
 from onnxshrink.quantization.smoothing import Smoothed
 from onnxshrink.statistics import Statistic, Stored
@@ -130,9 +129,7 @@ def input_grams(
 
     Returns:
         What layers read, by the name of the weight; and the statistics of ``beside``.
-
-    Raises:
-        ModelError: A layer reads NaN or infinity on a sample.
+        A layer that saw no finite row, or values too large to be squared, is absent.
     """
     known: dict[str, InputStatistics] = {}
     for layer in layers if seen is not None else ():
@@ -146,12 +143,7 @@ def input_grams(
     found, others = gather_inputs(
         ctx, missing, beside, model=model, slice_bytes=_SLICE, folder=cache
     )
-    for name, one in found.items():
-        if not one.is_finite:
-            raise ModelError(
-                f"{name} multiplies NaN or infinity on the calibration data; "
-                f"skip={name} leaves it alone"
-            )
+    usable = {name: one for name, one in found.items() if one.is_finite and one.count}
     if seen is not None:
-        seen.keep(found, ctx)
-    return {**known, **found}, others
+        seen.keep(usable, ctx)
+    return {**known, **usable}, others

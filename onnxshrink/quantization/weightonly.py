@@ -269,6 +269,7 @@ def _only_known(layer: LinearWeight) -> bool:
         weight.is_input
         or weight.is_output
         or weight.data_type != onnx.TensorProto.FLOAT
+        or weight.name in weight.model.unreached
     ):
         return False
     known = {(id(use.turned or use.node), use.index) for use in layer.uses}

@@ -130,6 +130,7 @@ class Report:
         final: Figures of the file that was written.
         notes: What else one must know, such as which samples measure.
         output: The files written, the model first.
+        warnings: What a reader must not miss: shown last, before the summary.
     """
 
     model: str
@@ -141,6 +142,7 @@ class Report:
     final: Stats
     notes: tuple[str, ...] = ()
     output: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return values that JSON can hold.
@@ -157,6 +159,7 @@ class Report:
             "final": self.final.to_json(),
             "notes": list(self.notes),
             "output": list(self.output),
+            "warnings": list(self.warnings),
         }
 
     @classmethod
@@ -177,6 +180,7 @@ class Report:
                 final=Stats.from_json(data["final"]),
                 notes=tuple(str(note) for note in data.get("notes", ())),
                 output=tuple(str(name) for name in data.get("output", ())),
+                warnings=tuple(str(line) for line in data.get("warnings", ())),
             )
         except (
             AttributeError,
@@ -264,6 +268,8 @@ class Report:
                 console.print(clean(line, 2000), soft_wrap=True)
         for line in self.remarks(0 if verbose else _FEW):
             console.print(clean(line, 2000), soft_wrap=True)
+        for line in self.warnings:
+            console.print(f"warning: {clean(line, 2000)}", soft_wrap=True)
         console.print(clean(self.summary(), 4000), soft_wrap=True, style="bold")
 
     def details(self) -> list[str]:
@@ -292,6 +298,7 @@ class Report:
             "",
             _markdown(self.summary()),
             "",
+            *(f"**Warning:** {_markdown(line)}\n" for line in self.warnings),
             head,
             rule,
             *rows,
@@ -323,6 +330,10 @@ class Report:
         return _PAGE.format(
             title=_html(Path(self.model).name),
             summary=_html(self.summary()),
+            warnings="".join(
+                f"<p><strong>Warning:</strong> {_html(line)}</p>"
+                for line in self.warnings
+            ),
             head=row(_HEADERS, "th"),
             body=body,
             remarks=listed(self.remarks()),
@@ -370,6 +381,7 @@ li {{ overflow-wrap: anywhere }}
 <body>
 <h1>{title}</h1>
 <p><strong>{summary}</strong></p>
+{warnings}
 <table>
 <thead>{head}</thead>
 <tbody>

@@ -87,6 +87,34 @@ def chunks(array: Array) -> Iterator[Array]:
             yield piece[:, :, left : left + width]
 
 
+def finite_rows(rows: Array) -> Array:
+    """Return the rows of [..., rows, channels] without NaN and infinity.
+
+    Padding, empty masks and counts of 0 make such rows; they say nothing about what a
+    layer reads elsewhere. A row of one group goes with that row of all groups.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(rows.sum(dtype=np.float64)):
+            return rows
+    kept = np.isfinite(rows).all(axis=-1)
+    kept = kept.reshape(-1, kept.shape[-1]).all(axis=0)
+    return rows if kept.all() else np.ascontiguousarray(rows[..., kept, :])
+
+
+def finite_places(view: Array) -> Array:
+    """Return [before, channels, after] as one with only places all finite along it.
+
+    Where all are, the view comes back; else it is [1, channels, places].
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(view.sum(dtype=np.float64)):
+            return view
+    kept = np.isfinite(view).all(axis=1)
+    if kept.all():
+        return view
+    return np.ascontiguousarray(np.moveaxis(view, 1, 0)[:, kept])[None]
+
+
 def grown(sums: Float64 | None, like: Float64, what: str) -> Float64:
     """Return the accumulator, made of zeros the first time it is needed."""
     if sums is None:

@@ -18,6 +18,7 @@ from onnxshrink.statistics.base import (
     Stored,
     around,
     chunks,
+    finite_places,
     gathered,
     grown,
     numeric,
@@ -73,7 +74,7 @@ class ChannelNorm(Norms):
         axis: Axis of the channels, -1 for the input of ``X @ W``.
         squares: float64 [channels], or ``None`` before the first batch.
         sums: float64 [channels], sum of the values.
-        rows: Number of values in each channel.
+        rows: Number of values in each channel; rows with NaN or infinity do not count.
     """
 
     axis: int = -1
@@ -88,7 +89,7 @@ class ChannelNorm(Norms):
 
     def update(self, array: Array) -> None:
         """Add one batch."""
-        view = around(numeric(array), self.axis)
+        view = finite_places(around(numeric(array), self.axis))
         total, sums = np.zeros(view.shape[1]), np.zeros(view.shape[1])
         for piece in chunks(view):
             values = piece.astype(np.float64)
@@ -115,7 +116,7 @@ class Moments(Statistic):
 
     Attributes:
         axis: Axis of the channels; ``None`` looks at the whole tensor.
-        count: Number of values, in each channel.
+        count: Number of values, in each channel, without rows of NaN or infinity.
         mean: float64, shape [] or [channels].
     """
 
@@ -135,6 +136,7 @@ class Moments(Statistic):
         view = (
             values.reshape(1, 1, -1) if self.axis is None else around(values, self.axis)
         )
+        view = finite_places(view)
         for piece in chunks(view):
             part = piece.astype(np.float64)
             mean = part.mean(axis=(0, 2))

@@ -19,6 +19,7 @@ from onnxshrink.statistics.base import (
     Float64,
     Stored,
     around,
+    finite_rows,
     grown,
     numeric,
     stored,
@@ -63,6 +64,8 @@ class Products(Stored):
 class Gram(Products):
     """``X^T X`` over all rows of a tensor, for layer-wise least squares.
 
+    Rows with NaN or infinity are left out.
+
     This is the Hessian of the layer-wise error up to a factor (Frantar and Alistarh
     2023, SparseGPT, section 3; Frantar et al. 2023, GPTQ). It is not damped.
 
@@ -90,7 +93,7 @@ class Gram(Products):
         view = around(numeric(array), self.axis)
         channels = view.shape[1]
         refuse_large((channels, channels), self.limit_bytes)
-        rows = np.moveaxis(view, 1, 2).reshape(-1, channels)
+        rows = finite_rows(np.moveaxis(view, 1, 2).reshape(-1, channels))
         sums = rows.sum(axis=0, dtype=np.float64)
         self.sums = grown(self.sums, sums, "a Gram matrix") + sums
         if self.matrix is None:
@@ -120,8 +123,8 @@ def refuse_large(shape: tuple[int, ...], limit: int) -> None:
 def product(rows: Array, exact: bool) -> Array:
     """Return ``X^T X`` of [..., rows, channels], in float64 if asked for or needed."""
     if not exact:
-        narrow = rows.astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
+            narrow = rows.astype(np.float32, copy=False)
             product = np.swapaxes(narrow, -1, -2) @ narrow
         # Squares of values beyond 1e19 do not fit float32.
         if np.isfinite(product).all():

@@ -15,6 +15,7 @@ from onnxshrink.statistics.base import (
     Float64,
     Statistic,
     around,
+    finite_rows,
 )
 
 __all__ = ["Sample"]
@@ -31,7 +32,7 @@ class Sample(Statistic):
         size: Rows kept at most.
         axis: Axis of the channels; every other axis counts as rows.
         seed: Seed of the draws.
-        rows: Rows seen.
+        rows: Rows seen, those with NaN or infinity left out.
     """
 
     size: int = 256
@@ -59,6 +60,7 @@ class Sample(Statistic):
         """Offer the rows of one batch."""
         view = around(array, self.axis)
         rows = np.moveaxis(view, 1, 2).reshape(-1, view.shape[1])
+        rows = finite_rows(rows) if rows.dtype.kind == "f" else rows
         self.rows += len(rows)
         self._offer(rows, self._draws.random(len(rows)))
 

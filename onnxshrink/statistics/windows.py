@@ -188,23 +188,41 @@ class ConvNorm(Norms):
         for start in range(0, len(values), step):
             part = self.window.padded(values[start : start + step])
             part = part.astype(np.float64)
-            squared = np.square(part)
             out = self.window.output(part.shape[2:])
+            whole = self._whole(part, out)
+            if whole is not None:
+                part = np.where(np.isfinite(part), part, 0)
+            squared = np.square(part)
             for offset in np.ndindex(*self.window.kernel):
                 at = (slice(None), *offset)
-                total[at] += self._at(squared, offset, out)
-                sums[at] += self._at(part, offset, out)
-            self.rows += len(part) * math.prod(out)
+                total[at] += self._at(squared, offset, out, whole)
+                sums[at] += self._at(part, offset, out, whole)
+            count = len(part) * math.prod(out)
+            self.rows += count if whole is None else int(whole.sum())
         shape = (self.window.group, -1, *self.window.kernel)
         total, sums = total.reshape(shape), sums.reshape(shape)
         self.squares = grown(self.squares, total, "a convolution norm") + total
         self.sums = grown(self.sums, sums, "a convolution norm") + sums
 
-    def _at(
-        self, values: Float64, offset: tuple[int, ...], out: tuple[int, ...]
-    ) -> Float64:
-        """Return the sum, by channel, of what one kernel entry multiplies."""
-        window = tuple(
+    def _whole(self, part: Float64, out: tuple[int, ...]) -> NDArray[np.bool_] | None:
+        """Return which patches are finite, [samples, output...]; ``None``: all."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(part.sum()):
+                return None
+        broken = ~np.isfinite(part)
+        if not broken.any():
+            return None
+        found = np.zeros((len(part), *out), bool)
+        for offset in np.ndindex(*self.window.kernel):
+            seen = broken[(slice(None), slice(None), *self._window(offset, out))]
+            found |= seen.any(axis=1)
+        return ~found
+
+    def _window(
+        self, offset: tuple[int, ...], out: tuple[int, ...]
+    ) -> tuple[slice, ...]:
+        """Return what one kernel entry reads along each spatial axis."""
+        return tuple(
             slice(at * spread, at * spread + (size - 1) * stride + 1, stride)
             if size
             else slice(0, 0)
@@ -212,7 +230,18 @@ class ConvNorm(Norms):
                 offset, self.window.spreads, self.window.steps, out, strict=True
             )
         )
-        seen = values[(slice(None), slice(None), *window)]
+
+    def _at(
+        self,
+        values: Float64,
+        offset: tuple[int, ...],
+        out: tuple[int, ...],
+        whole: NDArray[np.bool_] | None,
+    ) -> Float64:
+        """Return the sum, by channel, of what one kernel entry multiplies."""
+        seen = values[(slice(None), slice(None), *self._window(offset, out))]
+        if whole is not None:
+            seen = seen * whole[:, None]
         return np.asarray(seen.sum(axis=(0, *range(2, values.ndim))))
 
     def _merge(self, other: ConvNorm) -> None:
@@ -268,7 +297,7 @@ class ConvGram(Products):
         self.sums = grown(self.sums, sums, "a convolution's Gram matrix")
         if self.matrix is None:
             self.matrix = np.zeros((group, width, width))
-        for patches in self._rows(values):
+        for patches in map(base.finite_rows, self._rows(values)):
             self.matrix += product(patches, self.exact)
             self.sums += patches.sum(axis=1, dtype=np.float64)
             self.rows += patches.shape[1]
@@ -355,5 +384,6 @@ class ConvSample(Sample):
         source = ConvGram(self.window, positions=self.positions)
         for patches in source._rows(array):
             rows = patches.swapaxes(0, 1).reshape(patches.shape[1], -1)
+            rows = base.finite_rows(rows) if rows.dtype.kind == "f" else rows
             self.rows += len(rows)
             self._offer(rows, self._draws.random(len(rows)))

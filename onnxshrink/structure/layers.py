@@ -491,6 +491,7 @@ def _layer(
     names += [n for node in nodes for n in (node.name, node.op)]
     wanted += [use for use in uses if use.role not in roles]
     why_not = _why_not(weight, wanted, roles, others, behind, decoder is not None)
+    why_not = why_not or model.unreached.get(weight.name, "")
     return LinearWeight(weight, tuple(wanted), why_not, decoder), names
 
 

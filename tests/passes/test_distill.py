@@ -1089,7 +1089,7 @@ def test_in_a_pipeline_it_makes_good_what_pruning_did() -> None:
     )
     pruned, distilled = result.report.steps
     assert distilled.accepted
-    assert distilled.after.metric["agreement"] > pruned.after.metric["agreement"]
+    assert distilled.after.metric["sqnr_db"] > pruned.after.metric["sqnr_db"]
     assert distilled.after.nonzeros <= pruned.after.nonzeros
 
 

@@ -709,3 +709,66 @@ def test_a_table_that_also_scores_becomes_one_copy_of_int8_codes(
     kinds = {node.op for node in after.graph.nodes}
     assert kinds & {operator, "Gemm"}
     assert snr(run(tied(kind), i=i), run(after, i=i)) > near
+
+
+# --- NaN ------------------------------------------------------------------------------
+
+MASKED = """
+<ir_version: 10, opset_import: ["" : 17]>
+attention (float[N, 6, 64] x, bool[N, 6] mask) => (float[N, 6, 64] o)
+<int64[1] a1 = {1}, float ninf = {-inf}, float zero = {0}>
+{
+  q = MatMul(x, wq)
+  kt = Transpose<perm = [0, 2, 1]>(q)
+  s = MatMul(q, kt)
+  mu = Unsqueeze(mask, a1)
+  sm = Where(mu, s, ninf)
+  p = Softmax<axis = -1>(sm)
+  h = MatMul(p, x)
+  y = MatMul(h, w1)
+  isn = IsNaN(y)
+  o = Where(isn, zero, y)
+}
+"""
+
+
+def masked() -> onnx.ModelProto:
+    """Attention whose empty masks make rows of NaN, which a Where takes out."""
+    text = MASKED.replace(
+        "bool[N, 6] mask)", "bool[N, 6] mask, float[64, 64] wq, float[64, 64] w1)"
+    ).replace("float ninf = {-inf}, ", "")
+    text = text.replace(
+        "{\n  q =",
+        "{\n  one = Constant<value_float = 1.0>()\n"
+        "  big = Neg(one)\n  ninf = Div(big, zero)\n  q =",
+    )
+    proto = onnx.parser.parse_model(text)
+    del proto.graph.input[2:]
+    rng = np.random.default_rng(0)
+    for name in ("wq", "w1"):
+        values = rng.normal(size=(64, 64), scale=0.125).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("passes", "name"),
+    [
+        ("quantize", "w1"),
+        ("quantize:activations=static", "wq"),
+        ("quantize:activations=none,weights=int4", "w"),
+        ("prune:sparsity=0.3,recover", "w1"),
+    ],
+)
+def test_rows_of_nan_do_not_stop_a_run(passes: str, name: str) -> None:
+    rng = np.random.default_rng(1)
+    mask = rng.random((64, 6)) < 0.7
+    mask[::3] = False
+    x = rng.normal(size=(64, 6, 64)).astype(np.float32)
+    from onnxshrink.manager import shrink as whole_run
+
+    result = whole_run(
+        masked(), passes, data={"x": x, "mask": mask}, measure_memory=False
+    )
+    assert any(name in where for step in result.report.steps for where, _ in step.did)
+    assert result.report.final.metric["sqnr_db"] > 20

@@ -165,8 +165,8 @@ def test_gram_of_huge_values_does_not_overflow():
     np.testing.assert_allclose(g.matrix, [[2e50]], rtol=1e-6)
 
 
-def test_gram_of_an_infinite_value_is_not_finite():
-    g = fed(Gram(), np.array([[np.inf, 0.0]], np.float32))
+def test_gram_of_a_value_too_large_to_square_is_not_finite():
+    g = fed(Gram(), np.array([[1e200, 0.0]]))
     assert not np.isfinite(g.matrix).all()
 
 
@@ -447,3 +447,63 @@ def test_counts_are_of_rows_that_are_looked_up_from_either_end() -> None:
     two.update(np.array([1, 4, -5]))  # the last two are no rows
     one.merge(two)
     assert one.counts.tolist() == [2, 1, 2, 2]
+
+
+# --- NaN and infinity -----------------------------------------------------------------
+
+ODD = [np.nan, np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "make", [Gram, ChannelNorm, lambda: Moments(axis=-1), lambda: Sample(axis=-1)]
+)
+def test_rows_of_nan_and_infinity_are_left_out(make: Any, odd: float):
+    rows = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
+    spoilt = rows.copy()
+    spoilt[1, 2, 0] = spoilt[4, 3] = odd
+    kept = np.delete(rows.reshape(-1, 3), [6, 19], axis=0)
+    found, expected = make(), make()
+    found.update(spoilt)
+    expected.update(kept[None])
+    parts = ("matrix", "sums", "squares", "rows", "count", "mean", "variance")
+    seen = [part for part in parts if hasattr(found, part)]
+    assert seen
+    for part in seen:
+        assert np.allclose(getattr(found, part), getattr(expected, part))
+    if isinstance(found, Sample):
+        assert np.array_equal(found.values, kept)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_patches_with_nan_or_infinity_are_left_out(odd: float):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 2, 6, 6)).astype(np.float32)
+    spoilt = image.copy()
+    spoilt[0, 1, 2, 3] = odd
+    window = ConvWindow((3, 3), pads=(1, 1, 1, 1), group=2)
+    patches = window.patches(window.padded(image))
+    broken = np.zeros((2, 6, 6), bool)
+    broken[0, 1:4, 2:5] = True  # what a 3x3 window at row 2, column 3 belongs to
+    kept = patches[:, :, :, :].transpose(0, 2, 3, 1, 4, 5)[~broken].reshape(-1, 2, 9)
+    gram, norm, sample = ConvGram(window), ConvNorm(window), ConvSample(window=window)
+    for statistic in (gram, norm):
+        statistic.update(spoilt)
+        assert statistic.rows == 72 - 9
+    assert gram.matrix is not None
+    assert norm.squares is not None
+    for group in range(2):
+        mine = kept[:, group].astype(np.float64)
+        assert np.allclose(gram.matrix[group], mine.T @ mine, rtol=1e-5, atol=1e-5)
+        squares = np.square(mine).sum(0).reshape(1, 3, 3)
+        assert np.allclose(norm.squares[group], squares)
+    sample.update(spoilt)
+    assert np.isfinite(sample.values).all()
+
+
+def test_a_tensor_of_nan_alone_adds_no_row():
+    found = Gram()
+    found.update(np.full((3, 4), np.nan, np.float32))
+    assert found.rows == 0
+    assert found.matrix is not None
+    assert not found.matrix.any()
