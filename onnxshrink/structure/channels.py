@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight
-from onnxshrink.structure.tie_rules import RULES
+from onnxshrink.structure.tie_fused import ALL_RULES
 from onnxshrink.structure.ties import Indices, Role, Ties
 
 __all__ = ["Group", "Role", "Slices", "find", "remove", "remove_all"]
@@ -104,13 +104,13 @@ def find(model: Model) -> list[Group]:
     functions. Time and memory grow linearly with the sizes of all axes. The groups hold
     for the model as it is now: find them again after a change.
     """
-    ties = Ties(model, RULES)
+    ties = Ties(model, ALL_RULES)
     found = _named(ties)
     if not ties.has_choice:
         return found
     # Whole groups of a convolution can go, or the same channels of each of its groups,
     # which is what a shuffle leaves.
-    inner = _named(Ties(model, RULES, prefers="inner"))
+    inner = _named(Ties(model, ALL_RULES, prefers="inner"))
     return max((found, inner), key=_removable)
 
 

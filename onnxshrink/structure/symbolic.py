@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 from onnxshrink.model import Model, Node, ValueInfo
 from onnxshrink.model.exporter import in_order
 from onnxshrink.model.topology import is_onnx, subgraphs_of, tensor_of
+from onnxshrink.structure.stand_ins import replace
 
 __all__ = ["Dim", "Dims", "Facts", "Poly", "broadcast", "facts_of", "product"]
 
@@ -283,6 +284,7 @@ def _inferred(model: Model, hidden: frozenset[gs.Tensor]) -> dict[str, ValueInfo
             found[info.name] = ValueInfo.from_proto(info)
         return found
     _forget(proto.graph, True)
+    replace(proto.graph)
     failures = (onnx.shape_inference.InferenceError, RuntimeError, ValueError)
     # Where it fails, what is stated of inputs and unknown operators is still true.
     with contextlib.suppress(*failures):
@@ -450,6 +452,7 @@ _SAME = (
     *("GroupNormalization", "RMSNormalization", "Mish", "ThresholdedRelu", "CumSum"),
     *("QuantizeLinear", "DequantizeLinear", "Celu", "Softsign", "IsNaN", "IsInf"),
     *("Trilu", "ScatterElements", "ScatterND", "Hardmax", "Swish"),
+    *("SimplifiedLayerNormalization", "RotaryEmbedding"),
 )
 _KEEPS_TYPE = tuple(
     op

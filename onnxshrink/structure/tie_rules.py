@@ -5,21 +5,35 @@ Tested in tests/structure/test_channels.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Node, attribute
-from onnxshrink.model.topology import is_onnx, returned_by
+from onnxshrink.model.topology import returned_by
 from onnxshrink.structure.symbolic import Dims, static
+from onnxshrink.structure.tie_sizes import Sizes, fix_sizes_read
 from onnxshrink.structure.ties import MergedAxis, Role, Rule, Ties, UnknownError
 
-__all__ = ["RULES"]
+__all__ = [
+    "RULES",
+    "align",
+    "conv",
+    "fix_spatial",
+    "gemm",
+    "input_at",
+    "layer_norm",
+    "outputs_read",
+    "pointwise",
+    "product",
+    "same",
+    "same_axes",
+]
 
 
-def _input(node: Node, index: int) -> gs.Tensor | None:
+def input_at(node: Node, index: int) -> gs.Tensor | None:
     """Return an input, or ``None`` where it is left out."""
     if index < len(node.inputs) and node.inputs[index].name:
         tensor: gs.Tensor = node.inputs[index]
@@ -27,18 +41,18 @@ def _input(node: Node, index: int) -> gs.Tensor | None:
     return None
 
 
-def _outputs(node: Node) -> list[gs.Tensor]:
+def outputs_read(node: Node) -> list[gs.Tensor]:
     """Return the outputs that somebody reads; the first in any case."""
     named = [tensor for tensor in node.outputs if tensor.name]
     return named[:1] + [t for t in named[1:] if t.outputs or returned_by(t)]
 
 
-def _pointwise(ties: Ties, node: Node) -> None:
+def pointwise(ties: Ties, node: Node) -> None:
     """Every input is broadcast to every output."""
-    for out in _outputs(node):
+    for out in outputs_read(node):
         for tensor in node.inputs:
             if tensor.name:
-                _align(ties, tensor, out)
+                align(ties, tensor, out)
     role = _POINTWISE_ROLES.get(node.op)
     if role is None:
         return
@@ -47,7 +61,7 @@ def _pointwise(ties: Ties, node: Node) -> None:
             ties.use(node, tensor, axis, role)
 
 
-def _align(ties: Ties, tensor: gs.Tensor, out: gs.Tensor) -> None:
+def align(ties: Ties, tensor: gs.Tensor, out: gs.Tensor) -> None:
     """Tie the axes of an operand to those of the result, counted from the right."""
     rank, whole = len(ties.shape(tensor)), len(ties.shape(out))
     if rank > whole:
@@ -56,30 +70,33 @@ def _align(ties: Ties, tensor: gs.Tensor, out: gs.Tensor) -> None:
         ties.tie(tensor, axis, out, whole - rank + axis)
 
 
-def _same(ties: Ties, node: Node) -> None:
+def same(ties: Ties, node: Node) -> None:
     """The first input keeps its shape; further inputs are settings."""
     x = node.inputs[0]
-    for out in _outputs(node):
-        _same_axes(ties, x, out, range(len(ties.shape(x))))
+    for out in outputs_read(node):
+        same_axes(ties, x, out, range(len(ties.shape(x))))
     for tensor in node.inputs[1:]:
         ties.fix(tensor, f"{node.op} takes it as a setting")
 
 
-def _same_axes(ties: Ties, x: gs.Tensor, y: gs.Tensor, axes: Iterable[int]) -> None:
+def same_axes(ties: Ties, x: gs.Tensor, y: gs.Tensor, axes: Iterable[int]) -> None:
+    """Tie axes one to one; the ranks have to be equal."""
     if len(ties.shape(x)) != len(ties.shape(y)):
         raise UnknownError("changes the rank in a way that is not known")
     for axis in axes:
         ties.tie(x, axis, y, axis)
 
 
-def _spatial(ties: Ties, node: Node, *tensors: gs.Tensor) -> None:
+def fix_spatial(ties: Ties, node: Node, *tensors: gs.Tensor) -> None:
+    """Fix all axes behind the first two."""
     for tensor in tensors:
         axes = range(2, len(ties.shape(tensor)))
         if axes:
             ties.fix(tensor, f"{node.op} moves along it", *axes)
 
 
-def _conv(ties: Ties, node: Node) -> None:
+def conv(ties: Ties, node: Node) -> None:
+    """Channels of Conv and ConvTranspose, whole groups or those inside of groups."""
     x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
     is_transposed = node.op == "ConvTranspose"
     group = int(attribute(node, "group", 1))
@@ -88,8 +105,8 @@ def _conv(ties: Ties, node: Node) -> None:
     if len(ties.shape(x)) < 3 or None in sizes or None in ties.sizes(w):
         raise UnknownError("has channels whose number is unknown")
     ties.tie(x, 0, y, 0)
-    _spatial(ties, node, x, y, w)
-    bias = _input(node, 2)
+    fix_spatial(ties, node, x, y, w)
+    bias = input_at(node, 2)
     if bias is not None:
         ties.tie(bias, 0, y, 1)
         ties.use(node, bias, 0, "shift")
@@ -139,11 +156,11 @@ def _conv(ties: Ties, node: Node) -> None:
 
 def _batch_norm(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    if len(_outputs(node)) > 1 or attribute(node, "training_mode", 0):
+    if len(outputs_read(node)) > 1 or attribute(node, "training_mode", 0):
         raise UnknownError("is in training mode")
     if len(ties.shape(x)) < 2:
         raise UnknownError("has no channels")
-    _same_axes(ties, x, y, range(len(ties.shape(x))))
+    same_axes(ties, x, y, range(len(ties.shape(x))))
     roles: tuple[Role, ...] = ("scale", "shift", "shift", "variance")
     for tensor, role in zip(node.inputs[1:], roles, strict=False):
         ties.tie(tensor, 0, y, 1)
@@ -158,8 +175,8 @@ def _group_norm(ties: Ties, node: Node) -> None:
     number, size = ties.axis(x, 1), ties.sizes(x)[1]
     if number is None or not size or count < 1 or size % count:
         raise UnknownError("has channels whose number is unknown")
-    _same_axes(ties, x, y, range(rank))
-    _spatial(ties, node, x)
+    same_axes(ties, x, y, range(rank))
+    fix_spatial(ties, node, x)
     whole = ties.extra(count)
     ties.join(ties.positions(number), np.repeat(ties.positions(whole), size // count))
     roles: tuple[Role, ...] = ("scale", "shift")
@@ -181,7 +198,7 @@ def _group_norm(ties: Ties, node: Node) -> None:
 
 def _local_response(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    _same_axes(ties, x, y, range(len(ties.shape(x))))
+    same_axes(ties, x, y, range(len(ties.shape(x))))
     ties.mix(x, 1, f"{node.op} divides by what neighbours have")
 
 
@@ -211,14 +228,14 @@ def _recurrent(ties: Ties, node: Node) -> None:
     tie_units(r, 1, "producer")
     tie_units(r, 2, "consumer")
     for index in (3, 5, 6, 7):  # biases, first states, peepholes
-        tensor = _input(node, index)
+        tensor = input_at(node, index)
         if tensor is not None:
             last = len(ties.shape(tensor)) - 1
             tie_units(tensor, last, "scale" if index == 7 else "shift")
-    lengths = _input(node, 4)
+    lengths = input_at(node, 4)
     if lengths is not None:
         ties.fix(lengths, f"{node.op} takes it as lengths")
-    for tensor in _outputs(node):
+    for tensor in outputs_read(node):
         if not tensor.name:
             continue
         rank = len(ties.shape(tensor))
@@ -238,34 +255,35 @@ def _recurrent(ties: Ties, node: Node) -> None:
 
 def _instance_norm(ties: Ties, node: Node) -> None:
     _batch_norm(ties, node)
-    _spatial(ties, node, node.inputs[0])
+    fix_spatial(ties, node, node.inputs[0])
 
 
-def _layer_norm(ties: Ties, node: Node) -> None:
+def layer_norm(ties: Ties, node: Node) -> None:
+    """Scales follow the input, whose channels share a mean and a variance."""
     x, y = node.inputs[0], node.outputs[0]
     rank = len(ties.shape(x))
-    _same_axes(ties, x, y, range(rank))
-    for tensor in _outputs(node)[1:]:
+    same_axes(ties, x, y, range(rank))
+    for tensor in outputs_read(node)[1:]:
         ties.fix(tensor, f"{node.op} gives it out")
     for axis in range(int(attribute(node, "axis", -1)) % rank, rank):
         ties.mix(x, axis, f"{node.op} takes the variance along it")
     roles: tuple[Role, ...] = ("scale", "shift")
     for tensor, role in zip(node.inputs[1:], roles, strict=False):
         if tensor.name:
-            _align(ties, tensor, y)
+            align(ties, tensor, y)
             for axis in range(len(ties.shape(tensor))):
                 ties.use(node, tensor, axis, role)
 
 
 def _pool(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    _same_axes(ties, x, y, (0, 1))
-    _spatial(ties, node, x, y)
-    for tensor in _outputs(node)[1:]:
+    same_axes(ties, x, y, (0, 1))
+    fix_spatial(ties, node, x, y)
+    for tensor in outputs_read(node)[1:]:
         ties.fix(tensor, f"{node.op} counts positions in it")
 
 
-def _product(
+def product(
     ties: Ties, node: Node, a: gs.Tensor, b: gs.Tensor, axes: Sequence[int | None]
 ) -> None:
     """Tie a matrix product's axes.
@@ -292,18 +310,19 @@ def _product(
         ties.use(node, b, column, "producer")
     ties.use(node, a, left, "consumer")
     ties.use(node, b, right, "consumer")
-    if ties.weight(a) is None and ties.weight(b) is None:
+    if not ties.is_constant(a) and not ties.is_constant(b):
         ties.mix(a, left, f"{node.op} sums products of two values along it")
 
 
-def _gemm(ties: Ties, node: Node) -> None:
+def gemm(ties: Ties, node: Node) -> None:
+    """A product of two matrices, either transposed, and a bias."""
     a, b = node.inputs[0], node.inputs[1]
     left = 0 if attribute(node, "transA", 0) else 1
     right = 1 if attribute(node, "transB", 0) else 0
-    _product(ties, node, a, b, (1 - left, left, right, 1 - right))
-    bias = _input(node, 2)
+    product(ties, node, a, b, (1 - left, left, right, 1 - right))
+    bias = input_at(node, 2)
     if bias is not None:
-        _align(ties, bias, node.outputs[0])
+        align(ties, bias, node.outputs[0])
         for axis in range(len(ties.shape(bias))):
             ties.use(node, bias, axis, "shift")
 
@@ -316,7 +335,7 @@ def _matmul(ties: Ties, node: Node) -> None:
     row = ranks[0] - 2 if ranks[0] > 1 else None
     column = ranks[1] - 1 if ranks[1] > 1 else None
     right = ranks[1] - 2 if ranks[1] > 1 else 0
-    _product(ties, node, a, b, (row, ranks[0] - 1, right, column))
+    product(ties, node, a, b, (row, ranks[0] - 1, right, column))
     matrix = (row is not None) + (column is not None)
     batch = len(ties.shape(y)) - matrix
     for tensor, rank in zip((a, b), ranks, strict=True):
@@ -329,25 +348,42 @@ def _einsum(ties: Ties, node: Node) -> None:
     equation = attribute(node, "equation", "")
     text = equation.decode() if isinstance(equation, bytes) else str(equation)
     left, arrow, right = text.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow or "." in text or any(len(set(t)) < len(t) for t in [*terms, right]):
+    sides = left.split(",")
+    if not arrow or len(sides) != len(node.inputs):
         raise UnknownError("has an equation that is not followed")
+    tensors = [*node.inputs, node.outputs[0]]
+    labels = [
+        _letters(term, len(ties.shape(tensor)))
+        for tensor, term in zip(tensors, [*sides, right], strict=True)
+    ]
+    if any(len(set(names)) < len(names) for names in labels):
+        raise UnknownError("has an equation that is not followed")
+    terms, kept = labels[:-1], labels[-1]
     places: dict[str, tuple[gs.Tensor, int]] = {
-        letter: (node.outputs[0], axis) for axis, letter in enumerate(right)
+        letter: (node.outputs[0], axis) for axis, letter in enumerate(kept)
     }
     for tensor, term in zip(node.inputs, terms, strict=True):
         for axis, letter in enumerate(term):
             ties.tie(tensor, axis, *places.setdefault(letter, (tensor, axis)))
-            role: Role = "producer" if letter in right else "consumer"
+            role: Role = "producer" if letter in kept else "consumer"
             ties.use(node, tensor, axis, role)
     weighed = {
         letter
         for tensor, term in zip(node.inputs, terms, strict=True)
-        if ties.weight(tensor) is not None
+        if ties.is_constant(tensor)
         for letter in term
     }
-    for letter in set(left) - set(right) - weighed - {","}:
+    for letter in {name for term in terms for name in term} - set(kept) - weighed:
         ties.mix(*places[letter], "Einsum sums products of two values along it")
+
+
+def _letters(term: str, rank: int) -> list[str]:
+    """Return a name for each axis; those of an ellipsis are counted from the right."""
+    before, dots, after = term.partition("...")
+    rest = rank - len(before) - len(after)
+    if rest < 0 or (rest and not dots):
+        raise UnknownError("has an equation that is not followed")
+    return [*before, *(f".{number}" for number in range(rest, 0, -1)), *after]
 
 
 def _transpose(ties: Ties, node: Node) -> None:
@@ -370,7 +406,7 @@ def _split(ties: Ties, node: Node) -> None:
     if any(not part.name for part in parts):
         raise UnknownError("leaves out an output")
     _consecutive(ties, node, parts, x, axis)
-    sizes = _input(node, 1)
+    sizes = input_at(node, 1)
     if sizes is not None:
         ties.fix(sizes, "Split takes it as sizes")
     numbers = [ties.axis(part, axis) for part in parts]
@@ -399,7 +435,7 @@ def _consecutive(
     """Tie parts of an axis to the whole, and all other axes one to one."""
     rank = len(ties.shape(whole))
     for part in parts:
-        _same_axes(ties, part, whole, (a for a in range(rank) if a != axis))
+        same_axes(ties, part, whole, (a for a in range(rank) if a != axis))
     target = ties.axis(whole, axis)
     sources = [ties.axis(part, axis) for part in parts]
     if target is None or None in sources:
@@ -436,14 +472,14 @@ def _constant_axes(
     given = attribute(node, name, None)
     if given is not None:
         return [int(axis) for axis in given]
-    tensor = _input(node, index)
+    tensor = input_at(node, index)
     if tensor is None:
         return None
     ties.fix(tensor, f"{node.op} takes it as a setting")
-    weight = ties.weight(tensor)
-    if weight is None or weight.is_input:
+    found = ties.ints(tensor)
+    if found is None or None in found:
         raise UnknownError("computes its settings")
-    return [int(axis) for axis in weight.read().reshape(-1)]
+    return [entry for entry in found if entry is not None]
 
 
 def _reduce(ties: Ties, node: Node) -> None:
@@ -451,7 +487,7 @@ def _reduce(ties: Ties, node: Node) -> None:
     rank = len(ties.shape(x))
     given = _constant_axes(ties, node, 1)
     if not given and attribute(node, "noop_with_empty_axes", 0):
-        _same_axes(ties, x, y, range(rank))
+        same_axes(ties, x, y, range(rank))
         return
     axes = {axis % rank for axis in given} if given else set(range(rank))
     keeps = bool(attribute(node, "keepdims", 1))
@@ -468,23 +504,61 @@ def _softmax(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
     rank = len(ties.shape(x))
     axis = int(attribute(node, "axis", -1 if ties.model.opset >= 13 else 1)) % rank
-    _same_axes(ties, x, y, range(rank))
+    same_axes(ties, x, y, range(rank))
     last = rank if ties.model.opset < 13 else axis + 1
     ties.fix(x, f"{node.op} divides by the sum along it", *range(axis, last))
 
 
 def _pad(ties: Ties, node: Node) -> None:
+    """Channels of zeros may be added around those of the input."""
     x, y = node.inputs[0], node.outputs[0]
     rank = len(ties.shape(x))
-    pads = _constant_axes(ties, node, 1, "pads")
-    if _input(node, 3) is not None or pads is None or len(pads) != 2 * rank:
+    pads = _constant_axes(ties, node, 1, "pads" if ties.model.opset < 11 else "-")
+    axes = _constant_axes(ties, node, 3, "-")
+    value = input_at(node, 2)
+    if value is not None:
+        ties.fix(value, "Pad takes it as a setting")
+    cut = list(range(rank)) if axes is None else [axis % rank for axis in axes]
+    if pads is None or len(pads) != 2 * len(cut):
         raise UnknownError("has pads that are not followed")
+    mode = attribute(node, "mode", "constant")
+    is_constant = mode in ("constant", b"constant")
+    parts: list[tuple[int, int, int]] = []
     for axis in range(rank):
-        if pads[axis] or pads[rank + axis]:
+        place = cut.index(axis) if axis in cut else -1
+        front, back = (pads[place], pads[place + len(cut)]) if axis in cut else (0, 0)
+        if front == back == 0:
+            ties.tie(x, axis, y, axis)
+            continue
+        inner, whole = ties.axis(x, axis), ties.axis(y, axis)
+        if inner is None or whole is None or min(front, back) < 0 or not is_constant:
             ties.fix(x, "Pad extends it", axis)
             ties.fix(y, "Pad extends it", axis)
-        else:
-            ties.tie(x, axis, y, axis)
+            continue
+        positions, size = ties.positions(whole), ties.axes.sizes[inner]
+        if len(positions) != front + size + back:
+            raise UnknownError("has pads that are not followed")
+        ties.join(ties.positions(inner), positions[front : front + size])
+        spans = (positions[:front], positions[front + size :])
+        for at, span in zip((place, place + len(cut)), spans, strict=True):
+            added = ties.extra(len(span))
+            ties.join(ties.positions(added), span)
+            parts.append((at, added, len(span)))
+
+    def edit(size: Callable[[int], int]) -> None:
+        if all(size(number) == old for _, number, old in parts):
+            return
+        new = list(pads)
+        for at, number, _ in parts:
+            new[at] = size(number)
+        if ties.model.opset < 11:
+            node.attrs["pads"] = new
+            return
+        node.inputs[1] = ties.model.add_weight(
+            f"{y.name}_pads", np.array(new, np.int64)
+        )
+
+    ties.edits.append(edit)
 
 
 def _slice(ties: Ties, node: Node) -> None:
@@ -492,23 +566,26 @@ def _slice(ties: Ties, node: Node) -> None:
     rank = len(ties.shape(x))
     for tensor in node.inputs[1:]:
         ties.fix(tensor, "Slice takes it as a setting")
-    starts = _constant_axes(ties, node, 1, "starts") or []
-    ends = _constant_axes(ties, node, 2, "ends") or []
+    starts, ends = _bounds(ties, node, 1, "starts"), _bounds(ties, node, 2, "ends")
     axes = _constant_axes(ties, node, 3)
     steps = _constant_axes(ties, node, 4, "steps") or [1] * len(starts)
     cut = [a % rank for a in (range(len(starts)) if axes is None else axes)]
+    if not len(starts) == len(ends) == len(cut) == len(steps):
+        raise UnknownError("computes its settings")
     for axis in range(rank):
         if axis not in cut:
             ties.tie(x, axis, y, axis)
     parts: list[tuple[int, int, int]] = []
     for place, axis in enumerate(cut):
         whole, part = ties.axis(x, axis), ties.axis(y, axis)
-        if whole is None or part is None or steps[place] != 1:
+        begin, end = starts[place], ends[place]
+        is_known = begin is not None and end is not None
+        if whole is None or part is None or steps[place] != 1 or not is_known:
             ties.fix(x, "Slice takes a part of it", axis)
             ties.fix(y, "Slice takes a part of it", axis)
             continue
         size = ties.axes.sizes[whole]
-        first, last, _ = slice(starts[place], ends[place]).indices(size)
+        first, last, _ = slice(begin, end).indices(size)
         taken = ties.positions(whole)[first:last]
         if len(taken) != ties.axes.sizes[part]:
             raise UnknownError("takes a part of a size that is not known")
@@ -534,94 +611,247 @@ def _slice(ties: Ties, node: Node) -> None:
             node.attrs["starts"], node.attrs["ends"] = begins, stops
             return
         for index, values in ((1, begins), (2, stops)):
-            node.inputs[index] = ties.model.add_weight(
-                f"{y.name}_{'starts' if index == 1 else 'ends'}",
-                np.array(values, np.int64),
-            )
+            label = f"{y.name}_{'starts' if index == 1 else 'ends'}"
+            if None not in values:
+                node.inputs[index] = ties.model.add_weight(
+                    label, np.array(values, np.int64)
+                )
+                continue
+            # Only the bounds of other axes are computed.
+            sizes = Sizes(index, tuple(values))
+            sizes.change(ties, node, {p: values[p] or 0 for p, _, _ in new})
 
     ties.edits.append(edit)
+
+
+def _bounds(ties: Ties, node: Node, index: int, name: str) -> list[int | None]:
+    """Return where a Slice begins or ends, ``None`` where that is computed."""
+    given = attribute(node, name, None)
+    if given is not None:
+        return [int(bound) for bound in given]
+    tensor = node.inputs[index]
+    found = ties.ints(tensor)
+    if found is not None:
+        return found
+    size = ties.facts.shape(tensor)
+    if size is None or len(size) != 1 or not isinstance(size[0], int):
+        raise UnknownError("computes its settings")
+    return [None] * size[0]
 
 
 def _resize(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
     rank = len(ties.shape(x))
-    axes = attribute(node, "axes", None) or range(rank)
-    if _input(node, 3) is not None and min(axis % rank for axis in axes) < 2:
-        raise UnknownError("states sizes")
+    axes = [int(a) % rank for a in attribute(node, "axes", None) or range(rank)]
     before, after = ties.sizes(x), ties.sizes(y)
-    if len(before) != len(after) or before[1] != after[1] or before[1] is None:
-        raise UnknownError("may change the number of channels")
-    ties.tie(x, 0, y, 0)
-    ties.tie(x, 1, y, 1)
-    _spatial(ties, node, x, y)
     for tensor in node.inputs[1:]:
         ties.fix(tensor, "Resize takes it as a setting")
+    sizes = None
+    if input_at(node, 3) is not None and min(axes) < 2:
+        sizes = Sizes.of(ties, node, 3, len(axes))
+        if sizes is None:
+            raise UnknownError("states sizes")
+    stated: list[tuple[int, int]] = []
+    for axis in (0, 1):
+        entry = axes.index(axis) if axis in axes else -1
+        if sizes is None or entry < 0:
+            if axis and (before[1] != after[1] or before[1] is None):
+                raise UnknownError("may change the number of channels")
+            ties.tie(x, axis, y, axis)
+            continue
+        ties.tie(x, axis, y, axis)
+        number = ties.axis(y, axis)
+        source = sizes.source(entry)
+        if source is not None:
+            ties.tie(y, axis, *source)
+        elif sizes.number(entry) is not None and number is not None:
+            stated.append((entry, number))
+        elif axis:
+            raise UnknownError("states sizes")
+    fix_spatial(ties, node, x, y)
+    if sizes is not None:
+        ties.edits.append(_restated(ties, node, sizes, stated))
 
 
-def _shape(ties: Ties, node: Node) -> None:
-    """Fix the axes whose sizes the graph reads; Gather and Slice tell which."""
-    x, y = node.inputs[0], node.outputs[0]
-    every = range(len(ties.shape(x)))
-    given = every[slice(attribute(node, "start", None), attribute(node, "end", None))]
-    ties.fix(y, "it holds sizes")
-    read: set[int] = set()
-    if any(y is tensor for tensor in ties.model.graph.outputs):
-        read.update(given)
-    for reader in y.outputs:
-        picked = _picked(ties, reader, y)
-        read.update(given if picked is None else np.take(given, picked, mode="wrap"))
-    if read:
-        ties.fix(x, "the graph reads off its size", *sorted(map(int, read)))
+def _restated(
+    ties: Ties, node: Node, sizes: Sizes, stated: Sequence[tuple[int, int]]
+) -> Callable[[Callable[[int], int]], None]:
+    """Return an edit that states new sizes; ``stated`` pairs entries with axes."""
 
+    def edit(size: Callable[[int], int]) -> None:
+        changes = {
+            entry: size(number)
+            for entry, number in stated
+            if size(number) != ties.axes.sizes[number]
+        }
+        if changes:
+            sizes.change(ties, node, changes)
 
-def _picked(ties: Ties, node: Node, shape: gs.Tensor) -> list[int] | None:
-    """Return which entries of a shape a node picks; ``None`` if that is not known."""
-    if not is_onnx(node.domain) or node.inputs[0] is not shape:
-        return None
-    settings = []
-    for tensor in node.inputs[1:]:
-        weight = ties.weight(tensor)
-        if weight is None or weight.is_input:
-            return None
-        settings.append([int(value) for value in weight.read().reshape(-1)])
-    if node.op == "Gather":
-        return settings[0]
-    if node.op == "Slice" and len(settings) in (2, 3, 4):
-        step = settings[3][0] if len(settings) == 4 else 1
-        count = len(ties.shape(shape)) and ties.sizes(shape)[0]
-        return list(range(count or 0)[settings[0][0] : settings[1][0] : step])
-    return None
+    return edit
 
 
 def _expand(ties: Ties, node: Node) -> None:
-    """An axis keeps its size where Expand asks for size 1."""
+    """An axis keeps its size where Expand asks for it, or for size 1.
+
+    Copies may become fewer; a size that is asked for is rewritten.
+    """
     x, y = node.inputs[0], node.outputs[0]
     ties.fix(node.inputs[1], "Expand takes it as sizes")
-    wanted = ties.facts.value(node.inputs[1])
     rank, whole = len(ties.shape(x)), len(ties.shape(y))
-    if wanted is None or len(wanted) > whole:
+    known = static(ties.facts.shape(node.inputs[1])) or (0,)
+    sizes = Sizes.of(ties, node, 1, known[0])
+    if sizes is None or known[0] > whole:
         raise UnknownError("computes sizes that are not followed")
+    inner = ties.sizes(x)
+    stated: list[tuple[int, int]] = []
     for axis in range(whole):
-        before, entry = axis - whole + rank, axis - whole + len(wanted)
-        if before >= 0 and (entry < 0 or wanted[entry] == 1):
-            ties.tie(x, before, y, axis)
-            continue
-        ties.fix(y, "Expand states its size", axis)
+        before, entry = axis - whole + rank, axis - whole + len(sizes.entries)
+        given = sizes.number(entry) if entry >= 0 else 1
         if before >= 0:
-            ties.fix(x, "Expand states its size", before)
+            ties.tie(x, before, y, axis)
+        source = sizes.source(entry) if entry >= 0 else None
+        if source is not None:
+            ties.tie(y, axis, *source)
+            continue
+        if given == 1 and before >= 0:
+            continue
+        number = ties.axis(y, axis)
+        if given is None and before >= 0 and inner[before] not in (1, None):
+            # Whatever it computes, it cannot differ from a size above 1, or is 1.
+            ties.fix(y, "Expand computes its size", axis)
+        elif given is None or number is None:
+            ties.fix(y, "Expand states its size", axis)
+        elif given > 1:
+            stated.append((entry, number))
+    ties.edits.append(_restated(ties, node, sizes, stated))
+
+
+def _constant_of_shape(ties: Ties, node: Node) -> None:
+    """A tensor of one value has channels wherever its sizes are stated."""
+    y = node.outputs[0]
+    ties.fix(node.inputs[0], "ConstantOfShape takes it as sizes")
+    rank = len(ties.shape(y))
+    sizes = Sizes.of(ties, node, 0, rank)
+    stated: list[tuple[int, int]] = []
+    for axis in range(rank):
+        number = ties.axis(y, axis)
+        source = None if sizes is None else sizes.source(axis)
+        if source is not None:
+            ties.tie(y, axis, *source)
+        elif (
+            sizes is not None and sizes.number(axis) is not None and number is not None
+        ):
+            stated.append((axis, number))
+        else:
+            ties.fix(y, "ConstantOfShape computes its size", axis)
+    if sizes is not None:
+        ties.edits.append(_restated(ties, node, sizes, stated))
+
+
+def _tile(ties: Ties, node: Node) -> None:
+    """Each channel is repeated, wherever the repeats stand."""
+    x, y = node.inputs[0], node.outputs[0]
+    repeats = _constant_axes(ties, node, 1, "-")
+    if len(node.inputs) != 2 or repeats is None or len(repeats) != len(ties.shape(x)):
+        raise UnknownError("repeats in a way that is not followed")
+    for axis, count in enumerate(repeats):
+        inner, outer = ties.axis(x, axis), ties.axis(y, axis)
+        if inner is None or outer is None or count == 1:
+            ties.tie(x, axis, y, axis)
+            continue
+        positions = np.tile(ties.positions(inner), count)
+        if len(positions) != ties.axes.sizes[outer]:
+            raise UnknownError("repeats in a way that is not followed")
+        ties.join(positions, ties.positions(outer))
+
+
+def _depth_space(ties: Ties, node: Node) -> None:
+    """Blocks of pixels become channels, or channels blocks of pixels."""
+    x, y = node.inputs[0], node.outputs[0]
+    block = int(attribute(node, "blocksize", 0)) ** 2
+    is_split = node.op == "DepthToSpace"
+    deep, flat = (x, y) if is_split else (y, x)
+    whole, part = ties.axis(deep, 1), ties.axis(flat, 1)
+    if whole is None or part is None or not block:
+        raise UnknownError("has channels whose number is unknown")
+    size = ties.axes.sizes[part]
+    if ties.axes.sizes[whole] != block * size:
+        raise UnknownError("has channels whose number is unknown")
+    ties.tie(x, 0, y, 0)
+    fix_spatial(ties, node, x, y)
+    inner = attribute(node, "mode", "DCR") in ("CRD", b"CRD") and is_split
+    positions = ties.positions(part)
+    spread = np.repeat(positions, block) if inner else np.tile(positions, block)
+    ties.join(ties.positions(whole), spread)
+
+
+def _sampled(ties: Ties, node: Node) -> None:
+    """GridSample and RoiAlign take values at places; channels stay apart."""
+    x, y = node.inputs[0], node.outputs[0]
+    if node.op == "GridSample":
+        ties.tie(x, 0, y, 0)
+    else:
+        ties.fix(x, f"{node.op} picks from it by number", 0)
+        ties.fix(y, f"{node.op} makes it", 0)
+    ties.tie(x, 1, y, 1)
+    fix_spatial(ties, node, x, y)
+    for tensor in node.inputs[1:]:
+        ties.fix(tensor, f"{node.op} takes it as places")
+
+
+def _ordered(ties: Ties, node: Node) -> None:
+    """The order along one axis counts; channels along others stay apart."""
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    same_axes(ties, x, y, range(rank))
+    for tensor in node.inputs[1:]:
+        ties.fix(tensor, f"{node.op} takes it as a setting")
+    if node.op == "Trilu":
+        axes = [rank - 2, rank - 1]
+    else:
+        axes = [a % rank for a in _constant_axes(ties, node, 1, "-") or range(rank)]
+    ties.fix(x, f"{node.op} counts along it", *axes)
+    ties.fix(y, f"{node.op} counts along it", *axes)
+
+
+def _normalised(ties: Ties, node: Node) -> None:
+    """MeanVarianceNormalization and LpNormalization, along their axes."""
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(ties.shape(x))
+    same_axes(ties, x, y, range(rank))
+    axes = attribute(node, "axes", [0, 2, 3])
+    if node.op == "LpNormalization":
+        axes = [attribute(node, "axis", -1)]
+    for axis in axes:
+        ties.mix(x, int(axis) % rank, f"{node.op} runs along it")
 
 
 def _quantize(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
     rank = len(ties.shape(x))
-    _same_axes(ties, x, y, range(rank))
-    axis = int(attribute(node, "axis", 1))
+    same_axes(ties, x, y, range(rank))
+    axis = int(attribute(node, "axis", 1)) % max(rank, 1)
+    block = int(attribute(node, "block_size", 0))
     for tensor in node.inputs[1:]:
         if not tensor.name or not ties.shape(tensor):
             continue
-        if len(ties.shape(tensor)) > 1 or attribute(node, "block_size", 0):
-            raise UnknownError("has a scale for each block")
-        ties.tie(tensor, 0, y, axis % rank)
+        if not block:
+            if ties.sizes(tensor) != [1]:
+                ties.tie(tensor, 0, y, axis)
+            continue
+        if len(ties.shape(tensor)) != rank:
+            raise UnknownError("has blocks that are not followed")
+        for place in range(rank):
+            if place != axis:
+                ties.tie(tensor, place, y, place)
+        # A block has one scale, so that only whole blocks can go.
+        given, whole = ties.axis(tensor, axis), ties.axis(y, axis)
+        if given is None or whole is None:
+            raise UnknownError("has blocks that are not followed")
+        blocks = np.arange(ties.axes.sizes[whole]) // block
+        if blocks[-1] + 1 != ties.axes.sizes[given]:
+            raise UnknownError("has blocks that are not followed")
+        ties.join(ties.positions(whole), ties.positions(given)[blocks])
 
 
 # --- Reshape and its kin --------------------------------------------------------------
@@ -638,86 +868,25 @@ def _reshape(ties: Ties, node: Node) -> None:
     x, y = node.inputs[0], node.outputs[0]
     ties.fix(node.inputs[1], "Reshape takes it as sizes")
     pairs = _regroup(ties, node, x, y)
-    wanted = _Wanted.of(ties, node)
+    sizes = Sizes.of(ties, node, 1, len(ties.shape(y)))
+    keeps_zero = not attribute(node, "allowzero", 0)
     stated: list[tuple[int, int]] = []
     for axis, size in enumerate(ties.sizes(y)):
         if size is None or size == 1:
             continue
-        entry = wanted.entries[axis] if wanted is not None else None
-        if entry == -1 or (entry == 0 and (axis, axis) in pairs):
+        entry = None if sizes is None else sizes.number(axis)
+        if entry == -1 or (entry == 0 and keeps_zero and (axis, axis) in pairs):
             continue  # Reshape works the size out from the others
+        source = None if sizes is None else sizes.source(axis)
         number = ties.axis(y, axis)
-        if entry == size and number is not None:
+        if source is not None:
+            ties.tie(y, axis, *source)
+        elif entry == size and number is not None:
             stated.append((axis, number))
         else:
             ties.fix(y, f"Reshape ({node.name or y.name}) computes its size", axis)
-
-    def edit(size: Callable[[int], int]) -> None:
-        changes = {
-            axis: size(number)
-            for axis, number in stated
-            if size(number) != ties.axes.sizes[number]
-        }
-        if changes and wanted is not None:
-            wanted.change(ties, node, changes)
-
-    ties.edits.append(edit)
-
-
-@dataclass(frozen=True, eq=False)
-class _Wanted:
-    """The shape that a Reshape asks for.
-
-    Attributes:
-        entries: What each entry states; ``None`` where it is computed.
-        parts: The inputs of the Concat that makes it, one for each entry; empty if it
-            is one constant.
-    """
-
-    entries: tuple[int | None, ...]
-    parts: tuple[gs.Tensor, ...] = ()
-
-    @staticmethod
-    def of(ties: Ties, node: Node) -> _Wanted | None:
-        tensor = node.inputs[1]
-        weight = ties.weight(tensor)
-        if weight is not None:
-            if weight.is_input or len(weight.shape) != 1:
-                return None
-            return _Wanted(tuple(int(v) for v in weight.read()))
-        if attribute(node, "allowzero", 0):
-            return None
-        maker = tensor.inputs[0] if tensor.inputs else None
-        if maker is None or maker.op != "Concat" or not is_onnx(maker.domain):
-            return None
-        entries: list[int | None] = []
-        for part in maker.inputs:
-            if static(ties.facts.shape(part)) != (1,) and ties.weight(part) is None:
-                return None
-            known = ties.weight(part)
-            if known is not None and known.shape != (1,):
-                return None
-            entries.append(
-                None if known is None or known.is_input else int(known.read()[0])
-            )
-        if len(entries) != len(ties.shape(node.outputs[0])):
-            return None
-        return _Wanted(tuple(entries), tuple(maker.inputs))
-
-    def change(self, ties: Ties, node: Node, sizes: Mapping[int, int]) -> None:
-        """Give the Reshape a shape of its own; other nodes may read the old one."""
-        model, label = ties.model, node.inputs[1].name
-        if not self.parts:
-            values = [sizes.get(axis, v) for axis, v in enumerate(self.entries)]
-            node.inputs[1] = model.add_weight(label, np.array(values, np.int64))
-            return
-        parts = list(self.parts)
-        for axis, size in sizes.items():
-            parts[axis] = model.add_weight(
-                f"{label}_{axis}", np.array([size], np.int64)
-            )
-        shape = model.add_node("Concat", parts, attrs={"axis": 0}, before=node)
-        node.inputs[1] = shape.outputs[0]
+    if sizes is not None:
+        ties.edits.append(_restated(ties, node, sizes, stated))
 
 
 def _regroup(
@@ -788,16 +957,43 @@ def _tie_block(
         pairs.add((ours[0], theirs[0]))
         return
     why = f"{node.op} merges or splits it with another axis"
-    if 1 not in (len(ours), len(theirs)):
+    sides = [
+        [ties.axis(tensor, axis) for axis in axes]
+        for tensor, axes in ((x, ours), (y, theirs))
+    ]
+    known = [[n for n in side if n is not None] for side in sides]
+    cuts = [_cuts([ties.axes.sizes[n] for n in side]) for side in known]
+    bounds = sorted({*cuts[0], *cuts[1]})
+    if any(after % before for before, after in pairwise(bounds)):
         ties.fix(x, why, *ours)
         ties.fix(y, why, *theirs)
         return
-    left = [ties.axis(x, axis) for axis in ours]
-    right = [ties.axis(y, axis) for axis in theirs]
-    whole, parts = (left, right) if len(left) == 1 else (right, left)
-    assert whole[0] is not None
-    known = tuple(axis for axis in parts if axis is not None)
-    ties.merged.append(MergedAxis(whole[0], known, why))
+    # Both sides are made of the same factors, the innermost first.
+    factors: list[int | None] = [None] * (len(bounds) - 1)
+    merged: list[tuple[int, range]] = []
+    for side, ends in zip(known, cuts, strict=True):
+        for number, (low, high) in zip(reversed(side), pairwise(ends), strict=True):
+            span = range(bounds.index(low), bounds.index(high))
+            if len(span) > 1:
+                merged.append((number, span))
+                continue
+            other = factors[span[0]]
+            if other is not None:
+                ties.join(ties.positions(other), ties.positions(number))
+            factors[span[0]] = number
+    for place, (low, high) in enumerate(pairwise(bounds)):
+        if factors[place] is None:
+            factors[place] = ties.extra(high // low)
+    for number, span in merged:
+        parts = [factors[place] for place in reversed(span)]
+        ties.merged.append(
+            MergedAxis(number, tuple(p for p in parts if p is not None), why)
+        )
+
+
+def _cuts(sizes: Sequence[int]) -> list[int]:
+    """Return how many positions the innermost axes have, from none of them to all."""
+    return [int(size) for size in np.cumprod([1, *reversed(sizes)], dtype=object)]
 
 
 _GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
@@ -822,30 +1018,36 @@ _REDUCTIONS = """
 """
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME.split(), _same),
-    **dict.fromkeys(_POINTWISE.split(), _pointwise),
+    **dict.fromkeys(_SAME.split(), same),
+    **dict.fromkeys(_POINTWISE.split(), pointwise),
     **dict.fromkeys(_POOLS.split(), _pool),
     **dict.fromkeys(_REDUCTIONS.split(), _reduce),
-    **dict.fromkeys(["Conv", "ConvTranspose"], _conv),
-    **dict.fromkeys(["LayerNormalization", "RMSNormalization"], _layer_norm),
+    **dict.fromkeys(["Conv", "ConvTranspose"], conv),
+    **dict.fromkeys(["LayerNormalization", "RMSNormalization"], layer_norm),
     **dict.fromkeys(["LogSoftmax", "Softmax"], _softmax),
     **dict.fromkeys(["Resize", "Upsample"], _resize),
     **dict.fromkeys(_GATES, _recurrent),
     **dict.fromkeys(["DequantizeLinear", "QuantizeLinear"], _quantize),
+    **dict.fromkeys(["DepthToSpace", "SpaceToDepth"], _depth_space),
+    **dict.fromkeys(["GridSample", "RoiAlign"], _sampled),
+    **dict.fromkeys(["CumSum", "Trilu"], _ordered),
+    **dict.fromkeys(["LpNormalization", "MeanVarianceNormalization"], _normalised),
     **dict.fromkeys(["Flatten", "Squeeze", "Unsqueeze"], _reshape_kin),
     "BatchNormalization": _batch_norm,
     "Concat": _concat,
     "Einsum": _einsum,
     "Expand": _expand,
     "Gather": _gather,
-    "Gemm": _gemm,
+    "Gemm": gemm,
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _local_response,
     "MatMul": _matmul,
     "Pad": _pad,
     "Reshape": _reshape,
-    "Shape": _shape,
+    "Shape": fix_sizes_read,
+    "ConstantOfShape": _constant_of_shape,
+    "Tile": _tile,
     "Slice": _slice,
     "Split": _split,
     "Transpose": _transpose,

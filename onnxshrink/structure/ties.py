@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from onnxshrink.model import Model, Node, Weight
+from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx, subgraphs_of
 from onnxshrink.structure.layers import is_float
 from onnxshrink.structure.symbolic import Dims, Facts, facts_of
@@ -39,6 +39,10 @@ makes it from the channel of the same number (depthwise). ``scale``, ``shift`` a
 class UnknownError(Exception):
     """A node whose effect on channels is not known; the message says why."""
 
+
+_LONGEST = 8
+"""Nodes between a weight and the node that multiplies by it, at most."""
+_THROUGH = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
 
 Edit = Callable[[Callable[[int], int]], None]
 """Adapts a node to new sizes of axes.
@@ -105,7 +109,8 @@ class Ties:
 
         Args:
             model: The model; it is not changed.
-            rules: What an operator of ONNX's own ties, by its type.
+            rules: What an operator ties, by its type; with the domain and a dot in
+                front where it is not one of ONNX's own.
             prefers: Which part of a merged axis is followed where several could be:
                 groups and heads, or the channels inside them.
         """
@@ -135,7 +140,8 @@ class Ties:
         self._tie_merged()
 
     def _read(self, node: Node) -> None:
-        rule = self._rules.get(node.op) if is_onnx(node.domain) else None
+        key = node.op if is_onnx(node.domain) else f"{node.domain}.{node.op}"
+        rule = self._rules.get(key)
         label = f"{node.op} ({node.name or _first_output(node)})"
         if node.op in {"Constant", "Identity"} and self.weight(node.outputs[0]):
             return
@@ -222,13 +228,51 @@ class Ties:
             self.mixed.setdefault(number, why)
 
     def use(self, node: Node, tensor: gs.Tensor, axis: int, role: Role) -> None:
-        """Record what a weight does along an axis; ignore what is no weight."""
-        weight = self.weight(tensor)
-        if weight is None or not is_float(weight):
+        """Record what a weight does along an axis; ignore what is no weight.
+
+        Codes count as what they stand for, and a cast or transposed weight as itself.
+        """
+        is_coded = False
+        for _ in range(_LONGEST):
+            weight = self.weight(tensor)
+            if weight is not None:
+                break
+            maker = tensor.inputs[0] if tensor.inputs else None
+            if maker is None or maker.op not in _THROUGH:
+                return
+            if maker.op == "Transpose":
+                rank = len(self.shape(tensor))
+                axis = (attribute(maker, "perm", None) or range(rank)[::-1])[axis]
+            is_coded |= maker.op == "DequantizeLinear"
+            tensor = maker.inputs[0]
+        else:
+            return
+        if not is_coded and not is_float(weight):
             return
         number = self.axis(tensor, axis)
         if number is not None:
             self.uses.setdefault(number, []).append((weight, axis, role, node))
+
+    def is_constant(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is a weight, or one that is decoded, cast or transposed."""
+        for _ in range(_LONGEST):
+            if self.weight(tensor) is not None:
+                return True
+            maker = tensor.inputs[0] if tensor.inputs else None
+            if maker is None or maker.op not in _THROUGH:
+                return False
+            tensor = maker.inputs[0]
+        return False
+
+    def ints(self, tensor: gs.Tensor) -> list[int | None] | None:
+        """Return the entries of a tensor of settings, ``None`` for an unknown one."""
+        weight = self.weight(tensor)
+        if weight is not None:
+            return None if weight.is_input else [int(v) for v in weight.read().ravel()]
+        found = self.facts.value(tensor)
+        if found is None:
+            return None
+        return [entry if isinstance(entry, int) else None for entry in found]
 
     def join(self, a: Indices, b: Indices) -> None:
         """Tie positions one by one."""

@@ -245,8 +245,8 @@ def test_a_reshape_whose_sizes_are_computed_gets_new_ones() -> None:
             "all": np.array([12]),
         },
     )
-    # One part of the Concat has two entries, which is not followed.
-    assert "computes its size" in maker(model, "w").why
+    assert maker(model, "w").size == 3
+    check_removal(model, "w", [1])
 
 
 def test_a_reshape_of_single_entries_gets_new_ones() -> None:
@@ -283,7 +283,6 @@ def test_a_reshape_of_single_entries_gets_new_ones() -> None:
         ("b = Softmax<axis = 1>(a)", "Softmax divides by the sum along it"),
         ("b = CumSum(a, axis)", "CumSum"),
         ("b = Slice(a, axis, ends, axis, two)", "Slice takes a part of it"),
-        ("b = Expand(a, wide)", "Expand"),
     ],
 )
 def test_an_operator_that_mixes_channels_fixes_them(node: str, why: str) -> None:
@@ -299,7 +298,6 @@ def test_an_operator_that_mixes_channels_fixes_them(node: str, why: str) -> None
             "axis": np.array([1]),
             "two": np.array([2]),
             "ends": np.array([9]),
-            "wide": np.array([1, 4]),
         },
     )
     assert why in maker(model, "w").why
@@ -309,12 +307,12 @@ def test_an_operator_of_another_domain_is_not_known() -> None:
     model = built(
         """(float[N,3] x) => (float[N,2] y) <float[N,4] b> {
             a = MatMul(x, w)
-            b = com.microsoft.Gelu(a)
+            b = com.microsoft.Inverse(a)
             y = MatMul(b, out)
         }""",
         {"w": (3, 4), "out": (4, 2)},
     )
-    assert "Gelu (b) reads or makes it" in maker(model, "w").why
+    assert "Inverse (b) reads or makes it" in maker(model, "w").why
 
 
 def test_a_setting_that_a_caller_may_override_is_not_known() -> None:
@@ -467,18 +465,16 @@ def test_sizes_that_the_graph_reads_off_backwards_are_fixed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "opset", "why"),
+    ("node", "opset"),
     [
-        ("b = Resize(a, , , sizes)", 17, "states sizes"),
-        ("b = Resize<axes = [-3, 2, 3]>(a, , , three)", 18, "states sizes"),
-        ("b = Resize<axes = [2, 3]>(a, , , two)", 18, ""),
-        ("b = Resize<axes = [2, 3]>(a, , double)", 18, ""),
-        ("b = Resize(a, , scales)", 17, ""),
+        ("b = Resize(a, , , sizes)", 17),
+        ("b = Resize<axes = [-3, 2, 3]>(a, , , three)", 18),
+        ("b = Resize<axes = [2, 3]>(a, , , two)", 18),
+        ("b = Resize<axes = [2, 3]>(a, , double)", 18),
+        ("b = Resize(a, , scales)", 17),
     ],
 )
-def test_a_resize_that_states_sizes_fixes_the_channels(
-    node: str, opset: int, why: str
-) -> None:
+def test_a_resize_states_new_sizes_where_channels_go(node: str, opset: int) -> None:
     model = built(
         f"""(float[1,2,3,3] x) => (float[1,2,6,6] y) {{
             a = Conv(x, w)
@@ -497,10 +493,8 @@ def test_a_resize_that_states_sizes_fixes_the_channels(
         opset=opset,
     )
     one = maker(model, "w")
-    assert why in one.why
-    assert bool(one.why) == bool(why)
-    if not why:
-        check_removal(model, one.name, [1])
+    assert not one.why
+    check_removal(model, one.name, [1])
 
 
 def test_a_channel_that_a_norm_sees_is_inexact() -> None:
