@@ -705,6 +705,10 @@ class SitePass(Pass):
     def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
         """Act at one site, in place."""
 
+    def outlook(self, model: Model, ctx: Context) -> Sequence[str]:
+        """Return lines that a plan shows below the sites, such as a curve of costs."""
+        return ()
+
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Return a gentler form of the site, or ``None`` to leave it out.
 

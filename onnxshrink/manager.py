@@ -275,9 +275,11 @@ class PassManager:
                 if changed:
                     note = f"planned without the effect of {', '.join(changed)}"
                 sites: tuple[Site, ...] | None = None
+                outlook: tuple[str, ...] = ()
                 with _naming(index, pass_, ctx):
                     if isinstance(pass_, SitePass):
                         sites = tuple(pass_.sites(current, ctx))
+                        outlook = tuple(pass_.outlook(current, ctx))
                     if pass_.promise is Promise.SAME:
                         pass_.apply(current, ctx)
                 if pass_.promise is Promise.SAME:
@@ -285,8 +287,9 @@ class PassManager:
                     note = "; ".join([*done, *([note] if note else [])])
                 else:
                     changed.append(pass_.name)
+                skips = tuple(ctx.skips)
                 planned.append(
-                    Planned(pass_, sites, tuple(ctx.skips), note, self._ranked_by)
+                    Planned(pass_, sites, skips, note, self._ranked_by, outlook)
                 )
         return planned
 

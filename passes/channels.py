@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
@@ -19,32 +19,33 @@ from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.measuring.measure import latencies
 from onnxshrink.model import Model
-from onnxshrink.solvers.channels import block_losses, energies, refit
-from onnxshrink.structure import channels, layers
-from onnxshrink.structure.channels import Group, Slices
-from onnxshrink.structure.inferred import value_infos
-from onnxshrink.structure.inputs import InputStatistics
-from onnxshrink.structure.layers import LinearWeight
-from onnxshrink.structure.selection import selected
-from onnxshrink.structure.shapes import macs_by_value
+from onnxshrink.solvers.channels import refit
+from onnxshrink.structure import channels, layers, thinning
+from onnxshrink.structure.channels import Group
+from onnxshrink.structure.shapes import macs_by_value, value_shapes
 from onnxshrink.training import norms
-from onnxshrink.training.importance import output_metrics
+from onnxshrink.training.channel_importance import (
+    IMPORTANCES,
+    LARGEST,
+    Importance,
+    blocks_of,
+    has_free_bias,
+    moments_of,
+    readers_of,
+    width_of,
+)
 
-__all__ = ["IMPORTANCES", "Channels"]
+__all__ = ["IMPORTANCES", "Channels", "Importance"]
 
 Array = NDArray[Any]
 Measure = Literal["bytes", "macs"]
 
-_LARGEST = 4608
-"""Inputs of a layer up to which removed ones are made up for."""
-_SEEN = 64
-"""Samples that gradients are taken on."""
 _PROBES = 7
 """Models that are timed while a share of the latency is looked for."""
 _LEAST = 0.1
 """Share of a group's channels that stay at least where an amount is of the model."""
-_EPSILON = 1e-5
-"""Added to a variance of BatchNormalization before its root is taken."""
+_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of the channels that a plan shows the cost of."""
 
 _RANGES = re.compile(r"\d{1,7}(-\d{1,7})?(\.\d{1,7}(-\d{1,7})?)*")
 
@@ -56,12 +57,15 @@ class ChannelSite(Site):
     Attributes:
         channels: How many there are.
         kept: How many stay.
-        weights: The weights that get smaller, each with the axis.
+        dead: How many nothing reads any more; they go first, without any loss.
+        weights: The weights that get smaller, each with the axis and, where a channel
+            has several, how many positions it takes.
         order: All channels, those that matter most first.
     """
 
     channels: int
     kept: int
+    dead: int = 0
     weights: str = ""
     order: tuple[int, ...] = field(default=(), repr=False)
 
@@ -86,11 +90,12 @@ class Channels(SitePass):
     Hassibi and Stork 1993; what an error costs the outputs is found by gradients), and
     these layers are fitted anew to what they gave (He et al. 2017; Luo et al. 2017).
     BatchNormalization statistics are estimated again. Let ``recover`` and ``distill``
-    follow; they are judged together with it.
+    follow; they are judged together with it. Channels that no weight reads any more, as
+    ``prune`` may leave them, go first and without any loss.
 
     Attributes:
         keep: Share of the channels of each group that stay; 0.75 unless another
-            amount is given.
+            amount is given; 1 removes only what no weight reads any more.
         bytes: Instead: share of the bytes of all weights that stays, divided among the
             groups by what each channel costs the outputs.
         macs: The same of the multiply-accumulates.
@@ -99,10 +104,13 @@ class Channels(SitePass):
             named are left alone. The pass prints what repeats it.
         importance: How channels are compared: ``outputs``, what the model's outputs
             lose; ``inputs``, what the layers that read them lose once fitted anew;
-            ``energy``, what they add to these; ``norm``, their weights alone (L2);
+            ``energy``, what they add to these; ``taylor`` and ``fisher``, what masking
+            them changes, by gradients; ``norm``, their weights alone (L2); ``median``,
+            how far they are from the others; ``scale``, those of BatchNormalization;
             ``auto`` is outputs with data, else norm.
         round_to: Channels stay in multiples of this, if there are more of them.
         repair: Whether layers are fitted anew, where data is given.
+        steps: In how many cuts; what is left is repaired and compared anew between.
         only: Act only on these groups, nodes or weights: names, glob patterns or op
             types.
         skip: Leave these alone: names, glob patterns or op types.
@@ -121,6 +129,7 @@ class Channels(SitePass):
     importance: str = "auto"
     round_to: int = 8
     repair: bool = True
+    steps: int = 1
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense, alone or together."""
@@ -131,6 +140,8 @@ class Channels(SitePass):
             raise UsageError(f"{' and '.join(given)} each say how much; give one")
         for name in given:
             value = getattr(self, name)
+            if name == "keep" and value == 1:
+                continue
             if name != "stay" and not 0 < value < 1:
                 raise UsageError(f"{name} is a share between 0 and 1, not {value}")
         known = ["auto", *IMPORTANCES]
@@ -141,6 +152,8 @@ class Channels(SitePass):
             )
         if not 1 <= self.round_to <= 4096:
             raise UsageError(f"round_to is from 1 to 4096, not {self.round_to}")
+        if not 1 <= self.steps <= 100:
+            raise UsageError(f"steps is from 1 to 100, not {self.steps}")
         _ = self.named  # refuses what is no list of channels
 
     @cached_property
@@ -169,60 +182,56 @@ class Channels(SitePass):
         Raises:
             UsageError: What is asked for needs data that is not there.
         """
-        groups = self._groups(model, ctx)
+        groups = thinning.removable(model, self.only, self.skip, ctx.skipped)
+        thinning.tell_of_bodies(model, ctx.skipped)
         if not groups:
             return []
         costs = _Costs(model, ctx, groups)
         if self.stay:
             return self._as_named(groups, costs, ctx)
+        dead = [thinning.dead(group) for group in groups]
         scores = self._scores(model, groups, ctx)
         share = self.bytes or self.macs or self.latency
         if share is None:
-            keep = 0.75 if self.keep is None else self.keep
-            counts = [self._rounded(g, g.size * keep) for g in groups]
+            counts = self._kept(groups, 0.75 if self.keep is None else self.keep)
         elif self.latency is not None:
             counts = self._timed(model, groups, scores, costs, ctx)
         else:
             measure: Measure = "macs" if self.macs is not None else "bytes"
             counts = self._divided(groups, scores, costs, measure, share)
-        if share is not None:
-            self._tell_of_limits(counts, groups, costs, share, ctx)
+            self._tell_of_limits(counts, costs, measure, share, ctx)
         sites = []
         for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
-            if counts[number] >= group.size:
+            gone = int(dead[number].sum())
+            count = max(1, min(counts[number], group.size - gone))
+            if count >= group.size:
                 ctx.skipped(group.name, f"all its {group.size} channels stay")
                 continue
-            order = np.argsort(-score, kind="stable")
-            sites.append(
-                _site(group, counts[number], tuple(map(int, order)), costs, number)
-            )
+            order = tuple(map(int, np.argsort(-score, kind="stable")))
+            sites.append(_site(group, count, order, costs, number, gone))
         return sites
 
-    def _groups(self, model: Model, ctx: Context) -> list[Group]:
-        """Return the groups whose channels may become fewer; say why others may not."""
-        found, stopped = [], []
-        for group in channels.find(model):
-            if not selected(group.names, self.only, self.skip):
-                continue
-            if group.why:
-                stopped.append(group)
-            elif not any(part.role == "producer" for part in group.where):
-                ctx.skipped(group.name, "its channels are not made by a weight")
-            else:
-                found.append(group)
-        for group in stopped:
-            sizes = {id(p.weight.constant): p.weight.size for p in group.where}
-            ctx.skipped(
-                group.name,
-                f"its {group.size} channels stay, {sum(sizes.values()):,} parameters: "
-                f"{group.why}",
-            )
-        for weight in model.weights():
-            if weight.graph is not model.graph and layers.is_float(weight):
-                ctx.skipped(weight.name, "it is inside a branch, a body or a function")
-        if not found and not stopped:
-            ctx.skipped(self.name, "there are no channels that could be fewer")
-        return found
+    def outlook(self, model: Model, ctx: Context) -> Sequence[str]:
+        """Return the costs of the model by the share of the channels that stay."""
+        groups = thinning.removable(model, self.only, self.skip, lambda *_: None)
+        if not groups:
+            return []
+        costs = _Costs(model, ctx, groups)
+        lines = ["keep    bytes     MACs     time   (shares of what is there)"]
+        for keep in _KEEPS:
+            counts = self._kept(groups, keep)
+            parts = (costs.share(counts, "bytes"), costs.share(counts, "macs"))
+            macs = f"{parts[1]:8.3f}" if costs.macs_known else "       ?"
+            slow = costs.slowed(counts)
+            time = "       ?" if slow is None else f"{slow:8.3f}"
+            lines.append(f"{keep:4.1f} {parts[0]:8.3f} {macs} {time}")
+        return lines
+
+    def _kept(self, groups: Sequence[Group], keep: float) -> list[int]:
+        return [
+            g.size if keep == 1 else thinning.rounded(g, g.size * keep, self.round_to)
+            for g in groups
+        ]
 
     def _as_named(
         self, groups: Sequence[Group], costs: _Costs, ctx: Context
@@ -250,15 +259,6 @@ class Channels(SitePass):
                 sites.append(_site(group, len(stay), order, costs, number))
         return sites
 
-    def _rounded(self, group: Group, wanted: float) -> int:
-        """Round to a multiple, unless channels are few or many positions each."""
-        size = group.size
-        step = self.round_to if group.width == 1 and size > self.round_to else 1
-        return min(size, max(step, int(wanted / step + 0.5) * step))
-
-    def _step(self, group: Group) -> int:
-        return self.round_to if group.width == 1 and group.size > self.round_to else 1
-
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Keep more channels."""
         assert isinstance(site, ChannelSite)
@@ -280,11 +280,26 @@ class Channels(SitePass):
         """Return what each channel of each group is worth, found once in a step."""
         way = self.importance
         if way == "auto":
-            way = "outputs" if _has_data(ctx) else "norm"
-        if way in ("outputs", "inputs", "energy"):
-            ctx.need_data("to see what layers read", "calibration")
+            way = "outputs" if ctx.has_data else "norm"
+        chosen = IMPORTANCES[way]
+        if getattr(chosen, "needs_data", False):
+            ctx.need_data("to see what layers read", instead="importance=norm")
+
+        def make() -> list[Array]:
+            found = []
+            given = chosen(model, groups, ctx)
+            for group, figures in zip(groups, given, strict=True):
+                score = np.asarray(figures, np.float64)
+                if score.shape != (group.size,) or not np.isfinite(score).all():
+                    raise ModelError(
+                        f"importance {way} gives no figure for each channel of "
+                        f"{group.name}"
+                    )
+                found.append(np.where(thinning.dead(group), -1.0, score))
+            return found
+
         key = ("channels", fingerprint(model), way, tuple(g.name for g in groups))
-        return ctx.remember(key, lambda: IMPORTANCES[way](model, groups, ctx))
+        return ctx.remember(key, make)
 
     def _divided(
         self,
@@ -302,9 +317,9 @@ class Channels(SitePass):
         worth = [costs.each(number, measure) for number in range(len(groups))]
         ladders = []
         for group, score, saved in zip(groups, scores, worth, strict=True):
-            step = self._step(group)
+            step = thinning.step(group, self.round_to)
             least = max(step, math.ceil(group.size * _LEAST / step) * step)
-            ascending = np.sort(score)
+            ascending = np.sort(np.maximum(score, 0))
             # The first removals bring the count to a multiple of the step.
             tops = list(range(group.size // step * step, least - 1, -step))
             tops = [top for top in tops if top < group.size]
@@ -347,7 +362,9 @@ class Channels(SitePass):
         session = partial(runtime.session, threads=ctx.threads or 1)
         base = session(model)
         measure: Measure = "macs" if costs.macs_known else "bytes"
-        best, gap = [group.size for group in groups], math.inf
+        # What comes in is the first candidate, so that nothing slower is ever kept.
+        best, gap = [group.size for group in groups], 1 - self.latency
+        reached = 1.0
         low, high = 0.0, 1.0
         for number in range(_PROBES):
             share = (low + high) / 2
@@ -357,7 +374,7 @@ class Channels(SitePass):
                 g.name: (c, s) for g, c, s in zip(groups, counts, scores, strict=True)
             }
             kept = [
-                (group, _strongest(named[group.name][1], named[group.name][0]))
+                (group, thinning.strongest(named[group.name][1], named[group.name][0]))
                 for group in channels.find(trial)
                 if group.name in named and named[group.name][0] < group.size
             ]
@@ -366,25 +383,28 @@ class Channels(SitePass):
             _, ratio = latencies(session(trial), base, feed)
             assert ratio is not None
             ctx.progress(number + 1, _PROBES, f"{self.name}: timing")
-            if abs(ratio - self.latency) < gap:
-                best, gap = counts, abs(ratio - self.latency)
+            if abs(ratio - self.latency) < gap and ratio < 1:
+                best, gap, reached = counts, abs(ratio - self.latency), ratio
             if ratio > self.latency:
                 high = share
             else:
                 low = share
+        if gap > 0.05:
+            ctx.skipped(
+                self.name,
+                f"{reached:.2f} of the time was reached where {self.latency:.2f} was "
+                "asked for: steps of channels are coarse, or the rest takes the time",
+            )
         return best
 
     def _tell_of_limits(
         self,
         counts: Sequence[int],
-        groups: Sequence[Group],
         costs: _Costs,
+        measure: Measure,
         share: float,
         ctx: Context,
     ) -> None:
-        if self.latency is not None:
-            return
-        measure: Measure = "macs" if self.macs is not None else "bytes"
         reached = costs.share(counts, measure)
         if reached > share * 1.05:
             ctx.skipped(
@@ -392,7 +412,6 @@ class Channels(SitePass):
                 f"{reached:.0%} of the {measure} are left where {share:.0%} were asked "
                 f"for: {_LEAST:.0%} of the channels stay in every group",
             )
-        del groups
 
     # --- act ----------------------------------------------------------------------
 
@@ -401,208 +420,71 @@ class Channels(SitePass):
         self.rewrite_all(model, [site], ctx)
 
     def rewrite_all(self, model: Model, sites: Sequence[Site], ctx: Context) -> None:
-        """Fit the layers that read the channels anew, then remove these."""
+        """Fit the layers that read the channels anew, then remove these, in steps."""
         chosen = {site.where: site for site in sites if isinstance(site, ChannelSite)}
-        kept = [
-            (group, chosen[group.name].stay)
-            for group in channels.find(model)
-            if group.name in chosen and not group.why
-        ]
-        if not kept:
-            return
-        if self.repair and _has_data(ctx):
+        # Channels that are there, by their numbers when the pass began.
+        left = {name: np.arange(site.channels) for name, site in chosen.items()}
+        for number in range(1, self.steps + 1):
+            share = number / self.steps
+            groups = [
+                group
+                for group in channels.find(model)
+                if group.name in chosen and not group.why
+            ]
+            if not groups:
+                return
+            scores = None if number == 1 else self._scores(model, groups, ctx)
+            kept: list[tuple[Group, Sequence[int]]] = []
+            for place, group in enumerate(groups):
+                site = chosen[group.name]
+                count = site.kept
+                if number < self.steps:
+                    gone = (site.channels - site.kept) * share
+                    by = thinning.step(group, self.round_to)
+                    count = max(count, math.ceil((site.channels - gone) / by) * by)
+                if count >= group.size:
+                    continue
+                if scores is None:
+                    stay = sorted(site.order[:count])
+                else:
+                    stay = thinning.strongest(scores[place], count)
+                kept.append((group, stay))
+                left[group.name] = left[group.name][stay]
+            if not kept:
+                continue
+            self._cut(model, kept, ctx)
+            ctx.progress(number, self.steps, self.name)
+        for name, site in chosen.items():
+            if len(left[name]) < site.channels:
+                text = f"{site.channels} -> {len(left[name])} channels"
+                if site.dead:
+                    text += f"; nothing read {site.dead} of them"
+                ctx.did(name, text)
+        if not self.stay:
+            ctx.did(self.name, f"the same again: {_recipe(left)}")
+
+    def _cut(
+        self, model: Model, kept: Sequence[tuple[Group, Sequence[int]]], ctx: Context
+    ) -> None:
+        """Remove channels once, with repair."""
+        is_lossless = all(
+            thinning.dead(group)[np.setdiff1d(np.arange(group.size), stay)].all()
+            for group, stay in kept
+        )
+        repairs = self.repair and ctx.has_data and not is_lossless
+        if repairs:
             for name, lost in _refitted(model, kept, ctx):
                 ctx.did(name, f"fitted anew: {lost:.2%} of its output energy is lost")
+        for group, _ in kept:
+            if group.inexact:
+                ctx.did(group.name, f"not exact: {group.inexact}")
         channels.remove_all(model, kept)
-        for group, stay in kept:
-            inexact = f"; {group.inexact}" if group.inexact else ""
-            ctx.did(group.name, f"{group.size} -> {len(stay)} channels{inexact}")
         model.drop_unused()
-        if self.repair and _has_data(ctx):
+        if repairs:
             samples = ctx.samples.calibration
             assert samples is not None
             found = norms.find_norms(model, (), (), lambda name, why: None)
             norms.estimate(model, found, samples, ctx)
-        if not self.stay:
-            ctx.did(self.name, f"the same again: {_recipe(kept)}")
-
-
-# --- importance -----------------------------------------------------------------------
-
-Importance = Callable[[Model, Sequence[Group], Context], "list[Array]"]
-"""Returns for each group what each channel is worth, float64 [channels], at least 0.
-
-Figures of different groups are compared where an amount is of the whole model.
-"""
-
-
-def _by_norm(model: Model, groups: Sequence[Group], ctx: Context) -> list[Array]:
-    """Norm of what makes a channel times norm of what reads it; shares of a group."""
-    found = []
-    for group in groups:
-        score = np.ones(group.size)
-        for role in ("producer", "consumer", "filter", "scale"):
-            parts = [part for part in group.where if part.role == role]
-            if parts:
-                score *= sum(_slice_energy(part) for part in parts)
-        for part in group.where:
-            if part.role == "variance":
-                variance = np.abs(part.weight.read().astype(np.float64))
-                score /= variance[part.offsets].mean(1) + _EPSILON
-        total = float(score.sum())
-        found.append(score / total if total > 0 else score)
-    return found
-
-
-def _by_energy(model: Model, groups: Sequence[Group], ctx: Context) -> list[Array]:
-    """What channels add to the layers that read them, as a share of what these give."""
-    return _by_consumers(model, groups, ctx, fits=False, counts=None)
-
-
-def _by_inputs(model: Model, groups: Sequence[Group], ctx: Context) -> list[Array]:
-    """What the layers that read channels lose once they are fitted anew; a share."""
-    return _by_consumers(model, groups, ctx, fits=True, counts=None)
-
-
-def _by_outputs(model: Model, groups: Sequence[Group], ctx: Context) -> list[Array]:
-    """What the model's outputs lose once the layers that read channels are fitted."""
-    samples = ctx.need_data("to see what errors cost the outputs", "calibration")
-    readers = _readers(model, groups)
-    values = {
-        layer.output.name: layer.uses[0].output_channels
-        for layer in readers.values()
-        if not layer.is_shared and layer.kind in ("Conv", "Gemm", "MatMul")
-    }
-    shapes = value_infos(model)
-    places = {}
-    for name, axis in values.items():
-        info = shapes.get(name)
-        rank = None if info is None or info.shape is None else len(info.shape)
-        if axis >= 0 or rank is not None:
-            places[name] = axis if axis >= 0 else (rank or 0) + axis
-    try:
-        counts = output_metrics(
-            model,
-            places,
-            samples.take(slice(0, _SEEN)),
-            seed=ctx.seed,
-            threads=ctx.threads,
-        )
-    except ModelError as error:
-        ctx.skipped("channels", f"layers are compared by their own outputs: {error}")
-        counts = {}
-    return _by_consumers(model, groups, ctx, fits=True, counts=counts or None)
-
-
-IMPORTANCES: dict[str, Importance] = {
-    "outputs": _by_outputs,
-    "inputs": _by_inputs,
-    "energy": _by_energy,
-    "norm": _by_norm,
-}
-"""Ways to compare channels, by name; another package may add its own."""
-
-
-def _by_consumers(
-    model: Model,
-    groups: Sequence[Group],
-    ctx: Context,
-    *,
-    fits: bool,
-    counts: Mapping[str, Array] | None,
-) -> list[Array]:
-    readers = _readers(model, groups)
-    small = [layer for layer in readers.values() if _width(layer) <= _LARGEST]
-    seen = ctx.inputs(small) if small else {}
-    totals = [np.zeros(group.size) for group in groups]
-    known = [False] * len(groups)
-    by_weight: dict[str, list[tuple[int, Slices]]] = {}
-    for number, group in enumerate(groups):
-        for part in group.where:
-            if part.role == "consumer":
-                by_weight.setdefault(part.weight.name, []).append((number, part))
-    for name in seen:
-        layer, inputs = readers[name], seen[name]
-        moments = _moments(layer, inputs)
-        if moments is None:
-            continue
-        weights = layer.layout.matrices(layer.weight.read())[0].astype(np.float64)
-        output = None
-        if counts is not None:
-            output = counts.get(layer.output.name)
-            if output is not None and output.shape != (len(weights),):
-                output = None
-        if output is None:
-            total = float(np.einsum("oi,ij,oj->", weights, moments, weights))
-            mean = np.mean([c.mean() for c in counts.values()]) if counts else 1.0
-            output = np.full(len(weights), float(mean) / max(total, 1e-30))
-            if counts:
-                output *= max(total, 1e-30)
-        for number, part in by_weight[name]:
-            blocks = _blocks(layer, part)
-            loss = block_losses if fits else energies
-            totals[number] += loss(weights, moments, blocks, output)
-            known[number] = True
-    plain = _by_norm(model, groups, ctx)
-    some = [float(t.sum()) for t, k in zip(totals, known, strict=True) if k]
-    typical = float(np.median(some)) if some else 1.0
-    return [
-        total if is_known else norm * typical
-        for total, norm, is_known in zip(totals, plain, known, strict=True)
-    ]
-
-
-def _readers(model: Model, groups: Sequence[Group]) -> dict[str, LinearWeight]:
-    """Return the layers that sum up channels of groups, by the name of the weight."""
-    wanted = {
-        id(part.weight.constant)
-        for group in groups
-        for part in group.where
-        if part.role == "consumer"
-    }
-    return {
-        layer.name: layer
-        for layer in layers.find(model)
-        if id(layer.weight.constant) in wanted
-        and not layer.why_not
-        and layer.groups == 1
-        and layer.kind in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-        and not any(use.layout != layer.layout for use in layer.uses)
-    }
-
-
-def _moments(layer: LinearWeight, seen: InputStatistics) -> Array | None:
-    """Return second moments of inputs, about their mean if the bias is free."""
-    if seen.gram is None or not seen.count or not seen.is_finite:
-        return None
-    moments = seen.gram[0] / seen.count
-    if _free_bias(layer):
-        mean = seen.mean[0]
-        moments = moments - np.outer(mean, mean)
-    return np.asarray(moments)
-
-
-def _free_bias(layer: LinearWeight) -> bool:
-    bias = layer.bias
-    return bias is not None and not bias.why_not
-
-
-def _blocks(layer: LinearWeight, part: Slices) -> Array:
-    """Return which inputs of a layer each channel is, int64 [channels, inputs each]."""
-    shape = [1] * len(layer.weight.shape)
-    shape[part.axis] = -1
-    along = np.arange(layer.weight.shape[part.axis]).reshape(shape)
-    places = layer.layout.matrices(np.broadcast_to(along, layer.weight.shape))[0, 0]
-    order = np.argsort(places, kind="stable").reshape(layer.weight.shape[part.axis], -1)
-    return order[part.offsets].reshape(len(part.offsets), -1)
-
-
-def _slice_energy(part: Slices) -> Array:
-    """Return the sum of squares of each channel's slice."""
-    values = part.weight.read().astype(np.float64)
-    others = tuple(axis for axis in range(values.ndim) if axis != part.axis)
-    energy: Array = np.square(values).sum(others)[part.offsets].sum(1)
-    return energy
 
 
 # --- fitting anew ---------------------------------------------------------------------
@@ -612,8 +494,8 @@ def _refitted(
     model: Model, kept: Sequence[tuple[Group, Sequence[int]]], ctx: Context
 ) -> Iterator[tuple[str, float]]:
     """Fit the layers that read channels to do without some; say what each loses."""
-    readers = _readers(model, [group for group, _ in kept])
-    small = [layer for layer in readers.values() if _width(layer) <= _LARGEST]
+    readers = readers_of(model, [group for group, _ in kept])
+    small = [layer for layer in readers.values() if width_of(layer) <= LARGEST]
     seen = ctx.inputs(small) if small else {}
     gone: dict[str, Array] = {}
     for group, stay in kept:
@@ -621,11 +503,11 @@ def _refitted(
         for part in group.where:
             if part.role == "consumer" and part.weight.name in seen:
                 layer = readers[part.weight.name]
-                places = gone.setdefault(layer.name, np.zeros(_width(layer), bool))
-                places[_blocks(layer, part)[out].reshape(-1)] = True
+                places = gone.setdefault(layer.name, np.zeros(width_of(layer), bool))
+                places[blocks_of(layer, part)[out].reshape(-1)] = True
     for name in seen:
         layer, inputs = readers[name], seen[name]
-        moments = _moments(layer, inputs) if name in gone else None
+        moments = moments_of(layer, inputs) if name in gone else None
         if moments is None or layer.kind == "ConvTranspose":
             continue  # one bias is added to all positions that a kernel makes
         values = layer.weight.read()
@@ -639,7 +521,7 @@ def _refitted(
         model.set_weight(
             layer.weight, layer.layout.array(fitted[None]).astype(values.dtype)
         )
-        if _free_bias(layer) and layer.bias is not None:
+        if has_free_bias(layer) and layer.bias is not None:
             layer.bias.add(layer.uses[0].alpha * (gap @ inputs.mean[0]))
         yield name, lost / total if total > 0 else 0.0
 
@@ -648,11 +530,61 @@ def _most(dtype: np.dtype[Any]) -> float:
     return 65504.0 if dtype.itemsize == 2 else 1e30
 
 
-def _width(layer: LinearWeight) -> int:
-    return layer.layout.matrices_shape[2]
-
-
 # --- costs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A layer whose time is known.
+
+    Attributes:
+        shape: Inputs and outputs, of all groups.
+        ins: Groups of channels that are its inputs, each with its share of them.
+        outs: The same of outputs.
+        kernel: Of a convolution, else empty.
+        size: Positions of the output; rows of a product.
+        groups: Groups of a convolution.
+    """
+
+    shape: tuple[int, int]
+    ins: tuple[tuple[int, float], ...]
+    outs: tuple[tuple[int, float], ...]
+    kernel: tuple[int, ...]
+    size: tuple[int, ...]
+    groups: int
+
+
+def _timed_layers(
+    model: Model,
+    ctx: Context,
+    places: Mapping[int, Mapping[int, Mapping[int, float]]],
+) -> list[_Timed]:
+    """Return the layers whose time is known, with what cuts them."""
+    samples = ctx.samples.calibration or ctx.samples.evaluation
+    if samples is None or not samples.used:
+        return []
+    feed = samples.read(np.arange(samples.batch or 1))
+    shapes = value_shapes(model, {n: a.shape for n, a in feed.items()})
+    found = []
+    for layer in layers.find(model):
+        use = layer.uses[0] if layer.uses else None
+        given = shapes.get(layer.output.name) if use is not None else None
+        if use is None or not given or 0 in given or layer.output_axis is None:
+            continue
+        axes = places.get(id(layer.weight.constant), {})
+        ins, outs = (
+            tuple(axes.get(axis, {}).items())
+            for axis in (layer.input_axis, layer.output_axis)
+        )
+        groups, outputs, inputs = layer.layout.matrices_shape
+        if layer.kind == "Conv":
+            kernel = layer.weight.shape[2:]
+            shape = (inputs * groups // math.prod(kernel), outputs * groups)
+            found.append(_Timed(shape, ins, outs, kernel, tuple(given[2:]), groups))
+        elif layer.kind in ("Gemm", "MatMul") and groups == 1:
+            rows = math.prod(given) // outputs
+            found.append(_Timed((inputs, outputs), ins, outs, (), (rows,), 1))
+    return found
 
 
 class _Costs:
@@ -689,6 +621,8 @@ class _Costs:
             cuts = [list(numbers.items()) for numbers in axes.values()]
             self._parts.append((weight.nbytes, done, cuts))
         self._parts.append((0, others, []))
+        self._costs = ctx.costs
+        self._layers = _timed_layers(model, ctx, places)
         self.bytes = sum(nbytes for nbytes, _, _ in self._parts)
         self.macs = sum(macs for _, macs, _ in self._parts)
 
@@ -703,6 +637,35 @@ class _Costs:
             nbytes += size * share
             macs += work * share
         return nbytes, macs
+
+    def seconds(self, counts: Sequence[int]) -> float | None:
+        """Return the time of all products with so many channels in each group."""
+        if not self._layers:
+            return None
+        gone = [1 - c / g.size for c, g in zip(counts, self.groups, strict=True)]
+        total = 0.0
+        for one in self._layers:
+            ins, outs = (
+                max(1, round(size * (1 - sum(gone[n] * share for n, share in cuts))))
+                for size, cuts in zip(one.shape, (one.ins, one.outs), strict=True)
+            )
+            if not one.kernel:
+                total += self._costs.matmul(one.size[0], ins, outs).seconds or 0.0
+                continue
+            groups = one.groups
+            if groups > 1:
+                # Whole groups go: both sides shrink by the same share.
+                groups = max(1, round(groups * outs / one.shape[1]))
+                ins = one.shape[0] // one.groups * groups
+            cost = self._costs.conv(ins, outs, one.kernel, one.size, groups=groups)
+            total += cost.seconds or 0.0
+        return total
+
+    def slowed(self, counts: Sequence[int]) -> float | None:
+        """Return the time of all products as a share of what they take now."""
+        now = self.seconds([group.size for group in self.groups])
+        then = self.seconds(counts)
+        return None if not now or then is None else then / now
 
     def share(self, counts: Sequence[int], measure: Measure) -> float:
         """Return what is left, as a share of what there is."""
@@ -723,36 +686,34 @@ class _Costs:
         counts = [group.size for group in self.groups]
         counts[number] = kept
         nbytes, macs = self.left(counts)
-        return Savings(round(self.bytes - nbytes), round(self.macs - macs))
+        now, then = self.seconds([g.size for g in self.groups]), self.seconds(counts)
+        seconds = None if now is None or then is None else max(0.0, now - then)
+        return Savings(round(self.bytes - nbytes), round(self.macs - macs), seconds)
 
 
 def _site(
-    group: Group, kept: int, order: tuple[int, ...], costs: _Costs, number: int
+    group: Group,
+    kept: int,
+    order: tuple[int, ...],
+    costs: _Costs,
+    number: int,
+    dead: int = 0,
 ) -> ChannelSite:
-    weights = [f"{part.weight.name}[{part.axis}]" for part in group.where]
     return ChannelSite(
         group.name,
         group.nodes[0].op,
         costs.saved(number, kept),
         channels=group.size,
         kept=kept,
-        weights=" ".join(dict.fromkeys(weights)),
+        dead=dead,
+        weights=" ".join(group.members),
         order=order,
     )
 
 
-def _strongest(score: Array, count: int) -> list[int]:
-    return sorted(int(c) for c in np.argsort(-score, kind="stable")[:count])
-
-
-def _has_data(ctx: Context) -> bool:
-    samples = ctx.samples.calibration
-    return samples is not None and bool(samples.used) and not ctx.samples.random
-
-
-def _recipe(kept: Iterable[tuple[Group, Sequence[int]]]) -> str:
+def _recipe(left: Mapping[str, Array]) -> str:
     """Return a recipe that keeps the same channels."""
-    texts = [f"{group.name}:{_ranges(stay)}" for group, stay in kept]
+    texts = [f"{name}:{_ranges(list(stay))}" for name, stay in left.items()]
     return "\n".join(["[[pass]]", 'name = "channels"', f"stay = {json.dumps(texts)}"])
 
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, Weight
-from onnxshrink.structure import blocks, channels, layers
+from onnxshrink.structure import blocks, channels, layers, thinning
 from onnxshrink.structure.blocks import Block, Run
-from onnxshrink.structure.channels import Group, Slices
-from onnxshrink.structure.layers import NORMALISATIONS, LinearWeight, is_float
+from onnxshrink.structure.channels import Group
+from onnxshrink.structure.layers import NORMALISATIONS, LinearWeight
 from onnxshrink.structure.selection import selected
 from onnxshrink.structure.shapes import macs_by_value
 
@@ -149,7 +149,7 @@ class Student(SitePass):
             ]
         if self.keep == 1 and self.width == 1 and self.inherit:
             ctx.skipped(self.name, "keep=1 and width=1 leave everything as it is")
-        _tell_of_bodies(model, ctx)
+        thinning.tell_of_bodies(model, ctx.skipped)
         return sites
 
     def _surplus(self, model: Model, ctx: Context) -> list[Block]:
@@ -188,29 +188,16 @@ class Student(SitePass):
     def _groups(self, model: Model, ctx: Context) -> list[Group]:
         """Return the groups of channels that become fewer."""
         found = []
-        for group in channels.find(model):
-            if not selected(group.names, self.only, self.skip):
-                continue
-            if group.why:
-                ctx.skipped(group.name, f"its channels stay: {group.why}")
-            elif not any(part.role == "producer" for part in group.where):
-                ctx.skipped(group.name, "its channels are not made by a weight")
-            elif self._kept(group) == group.size:
+        for group in thinning.removable(model, self.only, self.skip, ctx.skipped):
+            if self._kept(group) == group.size:
                 ctx.skipped(group.name, f"all its {group.size} channels stay")
             else:
                 found.append(group)
-        if not found:
-            ctx.skipped(self.name, "there are no channels that could be fewer")
         return found
 
     def _kept(self, group: Group) -> int:
         """Return how many channels of a group stay."""
-        return self._rounded(group.size * self.width, group.size, group.width)
-
-    def _rounded(self, wanted: float, size: int, each: int = 1) -> int:
-        """Round to a multiple, unless channels are few or many positions each."""
-        step = self.round_to if each == 1 and size > self.round_to else 1
-        return min(size, max(step, int(wanted / step + 0.5) * step))
+        return thinning.rounded(group, group.size * self.width, self.round_to)
 
     def weaken(self, site: Site, strength: float) -> Site | None:
         """Keep more channels; a block or a fresh weight is all or nothing."""
@@ -219,7 +206,10 @@ class Student(SitePass):
         if not isinstance(site, ChannelsSite):
             return None
         size, kept = site.channels, site.kept
-        more = self._rounded(size - (size - kept) * strength, size)
+        # A site of few channels, or of many positions each, was not rounded either.
+        is_rounded = size > self.round_to and kept % self.round_to == 0
+        step = self.round_to if is_rounded else 1
+        more = round((size - (size - kept) * strength) / step) * step
         if more >= size:
             return None
         share = (size - more) / (size - kept)
@@ -296,7 +286,7 @@ class Student(SitePass):
             if site.channels != group.size:
                 # A block that the plan leaves out is still there.
                 count = self._kept(group)
-            kept.append((group, _strongest(group, count)))
+            kept.append((group, thinning.strongest(thinning.norms(group), count)))
         if not kept:
             return
         channels.remove_all(model, kept)
@@ -332,39 +322,6 @@ def _inputs(layer: LinearWeight, role: layers.Role) -> int:
         layer.weight.shape[-1] if role == "table" else layer.layout.matrices_shape[2]
     )
     return max(1, count)
-
-
-def _tell_of_bodies(model: Model, ctx: Context) -> None:
-    """Say that weights of branches, bodies and functions are left alone."""
-    for weight in model.weights():
-        if weight.graph is not model.graph and is_float(weight):
-            ctx.skipped(weight.name, "it is inside a branch, a body or a function")
-
-
-def _strongest(group: Group, count: int) -> list[int]:
-    """Return the channels that matter most, in order.
-
-    What counts is the norm of the weights that make a channel, times the norm of those
-    that read it. A normalisation behind the channel scales the first.
-    """
-    score = np.ones(group.size)
-    for role in ("producer", "consumer", "filter", "scale"):
-        parts = [part for part in group.where if part.role == role]
-        if parts:
-            score *= sum(_energy(part) for part in parts)
-    for part in group.where:
-        if part.role == "variance":
-            score /= np.abs(part.weight.read())[part.offsets].mean(1) + _EPSILON
-    order = np.argsort(-score, kind="stable")
-    return sorted(int(channel) for channel in order[:count])
-
-
-def _energy(part: Slices) -> Array:
-    """Return the sum of squares of each channel's slice."""
-    values = part.weight.read().astype(np.float64)
-    others = tuple(axis for axis in range(values.ndim) if axis != part.axis)
-    energy: Array = np.square(values).sum(others)[part.offsets].sum(1)
-    return energy
 
 
 class _Costs:

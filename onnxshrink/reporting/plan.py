@@ -26,6 +26,7 @@ class Planned:
         skipped: (where, why) of what it would leave alone.
         note: What the plan cannot say.
         ranked_by: Which savings count: what the budget asks for.
+        outlook: Lines of the pass's own, such as a curve of costs.
     """
 
     pass_: Pass
@@ -33,6 +34,7 @@ class Planned:
     skipped: tuple[tuple[str, str], ...] = ()
     note: str = ""
     ranked_by: Saved = "bytes"
+    outlook: tuple[str, ...] = ()
 
 
 def render_plan(
@@ -61,6 +63,8 @@ def render_plan(
             console.print("   nothing to do")
         else:
             _render_sites(console, step, most)
+        for line in step.outlook:
+            console.print(f"   {clean(line, 200)}", soft_wrap=True, highlight=False)
         for line in step.note.split("; ") if step.note else ():
             console.print(f"   {clean(line, 2000)}", soft_wrap=True)
         for where, why in step.skipped[:most]:

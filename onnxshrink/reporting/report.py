@@ -33,6 +33,8 @@ SUFFIXES = (".json", ".md", ".html")
 Notes = tuple[tuple[str, str], ...]
 _FEW = 12
 """Weakened places that the terminal shows for each pass."""
+_SLOWER = 1.02
+"""Share of the time above which a model is called slower; less is noise."""
 _WIDE = 110
 """Columns from which figures of quality stand side by side."""
 _HEADERS = (
@@ -247,7 +249,8 @@ class Report:
         if quality:
             parts.append(quality)
         if after.latency_ratio is not None:
-            parts.append(f"{after.latency_ratio:.2f}x the latency")
+            slower = ", slower than it came" if after.latency_ratio > _SLOWER else ""
+            parts.append(f"{after.latency_ratio:.2f}x the latency{slower}")
         text = ", ".join(parts)
         if self.output:
             text += f"; wrote {', '.join(self.output)}"

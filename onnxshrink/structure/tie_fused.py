@@ -31,7 +31,6 @@ from onnxshrink.structure.tie_rules import (
 )
 from onnxshrink.structure.ties import (
     Indices,
-    MergedAxis,
     Role,
     Rule,
     Ties,
@@ -77,7 +76,7 @@ class _Heads:
             self.inner = ties.extra(each)
             parts = (self.groups, self.inner)
             why = f"{node.op} has {shared} groups of heads"
-            ties.merged.append(MergedAxis(self.members, parts, why))
+            ties.merge(self.members, parts, why)
 
     def along(
         self, tensor: gs.Tensor, axis: int, *, keys: bool = False, width: int = 0

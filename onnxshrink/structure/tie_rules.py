@@ -15,7 +15,7 @@ from onnxshrink.model import Node, attribute
 from onnxshrink.model.topology import returned_by
 from onnxshrink.structure.symbolic import Dims, static
 from onnxshrink.structure.tie_sizes import Sizes, fix_sizes_read
-from onnxshrink.structure.ties import MergedAxis, Role, Rule, Ties, UnknownError
+from onnxshrink.structure.ties import Role, Rule, Ties, UnknownError
 
 __all__ = [
     "RULES",
@@ -142,8 +142,8 @@ def conv(ties: Ties, node: Node) -> None:
         ties.use(node, w, 0, "consumer" if is_transposed else "producer")
         ties.use(node, w, 1, "producer" if is_transposed else "consumer")
         inside, made = ties.extra(each), ties.extra(makes)
-        ties.merged.append(MergedAxis(before, (whole, inside), why))
-        ties.merged.append(MergedAxis(after, (whole, made), why))
+        ties.merge(before, (whole, inside), why)
+        ties.merge(after, (whole, made), why)
         other = made if is_transposed else inside
         ties.join(ties.positions(rows), ties.positions(other))
 
@@ -986,9 +986,7 @@ def _tie_block(
             factors[place] = ties.extra(high // low)
     for number, span in merged:
         parts = [factors[place] for place in reversed(span)]
-        ties.merged.append(
-            MergedAxis(number, tuple(p for p in parts if p is not None), why)
-        )
+        ties.merge(number, tuple(p for p in parts if p is not None), why)
 
 
 def _cuts(sizes: Sequence[int]) -> list[int]:

@@ -131,6 +131,7 @@ class Ties:
         self._known: dict[int, Weight] = {}
         self._aliases: dict[int, list[gs.Tensor]] = {}
         self._none: Indices = np.zeros(0, np.int64)
+        self._node = ""
         for tensor in model.graph.inputs:
             self.fix(tensor, f"{tensor.name!r} is an input of the model")
         for tensor in model.graph.outputs:
@@ -143,6 +144,7 @@ class Ties:
         key = node.op if is_onnx(node.domain) else f"{node.domain}.{node.op}"
         rule = self._rules.get(key)
         label = f"{node.op} ({node.name or _first_output(node)})"
+        self._node = f", at {label}"
         if node.op in {"Constant", "Identity"} and self.weight(node.outputs[0]):
             return
         try:
@@ -212,6 +214,7 @@ class Ties:
 
     def fix(self, tensor: gs.Tensor, why: str, *axes: int) -> None:
         """Forbid any removal along axes, by default all."""
+        why = self._placed(why)
         try:
             every = range(len(self.shape(tensor))) if tensor.name else ()
         except UnknownError:
@@ -225,7 +228,15 @@ class Ties:
         """Say that values at one position of an axis change if another is removed."""
         number = self.axis(tensor, axis)
         if number is not None:
-            self.mixed.setdefault(number, why)
+            self.mixed.setdefault(number, self._placed(why))
+
+    def merge(self, whole: int, parts: tuple[int, ...], why: str) -> None:
+        """Say that an axis is merged from others, or split into them."""
+        self.merged.append(MergedAxis(whole, parts, self._placed(why)))
+
+    def _placed(self, why: str) -> str:
+        """Name the node that is read, unless the reason does."""
+        return why if not self._node or self._node[5:] in why else why + self._node
 
     def use(self, node: Node, tensor: gs.Tensor, axis: int, role: Role) -> None:
         """Record what a weight does along an axis; ignore what is no weight.
@@ -282,7 +293,9 @@ class Ties:
     def tie(self, a: gs.Tensor, i: int, b: gs.Tensor, j: int) -> None:
         """Tie two axes position by position; size 1 is broadcast and ties nothing."""
         one, two = self.axis(a, i), self.axis(b, j)
-        why = f"its size and that of {a.name!r} or {b.name!r} are not known to be equal"
+        why = self._placed(
+            f"its size and that of {a.name!r} or {b.name!r} are not known to be equal"
+        )
         if one is None or two is None:
             for number in (one, two):
                 if number is not None and self.axes.sizes[number] != 1:

@@ -31,7 +31,7 @@ from onnxshrink.tensors import numpy_type
 from onnxshrink.training.gradients import GradContext, gradients
 from onnxshrink.training.preparation import prepare
 
-__all__ = ["output_metrics"]
+__all__ = ["mask_gradients", "output_metrics"]
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
@@ -114,6 +114,99 @@ def output_metrics(
                     found[name] = found[name] + part
     total = probes * sum(_count(batch) for batch in batches)
     return {name: np.asarray(matrix / total) for name, matrix in found.items()}
+
+
+def mask_gradients(
+    model: Model,
+    values: Mapping[str, int],
+    samples: Samples,
+    *,
+    labels: bool = False,
+    seed: int = 0,
+    threads: int = 0,
+) -> dict[str, Float64]:
+    """Return gradients with respect to a mask of ones on each channel of values.
+
+    That is what masking the channel changes to first order, with its sign: the sum
+    over positions of a value times its gradient.
+
+    Args:
+        model: The model; it is not changed.
+        values: For each value of the main graph the axis of its channels.
+        samples: What the model is run on, one by one.
+        labels: Gradients of the cross-entropy with the samples' labels, where there
+            are labels and one output of scores; else of ``s^T y / |y|`` for random
+            signs ``s``, whose mean square is what the outputs lose, relative to what
+            they are.
+        seed: Of the random signs.
+        threads: onnxruntime's threads; 0 for its own choice.
+
+    Returns:
+        float64 [samples, channels] by value.
+
+    Raises:
+        ModelError: As ``output_metrics``.
+    """
+    batches = list(samples.batches(1))
+    if not batches:
+        raise ModelError("there are no samples to run")
+    shapes = {name: array.shape for name, array in batches[0].items()}
+    batches = [b for b in batches if {n: a.shape for n, a in b.items()} == shapes]
+    outputs, energies = _outputs(model, batches, threads)
+    wanted = samples.labels if labels else None
+    if wanted is not None and (len(outputs) != 1 or np.ndim(wanted) != 1):
+        wanted = None
+    rows: dict[str, list[Array]] = {name: [] for name in values}
+    for names in _slices(model, shapes, values):
+        graph = prepare(model, shapes, keep=names)
+        ctx = GradContext(graph)
+        kept = {
+            t.name: t
+            for node in graph.graph.nodes
+            for t in node.outputs
+            if t.name in names
+        }
+        upstream = {}
+        scores = [t for t in graph.graph.outputs if t.name in outputs]
+        for tensor in scores:
+            upstream[tensor.name] = ctx.add_input(
+                graph.fresh(f"{tensor.name}_signs"),
+                ctx.data_type(tensor),
+                ctx.shape(tensor),
+            )
+        grads = gradients(graph, upstream, [n for n in names if n in kept], ctx)
+        for tensor in (*grads.values(), *(kept[name] for name in grads)):
+            tensor.shape, tensor.dtype = list(ctx.shape(tensor)), ctx.dtype(tensor)
+        held = {t.name: t for t in [*grads.values(), *(kept[n] for n in grads)]}
+        graph.graph.outputs = list(held.values())
+        if not grads:
+            continue
+        graph.drop_unused()
+        session = runtime.session(graph, threads=threads, training=True)
+        known = {info.name for info in session.inputs}
+        plain = runtime.session(model, threads=threads) if wanted is not None else None
+        rng = np.random.default_rng(seed)
+        for number, batch in enumerate(batches):
+            real = mask(batch)
+            feeds = {n: a for n, a in batch.items() if n in known}
+            for name, tensor in upstream.items():
+                shape = ctx.shape(tensor)
+                up = _signs(rng, shape, real) / math.sqrt(energies[name])
+                if plain is not None and wanted is not None:
+                    answer = np.asarray(plain.run(batch, [name])[name], np.float64)
+                    label = int(wanted[number])
+                    if answer.ndim == 2 and 0 <= label < answer.shape[1]:
+                        raised = np.exp(answer - answer.max())
+                        up = raised / raised.sum()
+                        up[0, label] -= 1
+                feeds[tensor.name] = np.asarray(up, ctx.dtype(tensor))
+            answer_of = session.run(feeds)
+            for name, tensor in grads.items():
+                both = np.asarray(answer_of[name], np.float64)
+                both = both * answer_of[tensor.name]
+                moved = np.moveaxis(both, values[name], -1)
+                rows[name].append(moved.reshape(-1, moved.shape[-1]).sum(0))
+    return {name: np.stack(found) for name, found in rows.items() if found}
 
 
 def _count(batch: Mapping[str, Array]) -> int:
