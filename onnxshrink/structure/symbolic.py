@@ -487,7 +487,15 @@ def _same(facts: Facts, node: Node) -> Dims | None:
 def _broadcasting(facts: Facts, node: Node) -> Dims | None:
     shapes = [facts.shape(tensor) for tensor in node.inputs]
     known = [shape for shape in shapes if shape is not None]
-    return broadcast(*known) if len(known) == len(shapes) else None
+    if len(known) != len(shapes):
+        return None
+    rank = max((len(shape) for shape in known), default=0)
+    result: list[Dim] = []
+    for axis in range(-rank, 0):
+        # One axis that is not certain leaves the others as they are.
+        one = broadcast(*[(shape[axis],) for shape in known if len(shape) >= -axis])
+        result.append(facts.fresh() if one is None else one[0])
+    return tuple(result)
 
 
 @_shape_of("Transpose")

@@ -927,6 +927,8 @@ def _block(before: Dims, after: Dims) -> tuple[int, int] | None:
     if i < 0 or j < 0:
         return None
     one, two = before[i], after[j]
+    if one == two and one != 0:
+        return i, j  # also where the size is a symbol
     while True:
         if not isinstance(one, int) or not isinstance(two, int) or 0 in (one, two):
             return None

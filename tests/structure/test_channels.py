@@ -392,7 +392,7 @@ def test_of_axes_that_are_split_apart_one_is_free() -> None:
     one = maker(model, "w")
     assert one.size == 3
     whys = [one.why for one in channels.find(model) if one.size == 4]
-    assert whys == ["Reshape merges or splits it with another axis"]
+    assert whys == ["Reshape merges or splits it with another axis, at Reshape (r)"]
     check_removal(model, one.name, [1])
 
 
