@@ -1,10 +1,11 @@
-"""Decoders found in a loaded model, and the weights they stand for.
+"""Decoders in a loaded model are found and replaced by the weights they compute.
 
-A decoder is recognised by the first character of every name inside it and by its nodes:
-only operators that the encoder writes, over initializers only. Its value is what ONNX
-says these operators compute, so a decoder that somebody else wrote, or broke, is at
-worst left alone or refused; it is never trusted: the shape of every intermediate tensor
-is computed and bounded before anything is allocated, and indices are checked.
+A decoder is recognised by the first character of every name inside it, and by its
+nodes: only operators that the encoder writes, which read initializers only. Its value
+is what ONNX says these operators compute. A decoder is never trusted, since somebody
+else may have written or broken it: the shape of every intermediate tensor is computed
+and bounded before anything is allocated, and indices are checked. One that fails is
+left alone or refused.
 
 Tested in tests/storage/test_storage.py.
 """
@@ -272,7 +273,7 @@ _OPERATORS: dict[str, tuple[Callable[..., _Kind], Callable[..., Array]]] = {
 
 
 class DecodedTensor(LazyTensor):
-    """Values that a decoder computes, computed when somebody reads them.
+    """The values of a decoder, computed when they are read.
 
     Attributes:
         encoded_nbytes: Bytes of the initializers that the decoder reads.
@@ -286,7 +287,7 @@ class DecodedTensor(LazyTensor):
         """Take a decoder: steps in order, and the values they start from.
 
         Raises:
-            ModelError: It is none of ours, or too much would come out of too little.
+            ModelError: It is none of ours, or too many values for its data.
         """
         self.steps = tuple(steps)
         self.leaves = dict(leaves)
@@ -318,7 +319,7 @@ class DecodedTensor(LazyTensor):
         return result
 
     def read(self) -> Array:
-        """Return all values; computed again unless an earlier result is still alive.
+        """Return all values, computed again unless somebody still holds them.
 
         Raises:
             ModelError: The encoded data are broken: an index is out of range.
@@ -360,7 +361,7 @@ def _leaf_kind(leaf: LazyTensor) -> _Kind:
 def decode(
     nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]
 ) -> DecodedTensor:
-    """Return the weight that the last of some decoder nodes produces.
+    """Return the weight that the last node of a decoder gives.
 
     Args:
         nodes: The nodes of one encoding, and of earlier ones that it builds on.
@@ -490,9 +491,9 @@ def recognise(graph: Graph) -> None:
 
 
 def _drop(graph: gs.Graph, traced: Mapping[int, gs.Node]) -> None:
-    """Remove those of the traced nodes that nothing reads any more.
+    """Remove the traced nodes that nothing reads any more.
 
-    A node that decoders share is listed with the first of them, before its readers.
+    A node that several decoders share is listed once, before all its readers.
     """
     pinned = {id(tensor) for tensor in graph.outputs}
     gone: set[int] = set()

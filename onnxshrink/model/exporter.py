@@ -1,4 +1,4 @@
-"""From the graph back to protos and files, reusing the origin of what is unchanged.
+"""From the graph back to protos; what is unchanged is written as it was read.
 
 Tested in tests/model/test_model.py.
 """
@@ -79,9 +79,9 @@ def unknown_fields(message: Message) -> bytes:
 
 
 def partial(message: Any, names: Iterable[str], *, keep: bool = False) -> Any:
-    """Return a copy without the named fields, or with ``keep`` of them only.
+    """Return a copy of a proto without some fields, or with ``keep`` of only these.
 
-    Unknown fields are left out of both. What is left out is not copied meanwhile.
+    Unknown fields are always left out. What is left out is never copied.
     """
     twin = type(message)()
     chosen = frozenset(names)
@@ -99,7 +99,7 @@ def partial(message: Any, names: Iterable[str], *, keep: bool = False) -> Any:
 
 @dataclass
 class Piece:
-    """One initializer on its way out.
+    """One initializer to write.
 
     Attributes:
         header: The proto; complete if ``tensor`` is ``None``, else without data.
@@ -113,11 +113,11 @@ class Piece:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of values, wherever they are."""
+        """Bytes of its values, in the header or behind it."""
         return self.header.ByteSize() if self.tensor is None else self.tensor.nbytes
 
     def parts(self) -> tuple[bytes, bytes]:
-        """Return what stands before and behind the raw data."""
+        """Return the bytes before the raw data, and those behind it."""
         late = partial(self.header, _BEHIND_DATA, keep=True)
         late.MergeFromString(unknown_fields(self.header))
         early = partial(self.header, _BEHIND_DATA)
@@ -126,7 +126,7 @@ class Piece:
         )
 
     def same(self, other: Piece) -> bool:
-        """Whether both would write the same bytes."""
+        """Whether another piece would write the same bytes."""
         if self.header != other.header:
             return False
         if self.tensor is None or other.tensor is None:
@@ -181,7 +181,7 @@ class Export:
                 yield from part.raw_chunks()
 
     def parts(self) -> Iterator[bytes | LazyTensor]:
-        """Yield what the bytes of ``proto()`` are made of, tensors as they are."""
+        """Yield the bytes of ``proto()`` in parts; tensors are yielded unread."""
         head = self.head.SerializeToString(deterministic=True)
         tail = self.tail.SerializeToString(deterministic=True)
         frames: list[tuple[bytes, bytes]] = []
@@ -339,7 +339,7 @@ def _node_proto(node: gs.Node) -> onnx.NodeProto:
 
 
 def _changed_attribute(old: onnx.AttributeProto, value: Any) -> onnx.AttributeProto:
-    """Return a new value with the old doc string, and of the old type if it fits."""
+    """Return the attribute for a new value; doc string and type stay if they fit."""
     if isinstance(value, (list, tuple)) and not len(value):
         proto = onnx.AttributeProto(name=old.name, type=old.type)
     else:
@@ -364,7 +364,7 @@ def _reads(node: gs.Node) -> Iterator[gs.Tensor]:
 
 
 def in_order(nodes: Sequence[gs.Node]) -> Sequence[gs.Node]:
-    """Return nodes so that each stands behind what it reads; stable.
+    """Sort nodes so that each stands behind what it reads; others keep their order.
 
     Raises:
         ModelError: There is no such order.
@@ -469,9 +469,9 @@ def owned_constants(
 
 
 def stray_constants(root: gs.Graph) -> list[gs.Constant]:
-    """Find constants that are read inside a main graph or function but owned nowhere.
+    """Return constants that a main graph or function reads but none owns.
 
-    These are new ones of a pass.
+    A pass has made them.
     """
     owned: set[int] = set()
     found: dict[int, gs.Constant] = {}
@@ -496,7 +496,7 @@ def stray_constants(root: gs.Graph) -> list[gs.Constant]:
 
 
 def _agrees(origin: onnx.ValueInfoProto, data_type: int, shape: Sequence[Any]) -> bool:
-    """Whether a described type, perhaps less exact, holds for a shape."""
+    """Whether a shape fits a recorded type, which may leave sizes open."""
     if origin.type.WhichOneof("value") != "tensor_type":
         return False
     tensor = origin.type.tensor_type
@@ -547,7 +547,7 @@ def _value_info(
 def _described(
     fresh: onnx.ValueInfoProto, origin: onnx.ValueInfoProto | None
 ) -> onnx.ValueInfoProto:
-    """Take over what an entry says besides name and type."""
+    """Take over the fields of an entry besides name and type."""
     if origin is not None:
         if origin.HasField("doc_string"):
             fresh.doc_string = origin.doc_string

@@ -1,4 +1,4 @@
-"""From protos to a graphsurgeon graph, keeping each proto as an object's origin.
+"""From protos to a graphsurgeon graph; each object keeps its proto as its origin.
 
 Tested in tests/model/test_model.py.
 """
@@ -416,7 +416,7 @@ def _refuse_twice(infos: Iterable[onnx.ValueInfoProto], what: str) -> None:
 
 
 def _refuse_external(message: Any) -> None:
-    """Refuse external data where nothing here would carry it along.
+    """Refuse external data in places from which it would not be saved again.
 
     Raises:
         ModelError: A tensor anywhere inside the message has external data.
@@ -552,7 +552,7 @@ def _check_nodes(
 
 
 def _captured(proto: onnx.GraphProto) -> set[str]:
-    """Names that a subgraph takes from outside."""
+    """Return the names that a subgraph reads from outside."""
     own = {info.name for info in proto.input}
     own.update(tensor.name for tensor in proto.initializer)
     own.update(tensor.values.name for tensor in proto.sparse_initializer)

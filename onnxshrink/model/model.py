@@ -177,7 +177,7 @@ class Model:
         return ""
 
     def _check_with_judge(self, label: str) -> None:
-        """Keep the checker's word as a note where onnxruntime opens the model.
+        """Let onnxruntime judge a model that onnx.checker objects to.
 
         Raises:
             ModelError: Neither takes it.
@@ -209,7 +209,7 @@ class Model:
         return twin
 
     def become(self, other: Model) -> None:
-        """Take everything from another model but ``source``; tensors are shared.
+        """Become what another model is, but for ``source``; tensors are shared.
 
         Nodes, tensors and weights of this model that were held before belong to no
         model afterwards. New names are chosen as they would be in ``other``.
@@ -555,7 +555,7 @@ class Model:
                     graph.outputs[index] = self._as_output(graph, old, new)
 
     def _as_output(self, graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> gs.Tensor:
-        """Return what stands in the place of the output ``old`` of a graph."""
+        """Return the tensor that replaces the output ``old`` of a graph."""
         is_input = any(tensor is old for tensor in graph.inputs)
         if is_input and graph is self.graph:
             return old
@@ -592,7 +592,7 @@ class Model:
         tensor.name = name
 
     def shorten_names(self) -> int:
-        """Give what is inside the shortest names, and nodes none.
+        """Give inner values and weights the shortest names, and nodes no names.
 
         Inputs and outputs, of functions too, keep theirs; what is recorded of the
         types and shapes of values inside goes. Annotations by name prevent it.
@@ -605,7 +605,7 @@ class Model:
         return shorten(self)
 
     def drop_metadata(self, prefix: str) -> int:
-        """Drop what nodes and values say under keys that begin so.
+        """Drop metadata of nodes and values whose key has a prefix.
 
         Args:
             prefix: Beginning of the keys in ``metadata_props``.

@@ -1,4 +1,4 @@
-"""Short names for what nobody outside of a model refers to."""
+"""Short names for values and weights that only the model itself refers to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def shorten(model: Model) -> int:
-    """Give values and weights inside the shortest names there are, and nodes none.
+    """Give inner values and weights the shortest names, and nodes no names.
 
     Inputs and outputs of the graph and of functions keep theirs. What is recorded of
     values inside, their types and shapes, goes: a runtime infers it. A graph that has

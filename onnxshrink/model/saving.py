@@ -157,7 +157,7 @@ def _save_package(
     external: External,
     max_decode_ratio: float | None,
 ) -> tuple[Path, ...]:
-    """Write a package: one file, whatever ``external`` says about what is in it."""
+    """Write a package, one file; ``external`` counts when it is unpacked."""
     if storage not in ("auto", "plain", "tiny"):
         raise UsageError(f"storage is 'auto', 'plain' or 'tiny', not {storage!r}")
     _ratio(max_decode_ratio)
@@ -192,7 +192,7 @@ def _save_package(
 
 
 def _external_spans(model: Model, parts: Export) -> list[tuple[Piece, int]]:
-    """Return the large pieces, and where each is to lie in a file of their own."""
+    """Return the large pieces, and the place of each in the data file."""
     spans: list[tuple[Piece, int]] = []
     offset = 0
     for index, piece in enumerate(parts.pieces):
@@ -215,7 +215,7 @@ def _external_spans(model: Model, parts: Export) -> list[tuple[Piece, int]]:
 
 
 def _write_external(model: Model, target: Path, parts: Export) -> Path | None:
-    """Write large pieces to a file of their own and point the headers at it."""
+    """Write large pieces to a data file and point their headers at it."""
     spans = _external_spans(model, parts)
     if not spans:
         return None
@@ -289,7 +289,7 @@ def publish(
 
 
 def _remove_stale(model: Model, files: set[Path | None]) -> None:
-    """Delete data files of the model that was replaced, but none of our own."""
+    """Delete the data files of the model that was replaced; ours stay."""
     for file in files:
         if file is None:
             continue
@@ -317,7 +317,7 @@ def is_unchanged(model: Model) -> bool:
 
 
 def _with_gaps(spans: Sequence[tuple[Piece, int]]) -> Iterator[Part]:
-    """Yield what a data file is made of: values, and zeros that align them."""
+    """Yield the bytes of a data file: values, with zeros between to align them."""
     at = 0
     for piece, start in spans:
         if start > at:
@@ -355,7 +355,7 @@ def _text(proto: onnx.ModelProto) -> bytes:
 
 
 def _essence(graph: onnx.GraphProto) -> list[Any]:
-    """Return what a graph computes, without notes and without how data is stored."""
+    """Return a graph without its notes and without where its data is stored."""
 
     def tensor(proto: onnx.TensorProto) -> tuple[Any, ...]:
         values = onnx.numpy_helper.to_array(proto)
@@ -391,7 +391,7 @@ def _essence(graph: onnx.GraphProto) -> list[Any]:
 
 
 def _external_files(path: Path) -> set[Path | None]:
-    """Return the data files beside a model that it refers to and that we named."""
+    """Return the data files that a model refers to, of those we named."""
     try:
         if not path.is_file():
             return set()

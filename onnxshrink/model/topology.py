@@ -96,7 +96,7 @@ class Constant(gs.Constant):  # type: ignore[misc]
 
 
 def tensor_of(constant: gs.Constant) -> LazyTensor:
-    """Return a constant's values as a lazy tensor, also after gs ``.values``."""
+    """Return a constant's values as a lazy tensor, even if gs has read ``.values``."""
     values = constant._values
     if isinstance(values, LazyTensor):
         return values
@@ -139,7 +139,7 @@ class FunctionList(list[Any]):
         arrivals: Nodes that entered one of the graphs and whose names nobody has
             noted yet.
         edits: Grows with every node that enters or leaves.
-        calls: Who calls which function, as of a number of edits.
+        calls: The callers of each function, and how many edits there were by then.
     """
 
     def __init__(self, functions: Iterable[Any] = ()) -> None:

@@ -99,7 +99,7 @@ def require_opset(model: Model, version: int) -> None:
 
 
 def _converted(stripped: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """Convert, without what the file states of shapes where that is wrong."""
+    """Convert; if the shapes that the file states are wrong, convert without them."""
     try:
         return onnx.version_converter.convert_version(stripped, version)
     except onnx.shape_inference.InferenceError:
@@ -118,7 +118,7 @@ def take_over(
     kept: Sequence[tuple[gs.Constant, bool]],
     hint: str,
 ) -> None:
-    """Give a model the graph that something made of its skeleton.
+    """Replace the graph of a model by what a tool made of its skeleton.
 
     Args:
         model: The model.
@@ -144,7 +144,7 @@ def take_over(
 
 
 def _put_back(graph: Graph, constant: gs.Constant, was_input: bool) -> None:
-    """Let a weight take the place of the input that stood for it."""
+    """Put a weight back in the place of the input that stood for it."""
     placeholder = next((t for t in graph.inputs if t.name == constant.name), None)
     if placeholder is None:
         return
@@ -197,7 +197,7 @@ def fit_runtime(model: Model) -> None:
 
 
 def _keep_notes(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
-    """Give back what the version converter drops: notes of the graph and its nodes."""
+    """Restore the notes of graph and nodes, which the version converter drops."""
     if before.HasField("doc_string") and not after.doc_string:
         after.doc_string = before.doc_string
     if not after.metadata_props:
