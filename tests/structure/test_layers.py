@@ -190,6 +190,13 @@ def test_a_grouped_conv_transpose_has_channels_of_all_groups() -> None:
     assert run(model, samples((1, 4, 5)))["y"].shape[use.output_channels] == 6
 
 
+def test_a_weight_that_the_graph_returns_may_not_change() -> None:
+    model = built("y = MatMul (x, w)", {"w": (3, 2)})
+    assert the_layer(model).why_not == ""
+    model.graph.outputs.append(model.weight("w").value)
+    assert the_layer(model).why_not == "it is also an output of its graph"
+
+
 def test_a_vector_has_one_output() -> None:
     (use,) = the_layer(built("y = MatMul (x, w)", {"w": (3,)})).uses
     assert (use.output_axis, use.input_axis, use.channels) == (None, 0, 1)
