@@ -2,8 +2,8 @@
 
 A code ``q`` stands for the real value ``(q - zero_point) * scale``: the affine scheme
 of Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", section 2.1. ``quantize`` and ``dequantize`` give
-the bits that onnxruntime's QuantizeLinear and DequantizeLinear give.
+Integer-Arithmetic-Only Inference", section 2.1. ``quantize`` gives the bits that
+onnxruntime's QuantizeLinear gives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ __all__ = [
     "UINT8",
     "Scheme",
     "affine",
-    "dequantize",
     "limits",
     "quantize",
 ]
@@ -205,33 +204,6 @@ def quantize(
     steps = np.rint(np.clip(quotient, scheme.low - zero, scheme.high - zero))
     codes = steps.astype(np.int32) + zero
     return np.asarray(codes.astype(scheme.dtype))
-
-
-def dequantize(
-    codes: Array,
-    scale: ArrayLike,
-    zero_point: ArrayLike,
-    axis: int | None = None,
-    block: int = 0,
-) -> Float32:
-    """Return the real values that codes stand for, as DequantizeLinear does.
-
-    Args:
-        codes: Integer codes of any shape.
-        scale: float32, as for ``quantize``.
-        zero_point: Of the same shape.
-        axis: Axis of the channels or blocks.
-        block: Values along ``axis`` that share a scale.
-
-    Returns:
-        float32 of the shape of ``codes``.
-    """
-    shape = np.shape(codes)
-    step = _spread(np.asarray(scale, np.float32), shape, axis, block)
-    zero = _spread(np.asarray(zero_point).astype(np.int32), shape, axis, block)
-    with np.errstate(over="ignore"):
-        real = (np.asarray(codes).astype(np.int32) - zero).astype(np.float32) * step
-    return np.asarray(real, dtype=np.float32)
 
 
 def _spread(

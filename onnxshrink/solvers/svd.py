@@ -73,12 +73,6 @@ class Split:
         """Return the energy that factors of a rank do not hold."""
         return max(0.0, self.total - float(self.energies[:rank].sum()))
 
-    def rank_for(self, energy: float) -> int:
-        """Return the smallest rank that holds a share of the energy."""
-        held = np.cumsum(self.energies)
-        wanted = energy * self.total * (1 - 1e-12)
-        return min(int(np.searchsorted(held, wanted)) + 1, self.ranks)
-
     def factors(self, matrix: Array, rank: int) -> tuple[Float64, Float64]:
         """Return ``left`` [outputs, rank] and ``right`` [rank, inputs], balanced.
 

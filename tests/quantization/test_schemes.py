@@ -17,7 +17,6 @@ from onnxshrink.quantization.schemes import (
     UINT8,
     Scheme,
     affine,
-    dequantize,
     limits,
     quantize,
 )
@@ -69,6 +68,12 @@ def runtime(
     return codes, real
 
 
+def decoded(codes: Any, scale: Any, zero: Any) -> Any:
+    """Return what codes of one scale stand for, in float32 as the runtime computes."""
+    steps = codes.astype(np.int32) - zero.astype(np.int32)
+    return (steps.astype(np.float32) * scale).astype(np.float64)
+
+
 @pytest.mark.parametrize("data_type", TYPES)
 def test_codes_are_those_of_the_runtime(data_type: int) -> None:
     scheme = whole(data_type)
@@ -79,7 +84,7 @@ def test_codes_are_those_of_the_runtime(data_type: int) -> None:
     codes = quantize(values, scale, zero, scheme)
     expected, real = runtime(values, scale, zero, scheme)
     np.testing.assert_array_equal(codes.astype(np.int32), expected)
-    np.testing.assert_array_equal(dequantize(codes, scale, zero), real)
+    np.testing.assert_array_equal(decoded(codes, scale, zero), real)
 
 
 def test_codes_of_channels_are_those_of_the_runtime() -> None:
@@ -88,9 +93,8 @@ def test_codes_of_channels_are_those_of_the_runtime() -> None:
     values *= np.array([0.01, 1, 100], np.float32)[:, None]
     scale, zero = affine(values.min((0, 2)), values.max((0, 2)), scheme)
     codes = quantize(values, scale, zero, scheme)
-    expected, real = runtime(values, scale, zero, scheme)
+    expected, _ = runtime(values, scale, zero, scheme)
     np.testing.assert_array_equal(codes, expected)
-    np.testing.assert_array_equal(dequantize(codes, scale, zero, axis=1), real)
 
 
 def test_codes_of_blocks_are_those_of_the_runtime() -> None:
@@ -100,9 +104,8 @@ def test_codes_of_blocks_are_those_of_the_runtime() -> None:
     blocks = padded.reshape(3, 16, 3)
     scale, zero = affine(blocks.min(1), blocks.max(1), scheme)
     codes = quantize(values, scale, zero, scheme)
-    expected, real = runtime(values, scale, zero, scheme)
+    expected, _ = runtime(values, scale, zero, scheme)
     np.testing.assert_array_equal(codes.astype(np.int32), expected)
-    np.testing.assert_array_equal(dequantize(codes, scale, zero, 0, 16), real)
 
 
 def test_infinities_take_the_outermost_codes() -> None:
@@ -124,7 +127,7 @@ def test_zero_is_exact_and_the_range_is_covered(
     assert np.isfinite(scale)
     assert scale >= np.finfo(np.float32).tiny
     codes = quantize(np.array([low, 0, high], np.float32), scale, zero, scheme)
-    real = dequantize(codes, scale, zero).astype(np.float64)
+    real = decoded(codes, scale, zero)
     assert real[1] == 0
     # Half a step of rounding, half a step because the zero point is whole.
     room = 1.001 * float(scale) + 1e-6 * max(-low, high)
@@ -144,7 +147,7 @@ def test_symmetric_ranges_have_the_middle_as_zero(first: float, second: float) -
         assert zero == middle
         edge = np.array([low, high], np.float32)
         codes = quantize(edge, scale, zero, scheme)
-        real = dequantize(codes, scale, zero).astype(np.float64)
+        real = decoded(codes, scale, zero)
         assert (np.abs(real - edge) <= 0.51 * float(scale) + 1e-6 * np.abs(edge)).all()
 
 
@@ -188,8 +191,9 @@ def test_scales_that_do_not_fit_are_refused() -> None:
     scheme = Scheme(TensorProto.INT8, -127, 127, symmetric=True, axis=0)
     with pytest.raises(UsageError, match="3 scales do not fit axis 0"):
         quantize(np.zeros((2, 2)), np.ones(3), np.zeros(3), scheme)
+    scheme = Scheme(TensorProto.INT8, -127, 127, symmetric=True, axis=2)
     with pytest.raises(UsageError, match="no axis 2"):
-        dequantize(np.zeros((2, 2)), np.ones(2), np.zeros(2), axis=2)
+        quantize(np.zeros((2, 2)), np.ones(2), np.zeros(2), scheme)
 
 
 def test_the_opset_a_scheme_needs() -> None:

@@ -116,10 +116,9 @@ def test_rows_that_weigh_nothing_are_fitted_last() -> None:
     np.testing.assert_allclose(left @ right, [[3, 0], [0, 0], [0, 0]], atol=1e-12)
 
 
-def test_a_rank_is_found_for_an_energy() -> None:
+def test_ranks_lose_the_energies_that_are_left() -> None:
     found = svd.split(np.diag([3.0, 2.0, 1.0]))
     np.testing.assert_allclose(found.energies, [9, 4, 1])
-    assert [found.rank_for(share) for share in (0.5, 9 / 14, 0.65, 1.0)] == [1, 1, 2, 3]
     assert [found.lost(rank) for rank in range(4)] == [14, 5, 1, 0]
 
 
