@@ -153,6 +153,7 @@ class PassManager:
         splits: Splits | None = None,
         budget: Budget | None = None,
         metric: Metric = None,
+        outputs: Sequence[str] = (),
         on_breach: OnBreach = "back-off",
         storage: Storage = "auto",
         names: Literal["keep", "short"] = "keep",
@@ -182,6 +183,8 @@ class PassManager:
             budget: What a pass may cost; by default the recipe's, else one that fits
                 the kind of samples (``Budget.default``).
             metric: Task metric: a name, ``module:function`` or a callable.
+            outputs: Names or patterns of the outputs that the budget bounds; by default
+                all but state that goes into the next run.
             on_breach: What happens when a pass breaks the budget.
             storage: How weights are written, see ``Model.save``.
             names: ``short`` gives what is inside the written model the shortest names
@@ -227,6 +230,7 @@ class PassManager:
         self.splits = splits
         self.budget = budget
         self.metric = metric
+        self.outputs = tuple(outputs)
         self.on_breach = on_breach
         self.storage: Storage = storage
         self.names = names
@@ -511,6 +515,7 @@ class _PipelineRun:
             splits,
             self.budget,
             metric=manager.metric,
+            outputs=manager.outputs,
             threads=manager.threads,
             providers=manager.providers,
             seed=manager.seed,
@@ -1018,6 +1023,7 @@ class _PipelineRun:
                 "pipeline": str(manager.pipeline),
                 "seed": manager.seed,
                 "budget": dataclasses.asdict(self.budget),
+                "outputs": list(manager.outputs),
                 "on_breach": manager.on_breach,
                 "storage": [
                     manager.storage,

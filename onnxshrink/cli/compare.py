@@ -21,6 +21,7 @@ from onnxshrink.cli.options import (
     labels_option,
     metric_option,
     option,
+    outputs_option,
     runtime_options,
     shapes_option,
     splits_of,
@@ -46,6 +47,7 @@ onnxshrink compare a.onnx b.onnx --data test.npz --min-agreement 99% --json
 @shapes_option
 @input_size_option
 @metric_option
+@outputs_option
 @option(
     "--max-drop",
     type=Share(),
@@ -78,6 +80,7 @@ def compare_(
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     max_input_bytes: int,
     metric: str | None,
+    outputs: tuple[str, ...],
     max_drop: float | None,
     min_agreement: float | None,
     min_sqnr: float | None,
@@ -108,6 +111,7 @@ def compare_(
             ),
             budget=budget_of(max_drop, min_agreement, min_sqnr),
             metric=metric,
+            outputs=outputs,
             providers=providers or ("CPUExecutionProvider",),
             threads=threads,
             seed=seed,

@@ -171,8 +171,17 @@ metric_option = option(
     "--metric",
     metavar="NAME",
     section="Samples",
-    help="Task metric: top1, top5, mse, spearman, or module:function or "
-    "file.py:function of (outputs, labels). [default: top1 where labels fit]",
+    help="Task metric: top1, top5, mse, spearman, next-token, perplexity, or "
+    "module:function or file.py:function of (outputs, labels). [default: top1 where "
+    "labels fit, perplexity where token ids and logits are there]",
+)
+outputs_option = option(
+    "--outputs",
+    metavar="NAME",
+    multiple=True,
+    section="Budget",
+    help="Output that limits bound, by name or pattern; repeatable. [default: all but "
+    "state that goes into the next run]",
 )
 
 

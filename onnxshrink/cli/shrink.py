@@ -24,6 +24,7 @@ from onnxshrink.cli.options import (
     labels_option,
     metric_option,
     option,
+    outputs_option,
     runtime_options,
     shapes_option,
     splits_of,
@@ -85,6 +86,7 @@ onnxshrink model.onnx --recipe mine.toml --plan
 @shapes_option
 @input_size_option
 @metric_option
+@outputs_option
 @option(
     "--max-drop",
     type=Share(),
@@ -262,6 +264,7 @@ def shrink(
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     max_input_bytes: int,
     metric: str | None,
+    outputs: tuple[str, ...],
     max_drop: float | None,
     min_agreement: float | None,
     min_sqnr: float | None,
@@ -326,6 +329,7 @@ def shrink(
             ),
             budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency, max_bytes),
             metric=metric,
+            outputs=outputs,
             on_breach=on_breach,
             storage=storage,
             names=names,

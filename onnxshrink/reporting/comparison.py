@@ -194,6 +194,7 @@ def compare(
     *,
     budget: Budget | None = None,
     metric: Metric = None,
+    outputs: Sequence[str] = (),
     providers: Sequence[str] = ("CPUExecutionProvider",),
     threads: int = 0,
     seed: int = 0,
@@ -208,6 +209,7 @@ def compare(
             same.
         budget: Limits that ``b`` must hold; without, only sane outputs are asked for.
         metric: Task metric, as for ``Validator``.
+        outputs: Outputs that the budget bounds, as for ``Validator``.
         providers: onnxruntime execution providers.
         threads: onnxruntime's threads; 0 lets it choose.
         seed: Seed of random inputs, for the report.
@@ -234,6 +236,7 @@ def compare(
                 samples,
                 budget or Budget(),
                 metric=metric,
+                outputs=outputs,
                 seed=seed,
                 progress=progress,
                 **settings,

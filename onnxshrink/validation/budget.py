@@ -17,6 +17,8 @@ __all__ = ["Bound", "Budget", "amplitude", "grown"]
 DEFAULT_DROP = 1.0
 DEFAULT_AGREEMENT = 0.98
 DEFAULT_SQNR = 20.0
+DEFAULT_PERPLEXITY = 0.05
+"""Most that perplexity may rise, as a share of the reference's."""
 SMOKE_AGREEMENT = 0.9
 """Least agreement of integers, booleans and strings on random inputs."""
 
@@ -87,8 +89,9 @@ class Budget:
         With labels, one point of a metric in percent. Of every output that the metric
         does not read and that is no state: 98 % of top classes unchanged where it is
         class scores, 98 % of values equal where it is integers, booleans or strings,
-        else 20 dB. On random inputs only integers, booleans and strings are bounded,
-        by 90 %.
+        else 20 dB. Of a language model, which has logits and token ids, perplexity may
+        rise by 5 %, and logits are bounded by that. On random inputs only integers,
+        booleans and strings are bounded, by 90 %.
         """
         if splits.random:
             return cls(automatic=True)

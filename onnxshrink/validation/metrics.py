@@ -22,12 +22,15 @@ import numpy as np
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.measuring.differences import matrix
 from onnxshrink.samples.columns import Array, Spool
+from onnxshrink.validation.tokens import Tokens
 
 __all__ = [
     "BUILT_IN",
     "Custom",
     "Metric",
     "MetricChange",
+    "NextToken",
+    "Perplexity",
     "Spearman",
     "Squared",
     "Task",
@@ -74,12 +77,14 @@ class Task(ABC):
         lower_is_better: Whether a smaller value is better.
         percent: Whether it is in percent.
         reads: Names of the outputs it looks at; ``None`` if that may be any.
+        wants_inputs: Whether it looks at inputs.
     """
 
     name: str
     lower_is_better = False
     percent = False
     reads: frozenset[str] | None = None
+    wants_inputs = False
 
     @abstractmethod
     def start(self) -> None:
@@ -88,6 +93,9 @@ class Task(ABC):
     @abstractmethod
     def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
         """Take in one batch."""
+
+    def read(self, inputs: Mapping[str, Array]) -> None:  # noqa: B027  # few need it
+        """Look at the inputs of the batch that is fed next."""
 
     @abstractmethod
     def value(self, labels: Array | None) -> float:
@@ -191,6 +199,87 @@ class Spearman(Task):
         return float(one @ two) / scale if scale else 0.0
 
 
+class NextToken(Task):
+    """Percent of positions whose most likely next token is the reference's."""
+
+    name = "next-token"
+    wants_inputs = True
+    percent = True
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self.reads = frozenset({tokens.logits})
+        self._wanted: list[Array] = []
+        self._is_known = False
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was fed, but for the reference, which is fed first."""
+        self._hits = self._count = self._batch = 0
+        self._inputs: Mapping[str, Array] = {}
+
+    def read(self, inputs: Mapping[str, Array]) -> None:
+        """Look at the inputs of the batch that is fed next."""
+        self._inputs = inputs
+
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+        rows = self._tokens.rows(self._inputs, outputs[self._tokens.logits])
+        best = rows.argmax(axis=-1)
+        # A NaN score is never a hit, though it sorts as the largest.
+        best = np.where(np.isnan(rows).any(axis=-1), -1, best)
+        if not self._is_known:
+            self._wanted.append(best)
+        self._hits += int((best == self._wanted[self._batch]).sum())
+        self._count += len(best)
+        self._batch += 1
+
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+        self._is_known = True
+        return 100.0 * self._hits / max(1, self._count)
+
+
+class Perplexity(Task):
+    """Perplexity of the text that was fed: e to the mean negative log-likelihood."""
+
+    name = "perplexity"
+    wants_inputs = True
+    lower_is_better = True
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self.reads = frozenset({tokens.logits})
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was fed."""
+        self._sum, self._count = 0.0, 0
+        self._inputs: Mapping[str, Array] = {}
+
+    def read(self, inputs: Mapping[str, Array]) -> None:
+        """Look at the inputs of the batch that is fed next."""
+        self._inputs = inputs
+
+    def feed(self, outputs: Mapping[str, Any], labels: Array | None) -> None:
+        """Take in one batch."""
+        logits = outputs[self._tokens.logits]
+        rows, wanted = self._tokens.next_tokens(self._inputs, logits)
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS].astype(np.float32)
+            mine = part[np.arange(len(part)), wanted[start : start + _ROWS]]
+            top = part.max(axis=1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = np.exp(part - top[:, None]).sum(axis=1, dtype=np.float64)
+                self._sum += float((np.log(total) + top - mine).sum())
+        self._count += len(rows)
+
+    def value(self, labels: Array | None) -> float:
+        """Return the metric over what was fed."""
+        mean = self._sum / max(1, self._count)
+        return math.exp(mean) if mean < _MOST_NATS else math.inf
+
+
 class Custom(Task):
     """A user's function of all outputs and all labels."""
 
@@ -237,7 +326,12 @@ class Custom(Task):
         return found
 
 
-BUILT_IN = ("top1", "top5", "mse", "spearman")
+BUILT_IN = ("top1", "top5", "mse", "spearman", "next-token", "perplexity")
+TOKENS = ("next-token", "perplexity")
+"""Those that read token ids instead of labels."""
+_ROWS = 64
+"""Rows of logits that are looked at together."""
+_MOST_NATS = 700.0
 
 
 def imported(text: str) -> Callable[[Mapping[str, Any], Any], float]:

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from onnxshrink.samples import Samples, Splits
 from onnxshrink.samples.columns import Array
 from onnxshrink.validation.budget import (
     DEFAULT_AGREEMENT,
+    DEFAULT_PERPLEXITY,
     DEFAULT_SQNR,
     SMOKE_AGREEMENT,
     Bound,
@@ -42,9 +44,12 @@ from onnxshrink.validation.budget import (
 from onnxshrink.validation.kinds import Kinds, kinds_of
 from onnxshrink.validation.metrics import (
     BUILT_IN,
+    TOKENS,
     Custom,
     Metric,
     MetricChange,
+    NextToken,
+    Perplexity,
     Spearman,
     Squared,
     Task,
@@ -57,11 +62,14 @@ from onnxshrink.validation.signature import (
     signature_of,
     signature_problem,
 )
+from onnxshrink.validation.tokens import Tokens, may_be_tokens, tokens_of
 from onnxshrink.validation.verdict import Problem, Verdict, judge, moved
 
 __all__ = ["Validator"]
 
 _BATCH_BYTES = 8 << 20
+_GUESSED = 0.5
+"""Share of the vocabulary from which perplexity is near that of blind guesses."""
 _BATCH = 32
 """Larger batches were no faster for any of the models tried."""
 
@@ -77,6 +85,7 @@ class _Reference:
     inputs: tuple[ValueInfo, ...]
     outputs: tuple[ValueInfo, ...]
     kinds: Kinds = field(default_factory=Kinds)
+    tokens: Tokens | None = None
     task: Task | None = None
     before: float = 0.0
     noise: dict[str, tuple[float, float]] | None = None
@@ -102,6 +111,7 @@ class Validator:
         progress: Progress | None = None,
         answers: Mapping[str, Array] | None = None,
         timed_against: Source | None = None,
+        outputs: Sequence[str] = (),
         host: SessionHost | None = None,
     ) -> None:
         """Set up the judge; nothing runs yet.
@@ -113,8 +123,10 @@ class Validator:
             metric: ``top1``, ``top5``, ``mse``, ``spearman``, ``module:function`` or
                 ``file.py:function`` called as ``f(outputs, labels)`` with all outputs
                 by name, or such a callable. Bigger is better unless the function has
-                a true attribute ``lower_is_better``. ``None`` takes ``top1`` where
-                labels and an output fit.
+                a true attribute ``lower_is_better``. ``next-token`` (positions whose
+                most likely token stays, in percent) and ``perplexity`` read token ids
+                and logits, and need no labels. ``None`` takes ``top1`` where labels and
+                an output fit, ``perplexity`` where logits and token ids do.
             threads: onnxruntime's threads.
             providers: onnxruntime's execution providers.
             batch_size: Samples in a run; by default as many as have at most 8 MB of
@@ -124,6 +136,8 @@ class Validator:
             answers: What outputs should be, by name, the first axis evaluation samples;
                 by default what the reference gives. Other outputs do not count then.
             timed_against: What the latency is a multiple of; by default the reference.
+            outputs: Names or glob patterns of the outputs that budgets bound; by
+                default all but state that goes into the next run.
             host: Where sessions of files are; ``None`` for this process.
 
         Raises:
@@ -144,6 +158,7 @@ class Validator:
         self._timed_against = reference if timed_against is None else timed_against
         self._host = host
         self._labels = self.samples.labels
+        self._outputs = tuple(outputs)
         self._metric = metric
         if isinstance(metric, str) and ":" in metric:
             self._metric = imported(metric)
@@ -152,8 +167,12 @@ class Validator:
                 f"there is no metric {metric!r}; there are {', '.join(BUILT_IN)} and "
                 f"module:function.{nearest(self._metric, BUILT_IN)}"
             )
-        needs_labels = isinstance(self._metric, str) or (
-            self._metric is None and self._asked.max_drop is not None
+        reads_tokens = self._metric in TOKENS or (
+            self._metric is None and may_be_tokens(self.samples.read([0]))
+        )
+        needs_labels = not reads_tokens and (
+            isinstance(self._metric, str)
+            or (self._metric is None and self._asked.max_drop is not None)
         )
         if needs_labels and self._labels is None and not self._asked.automatic:
             what = f"metric {metric}" if metric is not None else "--max-drop"
@@ -161,7 +180,8 @@ class Validator:
                 f"{what} needs labels for the evaluation samples, an array 'labels' or "
                 "--labels KEY; without them use --min-agreement or --min-sqnr"
             )
-        if isinstance(self._metric, str) and self._labels is None:
+        is_named = isinstance(self._metric, str) and self._metric not in TOKENS
+        if is_named and self._labels is None:
             raise UsageError(f"metric {metric} needs labels")
         self._known: _Reference | None = None
         self._last: tuple[object, _Reference] | None = None
@@ -178,11 +198,9 @@ class Validator:
         asked = self._asked
         if not asked.automatic or self.smoke_test:
             return asked
-        task = self._reference().task
         bounds = self.bounds.values()
-        measured = asked.max_drop is not None and task is not None and task.percent
         return Budget(
-            max_drop=asked.max_drop if measured else None,
+            max_drop=self._max_drop(self._reference()),
             min_agreement=asked.min_agreement
             if any(b.agreement is not None for b in bounds)
             else None,
@@ -192,6 +210,18 @@ class Validator:
             max_latency_ratio=asked.max_latency_ratio,
             automatic=True,
         )
+
+    def _max_drop(self, reference: _Reference) -> float | None:
+        """Return the limit of the task metric's loss, if it applies.
+
+        An automatic budget bounds metrics in percent, and perplexity by a share of it.
+        """
+        asked, task = self._asked, reference.task
+        if task is None or not asked.automatic:
+            return asked.max_drop
+        if isinstance(task, Perplexity):
+            return None if self.smoke_test else DEFAULT_PERPLEXITY * reference.before
+        return asked.max_drop if task.percent else None
 
     @property
     def bounds(self) -> dict[str, Bound]:
@@ -207,8 +237,7 @@ class Validator:
             return {}
         task, random = reference.task, self.smoke_test
         read: frozenset[str] = frozenset()
-        counts = task is not None and (task.percent or not asked.automatic)
-        if task is not None and counts and asked.max_drop is not None:
+        if task is not None and self._max_drop(reference) is not None:
             read = frozenset(reference.seen) if task.reads is None else task.reads
         given = (
             Bound() if asked.automatic else Bound(asked.min_agreement, asked.min_sqnr)
@@ -216,17 +245,30 @@ class Validator:
         found = {}
         for name, seen in reference.seen.items():
             kind = self._kind(name, seen, reference)
+            if not self._counts(name, kind, reference):
+                found[name] = Bound()
+                continue
             agreement = given.agreement if kind in ("scores", "equal") else None
             sqnr = None if kind == "equal" else given.sqnr
             if agreement is None and sqnr is None and name not in read:
                 if kind == "equal":
                     agreement = SMOKE_AGREEMENT if random else DEFAULT_AGREEMENT
-                elif kind == "scores" and not random:
+                elif kind == "scores" and not random and not self._is_logits(name):
                     agreement = DEFAULT_AGREEMENT
-                elif kind == "float" and not random:
+                elif not random:
                     sqnr = DEFAULT_SQNR
             found[name] = Bound(agreement, sqnr)
         return found
+
+    def _counts(self, name: str, kind: str, reference: _Reference) -> bool:
+        """Whether budgets bound an output: state only if it is asked for."""
+        if not self._outputs:
+            return kind != "state" and name not in reference.kinds.state
+        return any(fnmatchcase(name, pattern) for pattern in self._outputs)
+
+    def _is_logits(self, name: str) -> bool:
+        tokens = self._reference().tokens
+        return tokens is not None and tokens.logits == name
 
     def _kind(
         self, name: str, seen: Seen, reference: _Reference
@@ -246,6 +288,8 @@ class Validator:
         """
         shaped = {name for name, seen in reference.seen.items() if seen.scores}
         found = shaped & reference.kinds.scores
+        if reference.tokens is not None:
+            found |= {reference.tokens.logits}
         if self._labels is not None:
             read = self._scores_for(reference, self._labels)
             found |= {read} if read is not None else set()
@@ -275,8 +319,15 @@ class Validator:
             reference.task = task
             task.start()
             for index, span in enumerate(reference.spans):
+                if task.wants_inputs:
+                    task.read(self.samples.read(np.arange(*span)))
                 task.feed(reference.store.read(index), self._labels_of(span))
             reference.before = task.value(self._used_labels(reference.spans))
+            if self._metric is None and isinstance(task, Perplexity):
+                assert reference.tokens is not None
+                words = reference.store.read(0)[reference.tokens.logits].shape[-1]
+                if not reference.before < _GUESSED * words:
+                    reference.task = None  # no text of this model's, whose loss is luck
         self._check_budget(reference)
         return reference
 
@@ -291,17 +342,19 @@ class Validator:
         for name, value in one.items():
             seen[name].stable = _repeats(value, two[name])
         if self._known is not None:
-            spans = self._known.spans
+            spans, tokens = self._known.spans, self._known.tokens
         else:
             spans = list(self.samples.spans(self._size(few, one)))
+            tokens = tokens_of(few, one, functools.partial(self._run, session))
+        del one, two
         store = Store()
         for feed, span in self._feeds(spans, what):
             out = self._run(session, feed)
             count = _count(feed, span, self.samples)
             for name, value in out.items():
-                seen[name].update(name, value, count)
+                _learn(seen[name], name, value, count, feed, tokens)
             store.add(out)
-        return _Reference(source, store, seen, spans, inputs, outputs, kinds)
+        return _Reference(source, store, seen, spans, inputs, outputs, kinds, tokens)
 
     def _start(self, before: Source | None) -> _Reference:
         """Return what SAME is measured against: the model before the pass."""
@@ -315,6 +368,12 @@ class Validator:
 
     def _check_budget(self, reference: _Reference) -> None:
         """Refuse a budget that nothing could be measured for."""
+        for pattern in self._outputs:
+            if not any(fnmatchcase(name, pattern) for name in reference.seen):
+                raise UsageError(
+                    f"no output is called {pattern!r}; there are "
+                    f"{', '.join(reference.seen)}{nearest(pattern, reference.seen)}"
+                )
         asked = self._asked
         limits = (asked.max_drop, asked.min_agreement, asked.min_sqnr)
         if asked.automatic or all(limit is None for limit in limits):
@@ -409,6 +468,8 @@ class Validator:
         if metric is not None and not isinstance(metric, str):
             return Custom(metric)
         labels = self._labels
+        if metric in TOKENS or (metric is None and labels is None):
+            return self._token_task(metric, reference)
         if labels is None:
             return None
         if metric in (None, "top1", "top5"):
@@ -417,7 +478,7 @@ class Validator:
             if output is not None:
                 return Top(output, k)
             if metric is None:
-                return None
+                return self._token_task(metric, reference)
             raise UsageError(
                 f"metric {metric} needs whole-numbered labels, one a sample, and an "
                 "output [samples, classes] with more classes than the largest label; "
@@ -433,6 +494,27 @@ class Validator:
         raise UsageError(
             f"metric {metric} needs a float output with as many values as labels "
             f"{list(labels.shape)}{self._shapes(reference)}"
+        )
+
+    def _token_task(self, metric: str | None, reference: _Reference) -> Task | None:
+        tokens = reference.tokens
+        if tokens is None and metric is not None:
+            raise UsageError(
+                f"metric {metric} needs token ids [samples, positions] and an output "
+                "of logits [samples, positions, vocabulary]" + self._shapes(reference)
+            )
+        if tokens is None or (metric is None and self.smoke_test):
+            return None
+        if metric == "next-token":
+            return NextToken(tokens)
+        positions = reference.store.read(0)[tokens.logits].shape[1]
+        if tokens.is_causal and positions > 1:
+            return Perplexity(tokens)
+        if metric is None:
+            return None
+        raise UsageError(
+            "metric perplexity needs samples of two tokens or more, whose logits do "
+            "not depend on tokens behind them; next-token needs neither"
         )
 
     def _shapes(self, reference: _Reference) -> str:
@@ -582,13 +664,17 @@ class Validator:
             if keep is not None:
                 store.add(out)
                 for name, value in out.items():
-                    seen[name].update(name, value, count)
+                    _learn(seen[name], name, value, count, feed, reference.tokens)
             for known, differences in zip(against, found, strict=True):
                 wanted = known.store.read(index)
                 for name, difference in differences.items():
                     _same_kind(name, wanted[name], out[name])
-                    difference.update(wanted[name], out[name], count)
+                    pair = _compared(
+                        name, wanted[name], out[name], count, feed, reference.tokens
+                    )
+                    difference.update(*pair)
             if reference.task is not None:
+                reference.task.read(feed)
                 reference.task.feed(out, self._labels_of(span))
         if keep is not None:
             for name, known_output in reference.seen.items():
@@ -652,6 +738,38 @@ def _answering(reference: _Reference, answers: Mapping[str, Array]) -> _Referenc
             seen[name].update(name, value, stop - start)
         store.add(batch)
     return dataclasses.replace(reference, store=store, seen=seen)
+
+
+def _learn(
+    seen: Seen,
+    name: str,
+    value: Any,
+    count: int,
+    feed: Mapping[str, Array],
+    tokens: Tokens | None,
+) -> None:
+    """Take in one batch of an output; of logits the positions that count."""
+    if tokens is None or name != tokens.logits or not isinstance(value, np.ndarray):
+        seen.update(name, value, count)
+        return
+    rows = tokens.rows(feed, value)
+    seen.update(name, rows, len(rows))
+    seen.scores = False
+
+
+def _compared(
+    name: str,
+    wanted: Any,
+    value: Any,
+    count: int,
+    feed: Mapping[str, Array],
+    tokens: Tokens | None,
+) -> tuple[Any, Any, int]:
+    """Return what is compared of an output, and how many rows it has."""
+    if tokens is None or name != tokens.logits or np.shape(wanted) != np.shape(value):
+        return wanted, value, count
+    rows = tokens.rows(feed, wanted)
+    return rows, tokens.rows(feed, value), len(rows)
 
 
 def _identity(source: Source) -> object:
