@@ -2,8 +2,9 @@
 
 Of the Llama kind: RMS norm, rotary positions, grouped keys and values, a gated feed
 forward, and a table of tokens that is also the head. ``fused`` writes the operators of
-com.microsoft that onnxruntime-genai's models have. Tested in
-tests/validation/test_tokens.py.
+com.microsoft that onnxruntime-genai's models have.
+
+Tested in tests/validation/test_tokens.py.
 """
 
 from __future__ import annotations
