@@ -66,6 +66,7 @@ from onnxshrink.training.trainable import (
     write,
 )
 from onnxshrink.training.transfer import AUTO, Link, Pair, blocks, link, pairs
+from onnxshrink.training.widening import narrowed, widened
 
 __all__ = ["Distill"]
 
@@ -308,7 +309,7 @@ class Distill(Pass):
             )
         changed = 0
         if outcome.best_epoch:
-            changed = run.write(model, outcome.weights)
+            changed = run.write_back(model, outcome.weights)
         start = {one.name: one.start for one in run.chosen}
         before = judge.words(outcome.start, start)
         after = judge.words(outcome.best, outcome.weights)
@@ -340,7 +341,9 @@ class _Training:
         training: Samples,
         folder: Path,
     ) -> None:
-        self.options, self.model, self.ctx = options, model, ctx
+        self.options, self.ctx = options, ctx
+        self.model = widened(model)
+        self.is_wide = self.model is not model
         self.notes: list[str] = []
         held = ctx.samples.validation
         if training.varied:
@@ -374,7 +377,7 @@ class _Training:
         labelled = self._labelled
         taught = self.heads if self.alpha < 1 or labelled is None else [labelled]
         self.chosen: list[Trainable] = find_trainable(
-            model,
+            self.model,
             [head.output for head in taught],
             options.only,
             options.skip,
@@ -389,7 +392,7 @@ class _Training:
         )
         self.norms: list[str] = []
         if options.norms == "estimate":
-            self.norms = find_norms(model, options.only, options.skip, ctx.skipped)
+            self.norms = find_norms(self.model, options.only, options.skip, ctx.skipped)
         if not self.chosen:
             why = f": {ctx.skips[0][0]}: {ctx.skips[0][1]}" if ctx.skips else ""
             picked = (
@@ -671,6 +674,14 @@ class _Training:
         if changed:  # the start is judged as it is
             estimate(model, self.norms, self.training, self.ctx)
         return changed
+
+    def write_back(self, model: Model, weights: Mapping[str, Array]) -> int:
+        """Write what was trained into the model itself, in the types it has."""
+        if not self.is_wide:
+            return self.write(model, weights)
+        trained = self.model.copy()
+        self.write(trained, weights)
+        return narrowed(model, self.model, trained)
 
     def _step(self, size: int, feed: _Feed) -> TrainingStep:
         work = self.model.copy()

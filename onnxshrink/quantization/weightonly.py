@@ -48,7 +48,7 @@ from onnxshrink.solvers.rounding import (
     nearest,
 )
 from onnxshrink.structure.bias import addend, addend_factor
-from onnxshrink.structure.layers import Layout, LinearWeight, Use
+from onnxshrink.structure.layers import FLOATS, Layout, LinearWeight, Use
 from onnxshrink.tensors import numpy_type
 
 __all__ = [
@@ -88,6 +88,8 @@ SMALL_TABLE = 1 << 18
 MIN_BLOCK = 16
 """Shortest block of MatMulNBits."""
 MAX_BLOCK = 256
+_SMALLEST = {"float16": 2.0**-14, "bfloat16": 2.0**-126}
+"""Smallest normal numbers of the halves."""
 _FEW_CODES = 16
 """Codes of a four-bit type."""
 _PRUNED = 0.5
@@ -242,9 +244,9 @@ def why_not(layer: LinearWeight) -> str:
     """Return why codes cannot take the place of a layer's weight, or nothing."""
     if layer.why_not and not _only_known(layer):
         return layer.why_not
-    if layer.weight.data_type != onnx.TensorProto.FLOAT:
+    if layer.weight.data_type not in FLOATS:
         kind = onnx.TensorProto.DataType.Name(layer.weight.data_type).lower()
-        return f"its values are {kind}, and codes decode to float32"
+        return f"its values are {kind}, and codes decode to floating point"
     if any(_rows(use.layout) != _rows(layer.layout) for use in layer.uses):
         return "its readers have its rows along different axes"
     return ""
@@ -268,7 +270,7 @@ def _only_known(layer: LinearWeight) -> bool:
     if (
         weight.is_input
         or weight.is_output
-        or weight.data_type != onnx.TensorProto.FLOAT
+        or weight.data_type not in FLOATS
         or weight.name in weight.model.unreached
     ):
         return False
@@ -289,6 +291,8 @@ def why_not_packed(layer: LinearWeight, levels: Levels, block: int = 0) -> str:
     """Return why no MatMulNBits can run on the codes of a layer, or nothing."""
     if layer.layout.matrices_shape[0] != 1 or len(layer.layout.shape) != 2:
         return "it is not a matrix"
+    if layer.weight.data_type != onnx.TensorProto.FLOAT:
+        return "the kernel is that of float32"
     for use in layer.uses:
         if use.role != "weight" or use.node.op not in {"Gemm", "MatMul"}:
             return f"{use.node.op} has no kernel for packed codes"
@@ -526,6 +530,14 @@ class SharedCodes:
         self.graph = layer.weight.graph
         self.name = layer.weight.value.name or "weight"
         layout, blocks = layer.layout, grid.scale.shape[1]
+        self.data_type = layer.weight.data_type
+        # Scales are numbers of the model's type. On processors onnxruntime multiplies
+        # no halves, so that it decodes at every run what it could not fold.
+        is_half = layer.weight.dtype.itemsize == 2
+        self.decoded_type = onnx.TensorProto.FLOAT if is_half else self.data_type
+        kind = numpy_type(self.decoded_type)
+        exact = representable(grid.scale, layer.weight.dtype)
+        grid = replace(grid, scale=exact.astype(kind))
         dtype = np.int8 if grid.low < 0 else np.uint8
         scales = _scale_shape(layout) if blocks == 1 else None
         self.is_shaped = scales is not None
@@ -547,7 +559,7 @@ class SharedCodes:
         if not grid.zero.any():
             return
         # Floats save a Cast at each lookup; storage writes few values as codes.
-        zero = grid.zero.astype(np.float32)
+        zero = grid.zero.astype(kind)
         if self.is_shared:
             self.zero = self._single("zero", zero)
         else:
@@ -643,10 +655,13 @@ class SharedCodes:
         zero: gs.Tensor | None,
         graph: gs.Graph,
     ) -> gs.Tensor:
-        value = self._node("Cast", [codes], graph, to=onnx.TensorProto.FLOAT)
+        value = self._node("Cast", [codes], graph, to=self.decoded_type)
         if zero is not None:
             value = self._node("Sub", [value, zero], graph)
-        return self._node("Mul", [value, scale], graph)
+        value = self._node("Mul", [value, scale], graph)
+        if self.data_type == self.decoded_type:
+            return value
+        return self._node("Cast", [value], graph, to=self.data_type)
 
     def _reshaped(self, value: gs.Tensor, shape: Sequence[int]) -> gs.Tensor:
         wanted = self._constant(np.array(shape, np.int64))
@@ -661,6 +676,15 @@ class SharedCodes:
         name = f"{self.name}_{op}"
         node = self.model.add_node(op, inputs, attrs=attrs, name=name, graph=graph)
         return node.outputs[0]
+
+
+def representable(scale: Array, dtype: np.dtype[Any]) -> Array:
+    """Return scales in the type of a model, none of which becomes zero."""
+    exact = scale.astype(dtype)
+    if dtype.itemsize > 2:
+        return exact
+    least = dtype.type(_SMALLEST[dtype.name])
+    return np.where(exact == 0, least, exact)
 
 
 def _is_constant(values: Array) -> bool:

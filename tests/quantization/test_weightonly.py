@@ -378,19 +378,23 @@ def test_any_model_computes_what_its_codes_say(
     model = plain.copy()
     calibration = Splits.build(model, seed=0).calibration
     assert calibration is not None
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
     for layer in list(find(model, roles=("weight", "table"))):
         if weightonly.why_not(layer):
             continue
         grid, codes, real = coded(layer)
+        kind = layer.weight.dtype
+        if kind.itemsize == 2:  # scales and values are rounded to it
+            tolerance = {"rtol": 1e-2, "atol": 1e-2}
         rewrite(model, layer, grid, codes, form=form)
-        plain.set_weight(layer.name, real)
+        plain.set_weight(layer.name, real.astype(kind))
     model.drop_unused()
     feeds = next(calibration.batches(8))
     found = runtime.session(model, threads=1).run(feeds)
     wanted = runtime.session(plain, threads=1).run(feeds)
     for key, value in wanted.items():
         if np.asarray(value).dtype.kind == "f":
-            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found[key], value, **tolerance)
         else:
             np.testing.assert_array_equal(found[key], value)
 
