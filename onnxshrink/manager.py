@@ -11,7 +11,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from onnxshrink.errors import (
     PromiseError,
     UsageError,
 )
+from onnxshrink.executors import check_executor, executing
 from onnxshrink.isolation.host import SessionHost, hosting
 from onnxshrink.lineage import Lineage
 from onnxshrink.measuring.costs import FixedCosts
@@ -163,7 +165,7 @@ class PassManager:
         threads: int = 0,
         seed: int = 0,
         jobs: int = 0,
-        executor: Executor | None = None,
+        executor: Executor | str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         max_input_bytes: int = MAX_INPUT_BYTES,
         progress: Progress | None = None,
@@ -196,7 +198,11 @@ class PassManager:
             threads: onnxruntime's threads in one operator; 0 lets it choose.
             seed: Seed of every random draw.
             jobs: Threads that passes share work among; 0 is one for each processor.
-            executor: Used instead of threads of our own; it is not shut down.
+            executor: Who does the work that passes share: ``threads``, ``processes``
+                (in a script, behind a main guard), ``dask:ADDRESS`` of a scheduler
+                whose workers have onnxshrink and see the model's files under the same
+                paths, or an executor, which is not shut down. Results do not depend
+                on it.
             shapes: Input shapes for random inputs and measurement.
             max_input_bytes: Most bytes of one set of random inputs that a model's word
                 is enough for.
@@ -240,6 +246,7 @@ class PassManager:
         self.threads = threads
         self.seed = seed
         self.jobs = jobs or os.cpu_count() or 1
+        check_executor(executor)
         self.executor = executor
         self.shapes = dict(shapes or {})
         self.max_input_bytes = max_input_bytes
@@ -345,13 +352,8 @@ class PassManager:
 
     # --- shared with the run ------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _executor(self) -> Iterator[Executor | None]:
-        if self.executor is not None or self.jobs <= 1:
-            yield self.executor
-            return
-        with ThreadPoolExecutor(self.jobs, "onnxshrink") as pool:
-            yield pool
+    def _executor(self) -> AbstractContextManager[Executor | None]:
+        return executing(self.executor, self.jobs)
 
     @contextlib.contextmanager
     def _workspace(self, target: Path | None, resume: bool) -> Iterator[Path]:

@@ -36,7 +36,7 @@ ORDER = (
     ("validation",),
     ("reporting",),
     ("search",),
-    ("engine", "manager", "state"),
+    ("engine", "executors", "manager", "state"),
     ("cli", "testing", "__main__"),
 )
 """From the ground up; rooms on one floor may import from each other."""

@@ -204,6 +204,15 @@ onnxshrink model.onnx --recipe mine.toml --plan
     help="Threads that passes share work among; 0 is one for each processor.",
 )
 @option(
+    "--executor",
+    metavar="WHERE",
+    default="threads",
+    show_default=True,
+    section="Running",
+    help="Who does the work that passes share: threads, processes, or dask:ADDRESS of "
+    "a scheduler whose workers have onnxshrink and see the model's files.",
+)
+@option(
     "--measure",
     type=click.Choice(["latency,memory", "latency", "memory", "none"]),
     default="latency,memory",
@@ -282,6 +291,7 @@ def shrink(
     threads: int,
     seed: int,
     jobs: int,
+    executor: str,
     measure: str,
     time_limit: float | None,
     memory_limit: int | None,
@@ -339,6 +349,7 @@ def shrink(
             threads=threads,
             seed=seed,
             jobs=jobs,
+            executor=executor,
             shapes=dict(shapes),
             progress=bar,
             on_step=on_step,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import onnx
@@ -355,6 +356,7 @@ class FileTensor(LazyTensor):
                 f"{path.name}, which has {available}"
             )
         self._state = _state(status)
+        self._digest: bytes | None = None
 
     def lies_with(self, other: LazyTensor) -> bool:
         """Whether both are the same bytes of the same file."""
@@ -363,11 +365,52 @@ class FileTensor(LazyTensor):
             other._state,
         )
 
+    def __copy__(self) -> FileTensor:
+        """Return the tensor itself: it does not change."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileTensor:
+        """Return the tensor itself: it does not change."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return a reference that another process takes, on another host too.
+
+        That is the file's path, the range, and a digest of the values: a copy of the
+        file on another host, or in another file system there, is as good.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for chunk in self.raw_chunks():
+            digest.update(chunk)
+        return {**self.__dict__, "_digest": digest.digest()}
+
+    def _accept(self, file: BinaryIO) -> None:
+        """Refuse a file that is not in the state it was in, or no copy of it.
+
+        Raises:
+            ModelError: The file was changed, or holds other values.
+        """
+        state = _state(os.fstat(file.fileno()))
+        if state == self._state:
+            return
+        if self._digest is None:
+            raise ModelError(f"{self.path} was changed while it was in use")
+        digest, left = hashlib.blake2b(digest_size=16), self.length
+        file.seek(self.offset)
+        while left > 0 and (piece := file.read(min(CHUNK, left))):
+            digest.update(piece)
+            left -= len(piece)
+        if left or digest.digest() != self._digest:
+            raise ModelError(
+                f"{self.path} holds other values here than where the run was started"
+            )
+        self._state, self._digest = state, None
+        file.seek(0)
+
     def _bytes(self, start: int, count: int) -> np.ndarray[Any, Any]:
         try:
             with self.path.open("rb", buffering=0) as file:
-                if _state(os.fstat(file.fileno())) != self._state:
-                    raise ModelError(f"{self.path} was changed while it was in use")
+                self._accept(file)
                 piece = np.fromfile(
                     file, dtype=np.uint8, count=count, offset=self.offset + start
                 )

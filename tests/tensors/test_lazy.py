@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -318,3 +320,37 @@ def test_a_graphsurgeon_constant_takes_a_lazy_tensor() -> None:
     assert constant.shape == (2,)
     assert constant.dtype == np.float32
     assert constant.values.tolist() == [1, 2]
+
+
+def test_a_reference_reads_a_copy_of_the_file_but_no_other(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensor = in_file(tmp_path, array)
+    data = tensor.path.read_bytes()
+    sent = pickle.dumps(tensor)
+
+    # As on another host: the same path, another file.
+    tensor.path.unlink()
+    tensor.path.write_bytes(data)
+    os.utime(tensor.path, (1, 1))
+    there = pickle.loads(sent)
+    assert np.array_equal(there.read(), array)
+    assert np.array_equal(np.concatenate(list(there.chunks(8))), array.reshape(-1))
+    with pytest.raises(ModelError, match="was changed while it was in use"):
+        tensor.read()
+
+    tensor.path.write_bytes(data[:10] + b"\x7f" + data[11:])
+    with pytest.raises(ModelError, match="was changed while it was in use"):
+        there.read()
+    with pytest.raises(ModelError, match="holds other values here"):
+        pickle.loads(sent).read()
+    tensor.path.write_bytes(data[:20])
+    with pytest.raises(ModelError, match="holds other values here"):
+        pickle.loads(sent).read()
+    tensor.path.unlink()
+    with pytest.raises(ModelError, match="cannot read"):
+        pickle.loads(sent).read()
+
+
+def test_copies_of_a_reference_are_itself(tmp_path: Path) -> None:
+    tensor = in_file(tmp_path, np.zeros(3, np.float32))
+    assert copy.deepcopy([tensor])[0] is copy.copy(tensor) is tensor
