@@ -756,7 +756,7 @@ def masked() -> onnx.ModelProto:
     [
         ("quantize", "w1"),
         ("quantize:activations=static", "wq"),
-        ("quantize:activations=none,weights=int4", "w"),
+        ("quantize:activations=none,weights=int8", "w1"),
         ("prune:sparsity=0.3,recover", "w1"),
     ],
 )
