@@ -654,6 +654,9 @@ class Pass(ABC):
     Slice, Concat or Transpose; ``fused``: and operators of onnxruntime's optimizer."""
     repairs: ClassVar[bool] = False
     """Whether it undoes damage: a pass that breaks the budget is judged after it."""
+    trains: ClassVar[bool] = False
+    """Whether it learns from ``ctx.samples.training``. Where no pass of a pipeline
+    does, these samples calibrate and choose instead."""
 
     @abstractmethod
     def apply(self, model: Model, ctx: Context) -> None:
@@ -693,6 +696,10 @@ class SitePass(Pass):
         only: Act only on these weights or nodes: names, glob patterns or op types.
         skip: Leave these weights or nodes alone: names, glob patterns or op types.
     """
+
+    gradual: ClassVar[bool] = True
+    """Whether ``weaken`` gives more the higher the strength. Otherwise it gives one
+    milder form for all strengths below 1, which sites fall back to one by one."""
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

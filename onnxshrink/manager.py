@@ -51,6 +51,7 @@ from onnxshrink.reporting.plan import Planned
 from onnxshrink.reporting.report import Report, Step
 from onnxshrink.samples import Splits
 from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
+from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, digest
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
@@ -71,6 +72,10 @@ for them: what counts is whether the repaired model holds.
 """
 
 _TIGHTENINGS = 24
+_FEW = 32
+"""Calibration samples below which the last lines say that they are few."""
+_FEWEST = 8
+"""The same of evaluation samples, where outputs are compared in dB."""
 _NAMED = 8
 """Places that a warning names."""
 _NO_SLOWER = 1.05
@@ -977,9 +982,13 @@ class _PipelineRun:
     def _selecting(self) -> Validator:
         """The validator that choices are made with: never on evaluation samples."""
         if self.selection is None:
-            samples = self.splits.validation
+            samples, more = self.splits.validation, self.splits.training
             self.selection = self.final
             if samples is not None:
+                missing = CHOOSING - len(samples)
+                if missing > 0 and more is not None and not samples.whole:
+                    # What trains comes later: so far nothing has seen these.
+                    samples = samples.joined(more.take(slice(0, missing)))
                 splits = dataclasses.replace(self.splits, evaluation=samples)
                 self.selection = self._validator(splits)
         return self.selection
@@ -1079,6 +1088,45 @@ class _PipelineRun:
             some = ", ".join(names[:_NAMED])
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             yield f"left alone: {some}{more}: {why}"
+        yield from self._doubts()
+
+    def _doubts(self) -> Iterator[str]:
+        """Yield what the samples are too few to say."""
+        splits = self.splits
+        passes = self.manager.pipeline.passes
+        if splits.random or all(pass_.promise is Promise.SAME for pass_ in passes):
+            return
+        seen = splits.calibration
+        if seen is not None and seen.used < _FEW:
+            yield (
+                f"only {seen.used} samples calibrated: ranges and curvatures of so few "
+                f"may not hold for others; {_FEW} or more are safer"
+            )
+        elif seen is None:
+            yield "no samples are left to calibrate: what was given only measures"
+        if splits.evaluation is None:
+            return
+        count, budget = splits.evaluation.used, self.final.budget
+        step = 1 / max(1, count)
+        metric = self.final.reference_metric()
+        drop = budget.max_drop
+        if (
+            drop is not None
+            and {"top1", "top5"} & set(metric)
+            and (0 < drop < 100 * step)
+        ):
+            yield (
+                f"{count} evaluation samples cannot tell a drop of {drop:g} points: "
+                f"one sample is {100 * step:.3g}"
+            )
+        least = budget.min_agreement
+        if least is not None and step > 1 - least > 0:
+            yield (
+                f"{count} evaluation samples cannot tell an agreement of {least:g}: "
+                f"one sample is {step:.3g}"
+            )
+        if drop is None and least is None and count < _FEWEST:
+            yield f"only {count} samples measured: they may not stand for others"
 
     def _note_run(self, written: Model) -> None:
         """Let a model say what was done to it."""
@@ -1288,6 +1336,7 @@ def shrink(
                 labels=labels,
                 transform=transform,
                 seed=int(options.get("seed", 0)),
+                trains=pipeline.trains,
             )
         manager = PassManager(pipeline, splits=splits, budget=budget, **options)
         return manager.run(loaded, output, resume=resume)

@@ -72,6 +72,11 @@ class Pipeline:
     def __len__(self) -> int:
         return len(self.passes)
 
+    @property
+    def trains(self) -> bool:
+        """Whether some pass learns from training samples."""
+        return any(step.trains for step in self.passes)
+
     def __str__(self) -> str:
         """Return the text that ``parse`` reads, without options at their default."""
         steps = []

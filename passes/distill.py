@@ -160,6 +160,7 @@ class Distill(Pass):
     promise: ClassVar[Promise] = Promise.CLOSE
     example: ClassVar[str] = "distill:epochs=20,temperature=4"
     repairs: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     teacher: Path | None = None
     temperature: float = 4.0

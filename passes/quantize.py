@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -93,11 +93,14 @@ class QuantizeSite(Site):
         form: What becomes of the activations it multiplies.
         bits: Bits of a code.
         packed: Whether codes of a weight alone stay codes at run time.
+        alone: Bits of its codes if the weight alone becomes codes, which then happens
+            where activations as codes cost too much; 0 if that cannot be.
     """
 
     form: Form
     bits: float
     packed: bool = False
+    alone: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,7 @@ class Quantize(SitePass):
 
     name: ClassVar[str] = "quantize"
     promise: ClassVar[Promise] = Promise.CLOSE
+    gradual: ClassVar[bool] = False
     example: ClassVar[str] = "quantize:activations=none,weights=int4"
     opset: ClassVar[int] = 13
 
@@ -347,6 +351,8 @@ class Quantize(SitePass):
             ctx.skipped(layer.name, why)
             return None
         bits = _bits(self._weights_of(layer) if form != "dynamic" else "int8")
+        small = weightonly.why_not(layer) or layer.weight.size < SMALLEST
+        milder = form != "none" and self.activations == "auto" and not small
         saved = layer.weight.nbytes - layer.weight.size * bits // 8
         return QuantizeSite(
             layer.name,
@@ -355,6 +361,19 @@ class Quantize(SitePass):
             form=form,
             bits=bits,
             packed=form == "none" and self._packs(model, layer, costs, ctx),
+            alone=int(_bits(self._weights_of(layer))) if milder else 0,
+        )
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        """Return the site with its activations in float, if they were to be codes."""
+        assert isinstance(site, QuantizeSite)
+        if strength >= 1:
+            return site
+        if not site.alone:
+            return None
+        saved = dataclasses.replace(site.savings, seconds=0.0)
+        return dataclasses.replace(
+            site, savings=saved, form="none", bits=site.alone, alone=0
         )
 
     def _packs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import parser
+from rich.console import Console
 
 from onnxshrink import (
     Budget,
@@ -551,3 +553,44 @@ def test_inputs_that_a_run_takes_away_are_named() -> None:
     assert "no inputs any more, with what was their default built in: gain" in (
         result.report.notes
     )
+
+
+def few(count: int, **options: Any) -> Any:
+    """Prune a classifier of three classes on so many samples."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 17]> '
+        "g (float[N, 8] x) => (float[N, 3] y) { h = MatMul(x, w) y = Softmax(h) }"
+    )
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 3)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    x = rng.normal(size=(count, 8)).astype(np.float32)
+    data = (
+        {"x": x, "labels": (x @ weight).argmax(1)}
+        if options.pop("labels", 0)
+        else {"x": x}
+    )
+    return shrink(
+        model,
+        "prune:sparsity=0.2",
+        data=data,
+        measure_memory=False,
+        measure_latency=False,
+        **options,
+    ).report
+
+
+def test_few_samples_are_a_warning_in_the_last_lines() -> None:
+    warnings = few(40).warnings
+    assert any("only 11 samples calibrated" in line for line in warnings)
+    assert any("16 evaluation samples cannot tell an agree" in w for w in warnings)
+    warnings = few(40, labels=True, budget=Budget(max_drop=0.5)).warnings
+    assert any(
+        "cannot tell a drop of 0.5 points: one sample is 6.25" in w for w in warnings
+    )
+    assert few(400).warnings == ()
+    console = io.StringIO()
+    few(40).render(Console(file=console, width=200))
+    *_, warning, last = console.getvalue().strip().splitlines()
+    assert warning.startswith("warning: 16 evaluation samples")
+    assert "smaller" in last

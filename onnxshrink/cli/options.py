@@ -267,8 +267,10 @@ def splits_of(
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     seed: int,
     max_input_bytes: int = 1 << 30,
+    *,
+    trains: bool = True,
 ) -> Splits:
-    """Return the samples that the options name, divided."""
+    """Return the samples that the options name, divided for what is done with them."""
     from onnxshrink.samples import Splits
 
     if labels is not None and data is None and evaluation is None:
@@ -281,6 +283,7 @@ def splits_of(
         seed=seed,
         shapes=dict(shapes) or None,
         max_input_bytes=max_input_bytes,
+        trains=trains,
     )
 
 

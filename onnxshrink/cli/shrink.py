@@ -335,7 +335,14 @@ def shrink(
         manager = PassManager(
             pipeline,
             splits=splits_of(
-                loaded, data, evaluation, labels, shapes, seed, max_input_bytes
+                loaded,
+                data,
+                evaluation,
+                labels,
+                shapes,
+                seed,
+                max_input_bytes,
+                trains=pipeline.trains,
             ),
             budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency, max_bytes),
             metric=metric,

@@ -440,6 +440,13 @@ class Samples:
             )
         return replace(self, _indices=indices, _taken=True)
 
+    def joined(self, other: Samples) -> Samples:
+        """Return these samples and then those of another part of the same source."""
+        if self._columns is not other._columns:
+            raise UsageError("only parts of the same samples can be put together")
+        indices = np.concatenate([self._indices, other._indices])
+        return replace(self, _indices=indices, _taken=True)
+
     def read(self, chosen: Sequence[int] | Indices) -> dict[str, Array]:
         """Return the feed of some samples, by position.
 

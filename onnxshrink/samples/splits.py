@@ -57,6 +57,7 @@ class Splits:
         evaluation_share: float = 0.4,
         shapes: Mapping[str, Sequence[int]] | None = None,
         max_input_bytes: int = MAX_INPUT_BYTES,
+        trains: bool = True,
     ) -> Splits:
         """Divide data by a seeded permutation.
 
@@ -80,6 +81,8 @@ class Splits:
             shapes: Shapes of random inputs by name.
             max_input_bytes: Most bytes of one set of random inputs, see
                 ``Samples.random_for``.
+            trains: Whether anything trains. Otherwise calibration and validation get
+                all they can use, and training what is left.
 
         Raises:
             UsageError: The data does not fit the model; says what would.
@@ -145,7 +148,7 @@ class Splits:
             how += "; all are synthetic images, which prove nothing about quality"
         parts = [
             part if part is None else part.grouped()
-            for part in (*_divide(pool, calibration_size), held)
+            for part in (*_divide(pool, calibration_size, trains), held)
         ]
         return cls(
             calibration=parts[0],
@@ -201,21 +204,33 @@ def _synthetic(data: Any) -> str | None:
     return words if word == "synthetic" and not Path(word).exists() else None
 
 
+CHOOSING = 16
+"""Samples that choices are made on at least, where there are enough."""
+
+
 def _divide(
-    pool: Samples | None, calibration_size: int
+    pool: Samples | None, calibration_size: int, trains: bool
 ) -> tuple[Samples | None, Samples | None, Samples | None]:
     """Divide the samples that passes learn from.
 
-    Calibration gets at most half, so that training is not left without samples. A fifth
-    of the rest, at most 5,000, is for validation. Sizes are multiples of a fixed batch.
+    Where something trains, calibration gets at most half, and a fifth of the rest, at
+    most 5,000, is for validation. Where nothing does, validation gets a fifth or, of
+    few samples, half up to 16, and calibration the rest; training gets what is more
+    than both can use. Sizes are multiples of a fixed batch.
     """
     if pool is None or len(pool) < (pool.batch or 1):
         return None, None, None
     unit = pool.batch or 1
     total = len(pool) // unit
-    first = min(max(1, calibration_size // unit), -(-total // 2))
+    most, few = max(1, calibration_size // unit), max(1, 5000 // unit)
+    if trains:
+        first = min(most, -(-total // 2))
+        last = min((total - first) // 5, few)
+    else:
+        least = min(-(-CHOOSING // unit), (total + 3) // 2)
+        last = min(max(total // 5, least), few, total - 1)
+        first = min(most, total - last)
     rest = total - first
-    last = min(rest // 5, max(1, 5000 // unit))
     ends = [first * unit, (total - last) * unit]
     training = pool.take(slice(ends[0], ends[1])) if rest - last else None
     validation = pool.take(slice(ends[1], total * unit)) if last else None

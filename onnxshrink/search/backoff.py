@@ -18,6 +18,8 @@ _PROBES = 128
 """Most sites measured one by one; more are measured in groups of neighbours."""
 _GROUPS = 8
 """Sites are strengthened one by one, or in this many groups."""
+MILDER = 0.5
+"""Strength of the one milder form that sites of a pass may have."""
 _HALVINGS = 6
 _LOWERED = 0.9
 
@@ -101,8 +103,9 @@ def back_off(
     Where sites can be weakened, one strength for all is found by bisection, so that a
     pass which divided its work among them keeps its shares. Then sites that bear more
     are given more, where that saves more in all. Where sites cannot be weakened, the
-    harm of each alone is measured, and the fewest of the most harmful are left out, by
-    bisection too. Both take for granted that more does more damage.
+    harm of each alone is measured, and the fewest of the most harmful take their milder
+    form, if there is one, or are left out, by bisection too. Both take for granted that
+    more does more damage.
 
     Where MACs or time count, sites that save none are given up first: they only cost.
     A site may even take longer than before; without it, time and damage both get less.
@@ -140,22 +143,31 @@ def back_off(
 
 
 def _is_gentle(pass_: SitePass, sites: Sequence[Site]) -> bool:
-    """Whether some site has a weaker form."""
-    return any(pass_.weaken(site, 0.5) is not None for site in sites)
+    """Whether some site has weaker forms, one for each strength."""
+    return pass_.gradual and _has_milder(pass_, sites)
+
+
+def _has_milder(pass_: SitePass, sites: Sequence[Site]) -> bool:
+    return any(pass_.weaken(site, MILDER) is not None for site in sites)
 
 
 def tighten(pass_: SitePass, plan: Plan) -> Plan | None:
     """Return a more careful plan, or ``None`` if there is nothing left to give up.
 
     Weakened sites lose a tenth of their strength; where there is none to weaken, an
-    eighth of the sites that are left is left out, the first in the plan's order.
+    eighth of the sites that are left takes its milder form or is left out, the first in
+    the plan's order.
     """
     if _is_gentle(pass_, plan.sites):
         weaker = [s * 0.9 if s > 0.05 else 0.0 for s in plan.strengths]
         return plan.at(weaker) if any(weaker) else None
     alive = [index for index in plan.order if plan.strengths[index] > 0]
-    drop = set(alive[: max(1, len(alive) // 8)])
-    strengths = [0.0 if index in drop else s for index, s in enumerate(plan.strengths)]
+    whole = [index for index in alive if plan.strengths[index] >= 1]
+    drop = set((whole or alive)[: max(1, len(alive) // 8)])
+    strengths = list(plan.strengths)
+    for index in drop:
+        milder = pass_.weaken(plan.sites[index], MILDER) if whole else None
+        strengths[index] = MILDER if milder is not None else 0.0
     return plan.at(strengths) if any(strengths) else None
 
 
@@ -176,10 +188,10 @@ def blend(pass_: SitePass, plan: Plan, share: float) -> Plan:
     """
     if _is_gentle(pass_, plan.sites):
         return plan.at([s + share * (1 - s) for s in plan.strengths])
-    out = [index for index in plan.order if plan.strengths[index] == 0]
+    out = [index for index in plan.order if plan.strengths[index] < 1]
     still = set(out[: round((1 - share) * len(out))])
     return plan.at(
-        0.0 if index in still else 1.0 if index in out else strength
+        strength if index in still else 1.0
         for index, strength in enumerate(plan.strengths)
     )
 
@@ -315,6 +327,9 @@ def _leave_out(pass_: SitePass, plan: Plan, idle: int, damage: Damage) -> Plan |
             there leaving out makes all better; beyond, a time that was saved is lost.
         damage: Measures some sites.
     """
+    milder = _milder(pass_, plan, damage)
+    if milder is not None:
+        return milder
     low, high = 0, len(plan.sites)
     if idle and damage(plan.without(idle).chosen(pass_)) <= 1:
         high = idle
@@ -327,4 +342,49 @@ def _leave_out(pass_: SitePass, plan: Plan, idle: int, damage: Damage) -> Plan |
         else:
             low = middle
     found = plan.without(high)
+    found = _milder(pass_, found, damage, high) or found
     return found if any(found.strengths) else None
+
+
+def _milder(
+    pass_: SitePass, plan: Plan, damage: Damage, count: int | None = None
+) -> Plan | None:
+    """Let the fewest sites take their milder form, in the plan's order, if that fits.
+
+    Args:
+        pass_: The pass.
+        plan: The plan, with its order.
+        damage: Measures some sites.
+        count: How many sites come first that are left out: as many of them as fit get
+            their milder form, the last first. Without, all sites are as listed so far.
+
+    Returns:
+        ``None`` if there is no such form or it does not fit.
+    """
+    if not _has_milder(pass_, plan.sites):
+        return None
+    total = len(plan.sites) if count is None else count
+    order = plan.order if count is None else tuple(reversed(plan.order[:count]))
+
+    def at(number: int) -> Plan:
+        return _with(plan, set(order[:number]), MILDER)
+
+    if count is None:
+        if damage(at(total).chosen(pass_)) > 1:
+            return None
+        low, high = 0, total  # all milder fits, all as listed does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if damage(at(middle).chosen(pass_)) <= 1:
+                high = middle
+            else:
+                low = middle
+        return at(high)
+    low, high = 0, total + 1  # none milder fits
+    while high - low > 1:
+        middle = (low + high) // 2
+        if damage(at(middle).chosen(pass_)) <= 1:
+            low = middle
+        else:
+            high = middle
+    return at(low) if low else None

@@ -130,3 +130,50 @@ def test_positions_say_which_sample_of_the_source_each_is() -> None:
     assert part.source_count == 10
     part.positions[0] = 9
     np.testing.assert_array_equal(part.positions, [5, 7])
+
+
+def sizes(count: int, *, evaluation: int = 0, trains: bool = False) -> list[int]:
+    """Return how many samples calibrate, train, choose and measure."""
+    model = Model.load(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 17]> '
+            "g (float[N, 3] x) => (float[N, 3] y) { y = Neg(x) }"
+        )
+    )
+    x = np.zeros((count, 3), np.float32)
+    held = {"x": x[:evaluation]} if evaluation else None
+    made = Splits.build(model, {"x": x}, held, trains=trains)
+    parts = (made.calibration, made.training, made.validation, made.evaluation)
+    return [0 if part is None else len(part) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (3, [1, 0, 1, 1]),
+        (20, [5, 0, 7, 8]),
+        (48, [13, 0, 16, 19]),
+        (200, [96, 0, 24, 80]),
+        (2000, [512, 448, 240, 800]),
+    ],
+)
+def test_where_nothing_trains_no_samples_lie_idle(count: int, expected: list[int]):
+    assert sizes(count) == expected
+
+
+def test_of_samples_given_for_it_calibration_gets_two_thirds_of_few():
+    assert sizes(48, evaluation=10) == [32, 0, 16, 10]
+    assert sizes(1, evaluation=1) == [1, 0, 0, 1]
+
+
+def test_where_something_trains_half_may_calibrate_at_most():
+    assert sizes(200, trains=True) == [60, 48, 12, 80]
+
+
+def test_parts_of_one_source_can_be_joined():
+    x = np.arange(12, dtype=np.float32).reshape(6, 2)
+    whole = Samples.of({"x": x})
+    joined = whole.take([4, 1]).joined(whole.take([0]))
+    assert joined.positions.tolist() == [4, 1, 0]
+    with pytest.raises(UsageError, match="the same samples"):
+        joined.joined(Samples.of({"x": x}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -309,3 +309,54 @@ def test_among_sites_that_save_no_time_bytes_count() -> None:
     assert plan is not None
     assert plan.strengths[0] == 1.0
     assert plan.strengths[1] > 0.5 > 0.25 > plan.strengths[2] > 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoForms(Gentle):
+    """Sites have one milder form, which may still be too much."""
+
+    name: ClassVar[str] = "two-forms"
+    gradual: ClassVar[bool] = False
+
+    def weaken(self, site: Site, strength: float) -> Site | None:
+        if strength >= 1:
+            return site
+        return None if site.where == "w3" else replace(site, level=0.5)
+
+
+def strengths(harm: dict[str, tuple[float, float]]) -> tuple[float, ...] | None:
+    """Back off where sites do so much harm as listed, and in their milder form."""
+
+    def damage(some: Sequence[Site]) -> float:
+        return sum(harm[s.where][0 if s.level == 1 else 1] for s in some)  # type: ignore[attr-defined]
+
+    plan = back_off(TwoForms(), sites(4), damage)
+    return None if plan is None else plan.strengths
+
+
+def test_sites_that_harm_most_take_their_milder_form_first() -> None:
+    fits = {"w0": (0.1, 0.0), "w1": (3.0, 0.1), "w2": (0.2, 0.0), "w3": (0.1, 0.1)}
+    assert strengths(fits) == (1, 0.5, 1, 1)
+    # Those that are left out get it back where it fits.
+    worse = {"w0": (0.1, 0.0), "w1": (3.0, 2.0), "w2": (2.0, 0.2), "w3": (0.1, 0.1)}
+    assert strengths(worse) == (1, 0, 0.5, 1)
+    without = {"w0": (0.1, 0.0), "w1": (0.1, 0.1), "w2": (0.1, 0.0), "w3": (3.0, 3.0)}
+    assert strengths(without) == (1, 1, 1, 0.5)  # w3 has none, so it is left out
+    assert strengths({f"w{i}": (3.0, 2.0) for i in range(4)}) is None
+
+
+def test_a_tighter_plan_takes_milder_forms_before_it_leaves_sites_out() -> None:
+    plan = Plan(tuple(sites(4)), (1.0,) * 4, (1, 3, 0, 2))
+    seen = []
+    while plan is not None:
+        plan = tighten(TwoForms(), plan)  # type: ignore[assignment]
+        if plan is not None:
+            seen.append(plan.strengths)
+    assert seen == [
+        (1, 0.5, 1, 1),
+        (1, 0.5, 1, 0),
+        (0.5, 0.5, 1, 0),
+        (0.5, 0.5, 0.5, 0),
+        (0.5, 0, 0.5, 0),
+        (0, 0, 0.5, 0),
+    ]
