@@ -85,6 +85,15 @@ SMALLEST = 1024
 """Weights of fewer entries save less than the nodes around them cost."""
 
 
+_MAY_OVERFLOW = frozenset(
+    [
+        *("Div", "Exp", "IsNaN", "IsInf", "Log", "LogSoftmax", "Pow", "ReduceMean"),
+        *("Reciprocal", "Softmax", "Sqrt", "Where"),
+    ]
+)
+"""Operators that make NaN and infinity, or show that a model knows them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSite(Site):
     """A weight to store as codes.
@@ -308,7 +317,8 @@ class Quantize(SitePass):
 
     def _not_finite(self, model: Model, ctx: Context) -> frozenset[str]:
         """Return activations with NaN, infinity or fills of a mask in some sample."""
-        if self.activations not in ("auto", "dynamic"):
+        makes = any(node.op in _MAY_OVERFLOW for node in model.nodes())
+        if self.activations not in ("auto", "dynamic") or not makes:
             return frozenset()
         read = {
             use.node.inputs[0].name

@@ -343,7 +343,7 @@ def _leave_out(pass_: SitePass, plan: Plan, idle: int, damage: Damage) -> Plan |
             low = middle
     found = plan.without(high)
     found = _milder(pass_, found, damage, high) or found
-    return found if any(found.strengths) else None
+    return found if found.chosen(pass_) else None
 
 
 def _milder(
@@ -379,7 +379,7 @@ def _milder(
                 high = middle
             else:
                 low = middle
-        return at(high)
+        return at(high) if at(high).chosen(pass_) else None
     low, high = 0, total + 1  # none milder fits
     while high - low > 1:
         middle = (low + high) // 2
