@@ -9,6 +9,7 @@ Tested in tests/test_packaging.py.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from onnxshrink._version import __version__
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from onnxshrink.runtime import open_session
     from onnxshrink.samples import Samples, Splits
     from onnxshrink.validation import Budget, Verdict
+
+# Read by onnxruntime when it is first imported, here and in every child.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "Budget": "validation",
@@ -82,6 +86,11 @@ __all__ = [
     "open_session",
     "shrink",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

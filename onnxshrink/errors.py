@@ -14,7 +14,13 @@ from collections.abc import Iterable
 
 
 class OnnxshrinkError(Exception):
-    """Base of every error that is meant for the user's eyes."""
+    """Base of every error that is meant for the user's eyes.
+
+    Attributes:
+        exit_code: How the command line ends.
+    """
+
+    exit_code = 1
 
 
 class UsageError(OnnxshrinkError):
@@ -27,6 +33,10 @@ class ModelError(OnnxshrinkError):
 
 class OutputError(OnnxshrinkError):
     """The output cannot be written: no space, no permission, or it is the input."""
+
+
+class Cancelled(OnnxshrinkError):  # noqa: N818  # nothing went wrong
+    """The caller asked to stop; nothing was written."""
 
 
 class PromiseError(OnnxshrinkError):

@@ -5,15 +5,132 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from onnxshrink.errors import OutputError
 
-__all__ = ["followed", "replacing", "sync", "write_file", "write_text"]
+__all__ = [
+    "followed",
+    "is_alive",
+    "keep_apart",
+    "made_folders",
+    "read_at",
+    "replacing",
+    "scratch_prefix",
+    "sweep_scratch",
+    "sync",
+    "write_file",
+    "write_text",
+]
+
+_SEEKING = threading.Lock()
+
+
+def read_at(handle: int, count: int, start: int) -> bytes:
+    """Return at most so many bytes of an open file from a place on.
+
+    Where the system cannot read at a place (Windows), the file's own place is moved,
+    by one thread at a time.
+    """
+    if hasattr(os, "pread"):
+        return os.pread(handle, count, start)
+    with _SEEKING:
+        os.lseek(handle, start, os.SEEK_SET)
+        return os.read(handle, count)
+
+
+def scratch_prefix() -> str:
+    """Return how folders for temporary files of this process begin."""
+    return f"onnxshrink-{os.getpid()}-"
+
+
+def sweep_scratch(folder: str | os.PathLike[str]) -> None:
+    """Delete temporary folders of our own that processes left that were killed."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            match = re.fullmatch(r"onnxshrink-(\d{1,9})-\w+", entry.name)
+            if match is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            own = not hasattr(os, "getuid") or (
+                entry.stat(follow_symlinks=False).st_uid == os.getuid()
+            )
+            if own and not is_alive(int(match[1])):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, as far as the system says."""
+    if pid <= 0 or os.name == "nt":  # there, asking would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def keep_apart(target: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse an output that is one of the inputs.
+
+    Args:
+        target: The output.
+        inputs: Files and folders that are read, by what to call them.
+
+    Raises:
+        OutputError: It is one of them, or a file inside of a folder of them.
+    """
+    place = followed(target)
+    for what, path in inputs.items():
+        if path is None:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            same = place.exists() and path.exists() and os.path.samefile(place, path)
+            inside = (
+                path.is_dir()
+                and place.exists()
+                and path.resolve() in place.resolve().parents
+            )
+            if same or inside:
+                raise OutputError(
+                    f"{target} is {what}, which is never overwritten; choose another "
+                    "output"
+                )
+
+
+@contextlib.contextmanager
+def made_folders(folder: Path) -> Iterator[None]:
+    """Make a folder with those above it; where the body raises, they go again.
+
+    Raises:
+        OutputError: They cannot be made.
+    """
+    missing: list[Path] = []
+    at = folder
+    while not at.exists() and at != at.parent:
+        missing.append(at)
+        at = at.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from (
+            error
+        )
+    try:
+        yield
+    except BaseException:
+        for one in missing:
+            with contextlib.suppress(OSError):  # others may have put something there
+                one.rmdir()
+        raise
 
 
 def followed(path: str | os.PathLike[str]) -> Path:

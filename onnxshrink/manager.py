@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,13 +33,19 @@ from onnxshrink.base import (
 )
 from onnxshrink.engine import Engine, make_context
 from onnxshrink.errors import (
+    Cancelled,
     ModelError,
     OnnxshrinkError,
-    OutputError,
     PromiseError,
     UsageError,
 )
 from onnxshrink.executors import check_executor, executing
+from onnxshrink.files import (
+    keep_apart,
+    made_folders,
+    scratch_prefix,
+    sweep_scratch,
+)
 from onnxshrink.isolation.host import SessionHost, hosting
 from onnxshrink.lineage import Lineage
 from onnxshrink.measuring.costs import FixedCosts
@@ -52,9 +58,11 @@ from onnxshrink.reporting.report import Report, Step
 from onnxshrink.samples import Splits
 from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
 from onnxshrink.samples.splits import CHOOSING
+from onnxshrink.samples.sources import split_path
 from onnxshrink.search import backoff
-from onnxshrink.state import SavedRun, StateFolder, digest
+from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
+from onnxshrink.validation.metrics import fingerprint_of
 
 __all__ = ["OnBreach", "PassManager", "Planned", "Result", "shrink"]
 
@@ -345,12 +353,12 @@ class PassManager:
         source = model if isinstance(model, Model) else Model.load(model)
         if resume and target is None:
             raise UsageError("resume needs an output: the state is kept beside it")
-        if target is not None:
+        if target is not None and target.parent.is_dir():
             source.check_target(target)
         with (
             hosting(self.isolate, self.time_limit, self.memory_limit) as host,
-            self._executor() as executor,
             self._workspace(target, resume) as folder,
+            self._executor() as executor,
         ):
             run = _PipelineRun(self, source, target, folder, executor, host)
             return run.run(resume)
@@ -364,25 +372,15 @@ class PassManager:
     def _workspace(self, target: Path | None, resume: bool) -> Iterator[Path]:
         """Yield a folder for candidates; beside the output, so that a rename moves."""
         if target is None:
-            with tempfile.TemporaryDirectory(prefix="onnxshrink-") as name:
+            sweep_scratch(tempfile.gettempdir())
+            with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as name:
                 yield Path(name)
             return
-        folder = target.with_name(f".{target.name}.onnxshrink")
-        try:
-            if folder.exists() and not resume:
-                shutil.rmtree(folder)
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}") from error
-        try:
+        with (
+            made_folders(target.parent),
+            Workspace(target, resume=resume) as folder,
+        ):
             yield folder
-        except OnnxshrinkError as error:
-            # The same run would end the same way; but a request that does not fit an
-            # interrupted run must not cost that run its state.
-            if not (resume and isinstance(error, UsageError)):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
 
     def _splits(self, model: Model) -> Splits:
         if self.splits is not None:
@@ -539,8 +537,11 @@ class _PipelineRun:
         baseline = self._measure(self.original)
         baseline = dataclasses.replace(baseline, metric=self.final.reference_metric())
         accepted, index = _Accepted(self.source, self.original, baseline), 0
-        if resume:
-            accepted, index = self._resumed() or (accepted, 0)
+        resumed = self._resumed() if resume else None
+        if resumed is not None:
+            accepted, index = resumed
+        else:
+            self._save_state(-1, accepted)
         while index < len(manager.pipeline):
             tries = self._decided(index, accepted)
             accepted = self._record(tries, accepted)
@@ -1030,8 +1031,9 @@ class _PipelineRun:
         return StateFolder(
             self.folder,
             {
-                "input": digest(self.original),
+                "input": [digest(file) for file in self._given_files()],
                 "pipeline": str(manager.pipeline),
+                "files": _files_named(manager.pipeline),
                 "seed": manager.seed,
                 "budget": dataclasses.asdict(self.budget),
                 "outputs": list(manager.outputs),
@@ -1043,8 +1045,24 @@ class _PipelineRun:
                     manager.max_decode_ratio,
                 ],
                 "samples": list(self.splits.describe()),
+                "data": self.splits.digests(),
+                "metric": fingerprint_of(manager.metric),
+                "runtime": [
+                    runtime.version(),
+                    list(manager.providers),
+                    manager.threads,
+                    {name: list(shape) for name, shape in manager.shapes.items()},
+                    [digest(Path(library)) for library in manager.custom_ops],
+                ],
             },
         )
+
+    def _given_files(self) -> list[Path]:
+        """Return the files that hold the model as it was given."""
+        if self.original != self.source.source:
+            beside = self.original.parent.glob(f"{glob.escape(self.original.name)}*")
+            return sorted(beside)
+        return sorted(self.source.files, key=str)
 
     def _save_state(self, index: int, accepted: _Accepted) -> None:
         """Note the accepted model, after which an interrupted run can continue."""
@@ -1063,13 +1081,21 @@ class _PipelineRun:
         )
 
     def _resumed(self) -> tuple[_Accepted, int] | None:
-        saved = self._state_folder.read()
+        saved = self._state_folder.read(len(self.manager.pipeline))
         if saved is None:
             return None
         try:
             model = self.source if saved.model is None else Model.load(saved.model)
             model.lineage = Lineage.from_json(saved.lineage)
-        except (AttributeError, KeyError, TypeError, ValueError, ModelError) as error:
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            TypeError,
+            ValueError,
+            ModelError,
+        ) as error:
             raise self._state_folder.unreadable(error) from error
         self.steps = list(saved.steps)
         if saved.baseline is not None:
@@ -1250,6 +1276,8 @@ def _naming(index: int, pass_: Pass, ctx: Context) -> Iterator[None]:
     label = _label(index, pass_)
     try:
         yield
+    except Cancelled:
+        raise
     except OnnxshrinkError as error:
         raise type(error)(f"{label}: {error}") from error
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -1266,6 +1294,24 @@ def _optional_inputs(model: Model) -> set[str]:
     """Return the names of the inputs that have a default value."""
     required = {info.name for info in model.inputs}
     return {tensor.name for tensor in model.graph.inputs} - required
+
+
+def _path_in(data: Any) -> Path | None:
+    """Return the path that data was given by, if it was and is there."""
+    if isinstance(data, (str, os.PathLike)):
+        with contextlib.suppress(ModelError):
+            return split_path(str(data))[0]
+    return None
+
+
+def _files_named(pipeline: Pipeline) -> dict[str, str]:
+    """Return the digests of files that options of passes name."""
+    found = {}
+    for number, pass_ in enumerate(pipeline):
+        for name, value in pass_.options().items():
+            if isinstance(value, Path) and value.is_file():
+                found[f"{number}.{name}"] = digest(value)
+    return found
 
 
 def _label(index: int, pass_: Pass) -> str:
@@ -1325,6 +1371,12 @@ def shrink(
         pipeline = Pipeline(tuple(passes))  # type: ignore[arg-type]
     else:
         pipeline = Pipeline.parse([str(step) for step in passes])
+    if output is not None:
+        paths = {"the data": data, "the evaluation data": evaluation}
+        keep_apart(
+            Path(output),
+            {what: _path_in(given) for what, given in paths.items()},
+        )
     splits = data if isinstance(data, Splits) else None
     with runtime.custom_operators(options.get("custom_ops", ())):
         loaded = model if isinstance(model, Model) else Model.load(model)

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 
 from onnxshrink.errors import ModelError, UsageError, nearest
+from onnxshrink.files import scratch_prefix
 from onnxshrink.model import Model, ValueInfo
 from onnxshrink.package import Package, is_package
 from onnxshrink.tensors import LazyTensor, refer_to
@@ -349,7 +350,7 @@ def session(
             data, _options(threads, optimize, False, training), providers, "the model"
         )
     with tempfile.TemporaryDirectory(
-        prefix="onnxshrink-", ignore_cleanup_errors=True
+        prefix=scratch_prefix(), ignore_cleanup_errors=True
     ) as scratch:
         proto, folder, size = handed_over(source, Path(scratch))
         _expose(proto.graph, expose, only_exposed)
@@ -505,7 +506,7 @@ def _from_package(
         data = b"".join(package.stream(package.files[0]))
         return _open(data, options, wanted, str(path))
     with tempfile.TemporaryDirectory(
-        prefix="onnxshrink-", ignore_cleanup_errors=True
+        prefix=scratch_prefix(), ignore_cleanup_errors=True
     ) as scratch:
         proto = _spilled(package, Path(scratch) / "weights")
         options.add_session_config_entry(

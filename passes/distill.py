@@ -19,6 +19,7 @@ from onnxshrink._version import __version__
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Pass, Promise
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.files import scratch_prefix
 from onnxshrink.lineage import Origin
 from onnxshrink.model import Model
 from onnxshrink.samples import Samples
@@ -282,7 +283,7 @@ class Distill(Pass):
             count = fold_norms(model, ctx.skipped)
             if count:
                 ctx.did("norms", f"folded {count} into the layers in front of them")
-        with tempfile.TemporaryDirectory(prefix="onnxshrink-") as folder:
+        with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as folder:
             run = _Training(self, model, ctx, training, Path(folder))
             outcome, judge = run.train()
         self._report(model, ctx, run, outcome, judge)

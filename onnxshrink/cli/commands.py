@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from onnxshrink.cli.ending import EXIT_CODES, guarded
+from onnxshrink.cli.ending import EXIT_CODES, Interrupted, guarded
 
 _MODEL_SUFFIXES = (".onnx", ".onnxtxt", ".onnxz")
 BARE = "shrink"
@@ -116,6 +116,15 @@ class Main(click.Group):
             )
         bare.format_epilog(inner, formatter)
         write_block(formatter, "Exit codes", EXIT_CODES)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; click would take the end of any file for an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+        except EOFError as error:
+            raise RuntimeError(f"a file ended early: {error}") from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the words, in the order of the help."""

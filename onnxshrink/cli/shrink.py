@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ from onnxshrink.cli.options import (
     splits_of,
 )
 from onnxshrink.cli.screen import Screen
-from onnxshrink.errors import OutputError, UsageError
+from onnxshrink.errors import ModelError, OutputError, UsageError
+from onnxshrink.files import keep_apart, made_folders
 
 if TYPE_CHECKING:
     from onnxshrink.pipeline import Pipeline
@@ -297,7 +299,7 @@ def shrink(
     memory_limit: int | None,
     quiet: bool,
     verbose: bool,
-) -> None:
+) -> int:
     """Make an ONNX model smaller, checked with onnxruntime after every pass.
 
     A pass that does not stay within the budget is weakened or left out. The output is
@@ -315,8 +317,11 @@ def shrink(
     target = model
     if not plan:
         target = _target(model, output)
+        given = _given(pipeline, model, data, evaluation, recipe, metric)
+        keep_apart(target, given)
         for report in reports:
             _check_report(report, model, target)
+            keep_apart(report, given)
 
     from onnxshrink.manager import PassManager
     from onnxshrink.model import Model
@@ -370,20 +375,28 @@ def shrink(
         else:
             try:
                 result = manager.run(loaded, target, resume=resume)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 if any(accepted):
                     hint = "the same command with --resume continues from here"
                     screen.text(hint, err=True)
                 raise
     if plan:
         render_plan(screen.out, str(pipeline), planned, verbose=verbose)
-        return
-    for path in reports:
-        result.report.write(path)
+        return 0
     result.report.render(screen.out, verbose=verbose)
     if verbose:
         for line in result.model.lineage.words(result.model.value_names()):
             screen.text(f"lineage: {line}")
+    for path in reports:
+        try:
+            with made_folders(path.parent):
+                result.report.write(path)
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; the model was written to {result.files[0]}"
+            ) from error
+    steps = result.report.steps
+    return 3 if steps and not any(step.accepted for step in steps) else 0
 
 
 def _show_page(ctx: click.Context) -> None:
@@ -396,13 +409,43 @@ def _pipeline(passes: Sequence[str], recipe: str | None) -> Pipeline:
     from onnxshrink import registry
     from onnxshrink.pipeline import Pipeline
 
-    if recipe is not None:
-        pipeline = Pipeline.from_toml(registry.recipe(recipe))
-    else:
-        pipeline = Pipeline.parse(list(passes) or DEFAULT_PASSES)
+    try:
+        if recipe is not None:
+            pipeline = Pipeline.from_toml(registry.recipe(recipe))
+        else:
+            pipeline = Pipeline.parse(list(passes) or DEFAULT_PASSES)
+    except UsageError as error:
+        error.exit_code = 2
+        raise
     if not pipeline.passes:
         raise UsageError("there is no pass to run; name one, such as --passes fold")
     return pipeline
+
+
+def _given(
+    pipeline: Pipeline,
+    model: Path,
+    data: str | None,
+    evaluation: str | None,
+    recipe: str | None,
+    metric: str | None,
+) -> dict[str, Path | None]:
+    """Return all files that are read, by what to call them."""
+    from onnxshrink.samples.sources import split_path
+
+    given: dict[str, Path | None] = {"the input itself": model}
+    for what, text in (("the data", data), ("the evaluation data", evaluation)):
+        if text is not None and not text.startswith("synthetic"):
+            with suppress(ModelError):  # said when it is read
+                given[what] = split_path(text)[0]
+    given["the recipe"] = None if recipe is None else Path(recipe)
+    if metric is not None and ":" in metric:
+        given["the metric"] = Path(metric.rpartition(":")[0])
+    for pass_ in pipeline:
+        for name, value in pass_.options().items():
+            if isinstance(value, Path):
+                given[f"the {name} of {pass_.name}"] = value
+    return given
 
 
 def _target(model: Path, output: Path | None) -> Path:
@@ -416,13 +459,7 @@ def _target(model: Path, output: Path | None) -> Path:
         output = model.with_name(f"{model.stem or model.name}-shrunk.onnx")
     elif output.is_dir():
         output = output / model.with_suffix(".onnx").name
-    if not output.parent.is_dir():
-        raise OutputError(f"cannot write {output}: there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"cannot write {output}: no permission to write to {output.parent}; "
-            "choose another place with -o"
-        )
+    _check_folder(output)
     return output
 
 
@@ -434,9 +471,23 @@ def _check_report(path: Path, model: Path, target: Path) -> None:
             f"a report is written by its suffix, and {path} has none of "
             f"{', '.join(SUFFIXES)}"
         )
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
-        raise OutputError(f"cannot write {path}: no permission, or it is a folder")
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
+    _check_folder(path)
     if path.resolve() in (model.resolve(), target.resolve()):
         raise OutputError(f"cannot write the report to {path}: it is a model")
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a file whose folder cannot be made or written to."""
+    at = path.parent
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        raise OutputError(
+            f"cannot make the folder {path.parent} of {path.name}: {at} is a file"
+        )
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"cannot write {path}: no permission to write to {at}; choose another place"
+        )

@@ -21,6 +21,7 @@ from onnxshrink.cli.options import (
 )
 from onnxshrink.cli.screen import Screen
 from onnxshrink.errors import UsageError
+from onnxshrink.files import keep_apart, made_folders
 
 if TYPE_CHECKING:
     pass
@@ -94,12 +95,14 @@ def teacher_(
 
     from onnxshrink.model import Model
     from onnxshrink.samples import Samples
+    from onnxshrink.samples.sources import split_path
     from onnxshrink.training.teacher import write
 
     if data is None:
         raise UsageError("a teacher needs samples to answer; add --data")
+    keep_apart(target, {"the model": model, "the data": split_path(data)[0]})
     screen = Screen.open(quiet=False, verbose=verbose)
-    with screen.bar(f"loading {model.name}") as bar:
+    with made_folders(target.parent), screen.bar(f"loading {model.name}") as bar:
         loaded = Model.load(model)
         samples = Samples.from_path(data, labels).bind(loaded.inputs)
         shapes = write(

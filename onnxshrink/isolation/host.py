@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from onnxshrink import runtime
 from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.files import scratch_prefix
 from onnxshrink.isolation import wire
 from onnxshrink.model import Model
 from onnxshrink.package import is_package
@@ -262,7 +263,7 @@ class SessionHost:
         with (
             self._lock,
             tempfile.TemporaryDirectory(
-                prefix="onnxshrink-", ignore_cleanup_errors=True
+                prefix=scratch_prefix(), ignore_cleanup_errors=True
             ) as scratch,
         ):
             proto, folder, size = runtime.handed_over(model, Path(scratch))

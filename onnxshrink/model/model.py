@@ -835,6 +835,11 @@ class Model:
         parts = saving.encoded(self, "plain").parts()
         return sum(p.nbytes if isinstance(p, LazyTensor) else len(p) for p in parts)
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that the model came from, with those of external data."""
+        return self._files
+
     def check_target(self, target: str | os.PathLike[str]) -> None:
         """Refuse an output that cannot be written, before any work is done.
 

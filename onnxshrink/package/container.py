@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from onnxshrink.errors import ModelError
+from onnxshrink.files import read_at
 from onnxshrink.package.forms import Layout, decode_block, encode_block
 from onnxshrink.package.reading import Damaged, Reader, varint
 from onnxshrink.package.symbols import squeeze, unlzma
@@ -420,7 +421,7 @@ class Package:
             with self.path.open("rb", buffering=0) as file:
                 if _state(os.fstat(file.fileno())) != self._state:
                     raise ModelError(f"{self.path} was changed while it was in use")
-                data = os.pread(file.fileno(), count, start)
+                data = read_at(file.fileno(), count, start)
         except OSError as error:
             raise ModelError(f"cannot read {self.path}: {error.strerror}") from error
         if len(data) != count:

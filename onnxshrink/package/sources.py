@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnxshrink.errors import ModelError
+from onnxshrink.files import read_at
 from onnxshrink.package.container import LONGEST_LITERAL, Part, pack_parts
 from onnxshrink.package.cutting import Cut, External, cuts
 from onnxshrink.tensors import (
@@ -199,7 +200,7 @@ class _File:
 
     def _read(self, at: int, count: int) -> bytes:
         try:
-            data = os.pread(self._handle.fileno(), min(count, 1 << 30), at)
+            data = read_at(self._handle.fileno(), min(count, 1 << 30), at)
         except OSError as error:
             raise ModelError(f"cannot read {self._path}: {error.strerror}") from error
         if not data and count:

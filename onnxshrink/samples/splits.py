@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,17 @@ class Splits:
         for _, samples in self._named():
             lines += [] if samples is None else [f"data: {n}" for n in samples.notes]
         return tuple(dict.fromkeys(lines))
+
+    def digests(self) -> dict[str, list[str]]:
+        """Return for each split the digest of its source, and of which samples."""
+        return {
+            name: [
+                samples.digest,
+                hashlib.sha256(samples.positions.tobytes()).hexdigest(),
+            ]
+            for name, samples in self._named()
+            if samples is not None
+        }
 
     def to_json(self) -> dict[str, object]:
         """Return the facts for a report."""

@@ -15,6 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxshrink.errors import ModelError
+from onnxshrink.files import read_at
 
 __all__ = ["Bytes", "encode_varint", "parse_skeleton", "read_skeleton"]
 
@@ -54,7 +55,7 @@ class _Window:
         offset = at - self._start
         if not 0 <= offset < len(self._data):
             self._start = at
-            self._data = os.pread(self._handle, self._size, at)
+            self._data = read_at(self._handle, self._size, at)
             offset = 0
             if not self._data:
                 raise _Broken("it was cut short while it was being read")
@@ -67,7 +68,7 @@ class _Window:
             return self._data[offset : stop - self._start]
         pieces = []
         while start < stop:
-            piece = os.pread(self._handle, min(stop - start, 1 << 30), start)
+            piece = read_at(self._handle, min(stop - start, 1 << 30), start)
             if not piece:
                 raise _Broken("it was cut short while it was being read")
             pieces.append(piece)

@@ -6,13 +6,16 @@ Tested in tests/validation/test_validator.py.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ __all__ = [
     "Squared",
     "Task",
     "Top",
+    "fingerprint_of",
     "imported",
 ]
 
@@ -332,6 +336,27 @@ TOKENS = ("next-token", "perplexity")
 _ROWS = 64
 """Rows of logits that are looked at together."""
 _MOST_NATS = 700.0
+
+
+def fingerprint_of(metric: Metric) -> str:
+    """Return what tells a metric from another: its name, and the code behind it."""
+    if metric is None:
+        return ""
+    function: Any = metric
+    text = ""
+    if isinstance(metric, str):
+        if ":" not in metric:
+            return metric
+        function, text = imported(metric), metric
+    with suppress(OSError, TypeError, KeyError, AttributeError):
+        code = inspect.getsource(sys.modules[function.__module__])
+        text += hashlib.sha256(code.encode()).hexdigest()
+    with suppress(OSError, TypeError):
+        text += hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+    file = metric.rpartition(":")[0] if isinstance(metric, str) else ""
+    if file.endswith(".py"):
+        text += hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return text or repr(type(function))
 
 
 def imported(text: str) -> Callable[[Mapping[str, Any], Any], float]:
