@@ -58,13 +58,23 @@ def executing(executor: Executor | str | None, jobs: int) -> Iterator[Executor |
     elif jobs <= 1:
         yield None
     elif executor == "processes":
-        with ProcessPoolExecutor(
-            jobs, mp_context=multiprocessing.get_context("spawn")
-        ) as processes:
+        spawning = multiprocessing.get_context("spawn")
+        with _ending(ProcessPoolExecutor(jobs, mp_context=spawning)) as processes:
             yield processes
     else:
-        with ThreadPoolExecutor(jobs, "onnxshrink") as threads:
+        with _ending(ThreadPoolExecutor(jobs, "onnxshrink")) as threads:
             yield threads
+
+
+@contextmanager
+def _ending(pool: Executor) -> Iterator[Executor]:
+    """Shut an executor down; after an interrupt, without waiting for its tasks."""
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _dask(address: str) -> Any:

@@ -30,6 +30,7 @@ import numpy as np
 
 from onnxshrink.errors import ModelError
 from onnxshrink.samples.columns import Array, Column, Indices
+from onnxshrink.tensors import numpy_type
 
 __all__ = ["FileArray", "open_npy", "open_npz", "open_safetensors", "refuse_pickle"]
 
@@ -502,6 +503,8 @@ class _Member:
 
 # --- safetensors ------------------------------------------------------------------
 
+_BFLOAT16 = 16
+"""``onnx.TensorProto.BFLOAT16``."""
 _SAFE = {
     "BOOL": "?",
     "U8": "u1",
@@ -548,9 +551,7 @@ def open_safetensors(path: Path) -> dict[str, Column]:
         except (TypeError, KeyError, ValueError) as error:
             raise ModelError(f"{what}: its header cannot be read") from error
         if kind == "BF16":
-            import ml_dtypes
-
-            dtype = np.dtype(ml_dtypes.bfloat16)
+            dtype = numpy_type(_BFLOAT16)
         elif kind in _SAFE:
             dtype = np.dtype(_SAFE[kind])
         else:
