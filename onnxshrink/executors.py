@@ -66,7 +66,7 @@ def executing(executor: Executor | str | None, jobs: int) -> Iterator[Executor |
             yield threads
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ending(pool: Executor) -> Iterator[Executor]:
     """Shut an executor down; after an interrupt, without waiting for its tasks."""
     try:

@@ -57,8 +57,8 @@ from onnxshrink.reporting.plan import Planned
 from onnxshrink.reporting.report import Report, Step
 from onnxshrink.samples import Splits
 from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
-from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.samples.sources import split_path
+from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
