@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -147,3 +148,25 @@ def test_a_moment_is_about_the_mean_where_a_bias_takes_that_up() -> None:
     np.testing.assert_allclose(
         svd.moment(*args, centred=True), np.cov(x.T, bias=True), atol=1e-12
     )
+
+
+@pytest.mark.parametrize("rank", [None, 64])
+@pytest.mark.parametrize("shape", [(700, 512), (512, 700)])
+def test_a_large_layer_is_split_in_the_room_of_three_matrices_of_its_smaller_side(
+    shape: tuple[int, int], rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(svd, "_EVD", 256)
+    monkeypatch.setattr(svd, "_ROWS", 32)
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal(shape).astype(np.float32)
+    x = rng.standard_normal((2000, shape[1]))
+    moment = x.T @ x / 2000
+    tracemalloc.start()
+    found = svd.split(matrix, inputs=moment, rank=rank)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    other = 700**2 if shape[1] == 700 else 0
+    assert peak < 1.1 * 8 * (3 * 512**2 + other)
+    left, right = found.factors(matrix, 64)
+    missing = (matrix - left @ right) @ np.linalg.cholesky(moment)
+    assert np.square(missing).sum() == pytest.approx(found.lost(64), rel=5e-3)

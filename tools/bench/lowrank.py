@@ -19,9 +19,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -412,16 +412,21 @@ def _large(outputs: int, inputs: int) -> None:
     eigh(product, overwrite_a=True, check_finite=False, driver="evr")
     one = time.process_time() - start
     del product
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    found = svd.split(matrix, inputs=moment, rank=inputs // 4)
-    left, right = found.factors(matrix, inputs // 4)
-    ours = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        f"whitened split of {outputs} x {inputs}, rank {len(right)}: {ours:.1f} s, "
-        f"{ours / (gram + one):.2f} times a Gram product ({gram:.1f} s) and an eigh "
-        f"({one:.1f} s); peak of the process {peak / matrix.nbytes:.2f} times the layer"
-        f" ({before * 1024 / matrix.nbytes:.2f} before), factors of {left.shape} and "
-        f"{right.shape}"
-    )
+    for rank in (inputs // 4, None):
+        tracemalloc.start()
+        found = svd.split(matrix, inputs=moment, rank=rank)
+        found.factors(matrix, inputs // 4)
+        peak = tracemalloc.get_traced_memory()[1] + matrix.nbytes + moment.nbytes
+        tracemalloc.stop()
+        start = time.process_time()
+        found = svd.split(matrix, inputs=moment, rank=rank)
+        found.factors(matrix, inputs // 4)
+        ours = time.process_time() - start
+        del found
+        print(
+            f"whitened split of {outputs} x {inputs}, "
+            f"{'all ranks' if rank is None else f'ranks up to {rank}'}: {ours:.1f} s, "
+            f"{ours / (gram + one):.2f} times a Gram product ({gram:.1f} s) and an "
+            f"eigh ({one:.1f} s); memory at most {peak / matrix.nbytes:.2f} times the "
+            "layer, itself and the Gram matrix of its inputs counted"
+        )
