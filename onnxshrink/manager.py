@@ -917,11 +917,15 @@ class _PipelineRun:
         last = changing[-1] if changing else len(passes) - 1
         return _NO_SLOWER if index < last else None
 
-    def _save(self, model: Model, path: Path) -> tuple[Path, ...]:
+    def _save(
+        self, model: Model, path: Path, *, final: bool = False
+    ) -> tuple[Path, ...]:
+        """Write a model; coders that take microseconds a weight are for the last."""
         manager = self.manager
+        between = "auto" if manager.storage == "tiny" else manager.storage
         return model.save(
             path,
-            storage=manager.storage,
+            storage=manager.storage if final else between,
             external=manager.external,
             max_decode_ratio=manager.max_decode_ratio,
         )
@@ -1204,7 +1208,7 @@ class _PipelineRun:
         staging = self.folder / "final"
         staging.mkdir(exist_ok=True)
         path = staging / self.name
-        files = self._save(written, path)
+        files = self._save(written, path, final=True)
         verdict = self.final.check(path, Promise.CLOSE)
         insists = manager.on_breach == "keep" or verdict.problem == "unmeasured"
         if not verdict.ok and not (insists and verdict.keepable):

@@ -252,6 +252,25 @@ def test_a_run_writes_a_package_and_reports_its_bytes(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_slow_coders_are_for_the_file_that_is_written(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    save = Model.save
+
+    def saved(self: Model, path: Path, **options: Any) -> Any:
+        seen.append(options.get("storage", "auto"))
+        return save(self, path, **options)
+
+    monkeypatch.setattr(Model, "save", saved)
+    target = model.with_name("small.onnxz")
+    shrink(model, "fold,prune", storage="tiny", output=target)
+    assert len(seen) > 2
+    assert seen.count("tiny") == 1
+    assert seen[-1] == "tiny"
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_same_run_writes_the_same_package(model: Path) -> None:
     found = []
     for name in ("a.onnxz", "b.onnxz"):
