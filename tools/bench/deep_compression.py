@@ -50,6 +50,7 @@ class Recipe:
         ends: Shares of zeros at which values are shared.
         count: How many values a weight then has.
         epochs: Of training behind that.
+        more: Of a second training of the shared values.
         images: How many an epoch has, of all copies; 0 for all.
         batch: Images in a step.
     """
@@ -58,6 +59,7 @@ class Recipe:
     ends: tuple[float, ...]
     count: int
     epochs: int
+    more: int
     images: int
     batch: int
 
@@ -68,6 +70,7 @@ RECIPES = {
         (0.95, 0.97),
         8,
         3,
+        5,
         0,
         256,
     ),
@@ -75,6 +78,7 @@ RECIPES = {
         ((0.95, 1), (0.985, 3)),
         (0.985,),
         8,
+        3,
         3,
         40_000,
         128,
@@ -300,7 +304,12 @@ def _stages(
             f"{distill},epochs={recipe.epochs},reassign=true"
         )
         end = applied(now, text, path)
-        stages.append(stage(end, f"{zeros:.2%} zeros, {recipe.count} values", path))
+        words = f"{zeros:.2%} zeros, {recipe.count} values"
+        stages.append(stage(end, words, path))
+        path = folder / f"zeros-{zeros}-more.onnx"
+        text = f"{distill},epochs={recipe.more},reassign=true"
+        end = applied(end, text, path)
+        stages.append(stage(end, f"{words}, trained on", path))
     return stages
 
 
