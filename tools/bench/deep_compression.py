@@ -225,7 +225,8 @@ def _bent(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
     flat = ringed.reshape(-1)
     upper = (1 - x) * flat[first] + x * flat[first + 1]
     lower = (1 - x) * flat[first + span] + x * flat[first + span + 1]
-    return np.rint((1 - y) * upper + y * lower).astype(np.uint8)
+    grey: np.ndarray = np.rint((1 - y) * upper + y * lower).astype(np.uint8)
+    return grey
 
 
 def _spline(few: int, many: int) -> np.ndarray:
