@@ -424,8 +424,9 @@ class Channels(SitePass):
         chosen = {site.where: site for site in sites if isinstance(site, ChannelSite)}
         # Channels that are there, by their numbers when the pass began.
         left = {name: np.arange(site.channels) for name, site in chosen.items()}
-        for number in range(1, self.steps + 1):
-            share = number / self.steps
+        steps = 1 if self.stay else self.steps
+        for number in range(1, steps + 1):
+            share = number / steps
             groups = [
                 group
                 for group in channels.find(model)
@@ -438,7 +439,7 @@ class Channels(SitePass):
             for place, group in enumerate(groups):
                 site = chosen[group.name]
                 count = site.kept
-                if number < self.steps:
+                if number < steps:
                     gone = (site.channels - site.kept) * share
                     by = thinning.step(group, self.round_to)
                     count = max(count, math.ceil((site.channels - gone) / by) * by)
@@ -453,7 +454,7 @@ class Channels(SitePass):
             if not kept:
                 continue
             self._cut(model, kept, ctx)
-            ctx.progress(number, self.steps, self.name)
+            ctx.progress(number, steps, self.name)
         for name, site in chosen.items():
             if len(left[name]) < site.channels:
                 text = f"{site.channels} -> {len(left[name])} channels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,18 @@ from onnx import helper, numpy_helper
 from onnxshrink import runtime, testing
 from onnxshrink.base import Context
 from onnxshrink.engine import make_context
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.model import Model
-from onnxshrink.passes.channels import IMPORTANCES, Channels, ChannelSite
+from onnxshrink.passes.channels import (
+    IMPORTANCES,
+    Channels,
+    ChannelSite,
+    Importance,
+)
 from onnxshrink.pipeline import Pipeline
 from onnxshrink.samples import Splits
+from onnxshrink.structure import channels
+from onnxshrink.structure.channels import Group
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -207,3 +215,190 @@ def test_laws() -> None:
 
 def test_laws_with_data() -> None:
     testing.check_laws(Channels(macs=0.5, round_to=2), data=True)
+
+
+# --- importances, dead channels, steps ------------------------------------------------
+
+
+def test_a_third_party_adds_a_way_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(model: Model, groups: Sequence[Group], ctx: Context) -> list[np.ndarray]:
+        return [np.arange(group.size, dtype=float) for group in groups]
+
+    monkeypatch.setitem(IMPORTANCES, "last", Importance(last))
+    model = network()
+    pass_ = Channels(keep=0.5, importance="last", repair=False)
+    for site in pass_.sites(model, context(model, data=False)):
+        assert isinstance(site, ChannelSite)
+        assert site.stay == list(range(16, 32))
+
+    def short(model: Model, groups: Sequence[Group], ctx: Context) -> list[np.ndarray]:
+        return [np.ones(3) for group in groups]
+
+    monkeypatch.setitem(IMPORTANCES, "short", Importance(short))
+    with pytest.raises(ModelError, match="short gives no figure for each channel"):
+        Channels(importance="short").sites(model, context(model))
+
+
+def test_a_channel_near_the_others_is_worth_least_by_the_median() -> None:
+    model = network()
+    weight = model.weight("a")
+    values = random(32, 6, seed=1)
+    values[9] = values.mean(0)
+    model.set_weight(weight, values)
+    ctx = context(model, data=False)
+    groups = {g.name: g for g in channels.find(model) if not g.why}
+    (score,) = IMPORTANCES["median"](model, [groups["a"]], ctx)
+    assert int(score.argmin()) == 9
+    # The sum of distances to all others, over that of all.
+    gaps = np.linalg.norm(values[:, None].astype(float) - values, axis=-1)
+    np.testing.assert_allclose(score, gaps.sum(1) / gaps.sum(), rtol=1e-6)
+
+
+def test_scales_of_norms_say_what_a_channel_is_worth() -> None:
+    model = Model.load(MODELS / "residual-cnn.onnx")
+    group = next(
+        g
+        for g in channels.find(model)
+        if not g.why and any(part.role == "variance" for part in g.where)
+    )
+    part = next(p for p in group.where if p.role == "scale")
+    scales = np.abs(part.weight.read())[part.offsets[:, 0]]
+    (score,) = IMPORTANCES["scale"](model, [group], context(network()))
+    assert np.argmin(score) == np.argmin(scales)
+
+
+def test_masks_cost_what_gradients_say() -> None:
+    # One layer of channels, one linear output: the loss of a mask is exact.
+    model = network()
+    ctx = context(model)
+    names = ["b"]
+    groups = [g for g in channels.find(model) if g.name in names]
+    (score,) = IMPORTANCES["fisher"](model, groups, ctx)
+    x = x_of(ctx)[:64]
+    session = runtime.session(model, threads=1, expose=["s"])
+    found = session.run({"x": x})
+    reads = model.weight("c").read().astype(float)
+    outputs = np.square(np.asarray(found["y"], float)).sum(1).mean()
+    wanted = np.square(np.asarray(found["s"], float)).mean(0)
+    wanted *= np.square(reads).sum(0) / outputs
+    # Random signs: an estimate, from one draw for each sample.
+    assert np.corrcoef(score, wanted)[0, 1] > 0.9
+    assert 0.7 < score.sum() / wanted.sum() < 1.4
+
+
+def x_of(ctx: Context) -> np.ndarray:
+    samples = ctx.samples.calibration
+    assert samples is not None
+    return np.asarray(samples.read(np.arange(samples.used))["x"])
+
+
+def test_gradients_of_labels_count_where_there_are_some() -> None:
+    model = network()
+    labels = np.random.default_rng(0).integers(0, 4, 400)
+    arrays = {"x": random(400, 6, seed=7), "labels": labels}
+    ctx = make_context(Splits.build(model, arrays, seed=0), model.copy(), threads=1)
+    groups = [g for g in channels.find(model) if g.name == "b"]
+    (with_labels,) = IMPORTANCES["taylor"](model, groups, ctx)
+    (without,) = IMPORTANCES["taylor"](model, groups, context(model))
+    assert with_labels.shape == without.shape == (32,)
+    assert (with_labels >= 0).all()
+    assert not np.allclose(with_labels, without)
+
+
+def dead_network(count: int) -> Model:
+    model = network()
+    weight = model.weight("c")
+    values = weight.read().copy()
+    values[:, :count] = 0
+    model.set_weight(weight, values)
+    return model
+
+
+def test_dead_channels_go_without_loss_and_alone_if_all_others_are_kept() -> None:
+    model = dead_network(11)
+    ctx = context(model)
+    made = model.copy()
+    Channels(keep=1.0).apply(made, ctx)
+    assert made.weight("b").shape == (21, 32)
+    assert ("b", "32 -> 21 channels; nothing read 11 of them") in ctx.done
+    x = random(50, 6, seed=9)
+    np.testing.assert_allclose(run(made, x), run(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("importance", ["norm", "median", "outputs"])
+def test_dead_channels_go_beyond_what_was_asked_for(importance: str) -> None:
+    model = dead_network(11)
+    pass_ = Channels(keep=0.9, importance=importance, only=("b",))
+    (site,) = [s for s in pass_.sites(model, context(model)) if s.where == "b"]
+    assert isinstance(site, ChannelSite)
+    assert (site.dead, site.kept) == (11, 21)
+    assert site.stay == list(range(11, 32))
+
+
+def test_cuts_in_steps_end_with_the_same_counts(tmp_path: Path) -> None:
+    model = network()
+    ctx = context(model)
+    made = applied(Channels(keep=0.5, steps=3, round_to=4), model, ctx)
+    once = applied(Channels(keep=0.5, round_to=4), model, context(model))
+    assert [w.shape for w in made.weights()] == [w.shape for w in once.weights()]
+    fits = [where for where, what in ctx.done if what.startswith("fitted anew")]
+    assert fits.count("c") == 3
+    # The recipe repeats which channels are left, by their first numbers.
+    (text,) = [what for where, what in ctx.done if where == "channels"]
+    recipe = tmp_path / "again.toml"
+    recipe.write_text(text.removeprefix("the same again: "))
+    again = Pipeline.from_toml(recipe)
+    plain = model.copy()
+    for pass_ in again.passes:
+        pass_.apply(plain, context(model, data=False))
+    assert [w.shape for w in plain.weights()] == [w.shape for w in made.weights()]
+    rows = {tuple(row) for row in plain.weight("a").read()}
+    assert rows <= {tuple(row) for row in model.weight("a").read()}
+    assert rows == {tuple(row) for row in made.weight("a").read()}
+    with pytest.raises(UsageError, match="steps is from 1 to 100"):
+        Channels(steps=0)
+
+
+def test_a_plan_shows_the_curve_of_costs() -> None:
+    model = network(wide=40)
+    lines = Channels().outlook(model, context(model))
+    shares = {float(line.split()[0]): line.split()[1:4] for line in lines[1:]}
+    # 40 channels in steps of 8: 20 become 24, and 16 of 40 stay of each at 0.4.
+    size = 4 * (40 * 6 + 40 + 40 * 40 + 40 + 4 * 40 + 4)
+    half = 4 * (24 * 6 + 24 + 24 * 24 + 24 + 4 * 24 + 4)
+    assert shares[0.5][0] == f"{half / size:.3f}"
+    macs = (24 * 6 + 24 * 24 + 4 * 24) / (40 * 6 + 40 * 40 + 4 * 40)
+    assert shares[0.5][1] == f"{macs:.3f}"
+    assert 0 < float(shares[0.5][2]) < 1
+    for column in range(3):
+        figures = [float(share[column]) for share in shares.values()]
+        assert figures == sorted(figures, reverse=True)
+
+
+def test_a_group_prints_its_members() -> None:
+    group = next(g for g in channels.find(network()) if g.name == "b")
+    assert str(group).splitlines() == [
+        "b: 32 channels",
+        "  producer b[32, 32], axis 0: each, 128 bytes a channel",
+        "  shift b_bias[32], axis 0: each, 4 bytes a channel",
+        "  consumer c[4, 32], axis 1: each, 16 bytes a channel",
+    ]
+
+
+def test_nothing_slower_is_kept_for_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxshrink.passes import channels as module
+
+    monkeypatch.setattr(module, "latencies", lambda *_: (1.0, 1.3))
+    model = network()
+    ctx = context(model)
+    assert Channels(latency=0.5).sites(model, ctx) == []
+    assert any("1.00 of the time was reached" in why for _, why in ctx.skips)
+
+
+def test_what_stops_channels_is_named_with_what_it_holds() -> None:
+    model = network()
+    ctx = context(model)
+    Channels().sites(model, ctx)
+    skips = dict(ctx.skips)
+    assert skips["c"].startswith("its 4 channels stay, 132 parameters, 4 of them")
+    assert skips["c"].endswith("'y' is an output of the model")
