@@ -42,6 +42,8 @@ Measure = Literal["bytes", "macs"]
 
 _PROBES = 7
 """Models that are timed while a share of the latency is looked for."""
+_TRIES = 100
+"""Last steps that are tried for an amount of the whole model."""
 _LEAST = 0.1
 """Share of a group's channels that stay at least where an amount is of the model."""
 _KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -315,7 +317,7 @@ class Channels(SitePass):
         less than the price of what it saves. The price is found by bisection.
         """
         worth = [costs.each(number, measure) for number in range(len(groups))]
-        ladders = []
+        ladders, losses = [], []
         for group, score, saved in zip(groups, scores, worth, strict=True):
             step = thinning.step(group, self.round_to)
             least = max(step, math.ceil(group.size * _LEAST / step) * step)
@@ -328,6 +330,7 @@ class Channels(SitePass):
             gaps = np.diff(sums, prepend=0.0) / np.diff(cuts, prepend=0)
             prices = np.maximum.accumulate(gaps / max(saved, 1e-30)) if tops else gaps
             ladders.append((tops, prices))
+            losses.append(sums)
 
         def counts(price: float) -> list[int]:
             chosen = []
@@ -344,7 +347,52 @@ class Channels(SitePass):
                 high = middle
             else:
                 low = middle
-        return counts(float(every[high])) if len(every) else [g.size for g in groups]
+        if not len(every):
+            return [group.size for group in groups]
+        # What is taken so far: how many steps of each group. One more step of a large
+        # group may save far more than is missing, so others are tried in its place.
+        under = counts(float(every[low])) if low >= 0 else [g.size for g in groups]
+        steps = [
+            sum(top >= n for top in t) for n, (t, _) in zip(under, ladders, strict=True)
+        ]
+        open_ = {n for n, (tops, _) in enumerate(ladders) if steps[n] < len(tops)}
+
+        def left(taken: Sequence[int]) -> list[int]:
+            return [
+                tops[n - 1] if n else group.size
+                for n, group, (tops, _) in zip(taken, groups, ladders, strict=True)
+            ]
+
+        def loss(taken: Sequence[int]) -> float:
+            return sum(float(s[n - 1]) for n, s in zip(taken, losses, strict=True) if n)
+
+        best: list[int] | None = None
+        for _ in range(_TRIES):
+            if not open_:
+                break
+            number = min(open_, key=lambda n: (float(ladders[n][1][steps[n]]), n))
+            tried = list(steps)
+            tried[number] += 1
+            if costs.share(left(tried), measure) > share:
+                steps = tried
+                if steps[number] == len(ladders[number][0]):
+                    open_.discard(number)
+                continue
+            open_.discard(number)
+            # Steps that are not needed any more are taken back, the dearest first.
+            order = sorted(
+                (n for n in range(len(tried)) if tried[n]),
+                key=lambda n: -float(ladders[n][1][tried[n] - 1]),
+            )
+            for n in order:
+                while tried[n]:
+                    fewer = [count - (n == m) for m, count in enumerate(tried)]
+                    if costs.share(left(fewer), measure) > share:
+                        break
+                    tried = fewer
+            if best is None or loss(tried) < loss(best):
+                best = tried
+        return counts(float(every[high])) if best is None else left(best)
 
     def _timed(
         self,

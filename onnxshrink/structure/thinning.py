@@ -84,8 +84,17 @@ def _held(group: Group, held: set[int]) -> tuple[int, int]:
 
 
 def step(group: Group, round_to: int) -> int:
-    """Return in which steps channels go: one by one if few, or many positions each."""
-    return round_to if group.width == 1 and group.size > round_to else 1
+    """Return in which steps channels go: one by one if few, or many positions each.
+
+    A few channels of a longer axis, as a Concat or Pad leaves, go by half a step.
+    """
+    if group.width > 1:
+        return 1
+    if group.size > round_to:
+        return round_to
+    longest = max(part.weight.shape[part.axis] for part in group.where)
+    half = max(1, round_to // 2)
+    return half if longest > round_to and group.size > half else 1
 
 
 def rounded(group: Group, wanted: float, round_to: int) -> int:

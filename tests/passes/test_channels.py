@@ -402,3 +402,45 @@ def test_what_stops_channels_is_named_with_what_it_holds() -> None:
     skips = dict(ctx.skips)
     assert skips["c"].startswith("its 4 channels stay, 132 parameters, 4 of them")
     assert skips["c"].endswith("'y' is an output of the model")
+
+
+def test_amounts_of_the_whole_model_are_met_at_about_the_least_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Steps of one group save much more than those of the other.
+    model = network(wide=32)
+    sizes = {"a": 32, "b": 32}
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        worth = {n: np.sort(draw.random(k) ** 3) for n, k in sizes.items()}
+
+        def given(
+            model: Model,
+            groups: Sequence[Group],
+            ctx: Context,
+            worth: dict[str, np.ndarray] = worth,
+        ) -> list[np.ndarray]:
+            return [worth[group.name] for group in groups]
+
+        monkeypatch.setitem(IMPORTANCES, "given", Importance(given))
+        pass_ = Channels(macs=0.7, importance="given", repair=False)
+        sites = pass_.sites(model, context(model))
+        kept = {
+            **sizes,
+            **{s.where: s.kept for s in sites if isinstance(s, ChannelSite)},
+        }
+
+        def macs(a: int, b: int) -> int:
+            return 6 * a + a * b + 4 * b
+
+        def loss(a: int, b: int, worth: dict[str, np.ndarray] = worth) -> float:
+            return float(worth["a"][: 32 - a].sum() + worth["b"][: 32 - b].sum())
+
+        fits = [
+            loss(a, b)
+            for a in range(8, 33, 8)
+            for b in range(8, 33, 8)
+            if macs(a, b) <= 0.7 * macs(32, 32)
+        ]
+        assert macs(kept["a"], kept["b"]) <= 0.7 * macs(32, 32)
+        assert loss(kept["a"], kept["b"]) <= 1.5 * min(fits) + 1e-12

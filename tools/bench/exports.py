@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         path = given.folder / f"{name}.onnx"
         try:
             network, inputs = NETWORKS[name](torch)
-            network.eval()
+            _settle(torch, network, inputs)
             torch.onnx.export(
                 network,
                 inputs,
@@ -53,6 +53,18 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{name}: not written: {type(error).__name__}: {str(error)[:200]}")
             continue
         print(f"{name}: {path.stat().st_size:,} bytes", flush=True)
+
+
+def _settle(torch: Any, network: Any, inputs: tuple[Any, ...]) -> None:
+    """Give norms the statistics of the inputs, so that signals reach the outputs."""
+    found = [m for m in network.modules() if hasattr(m, "running_mean")]
+    for module in found:
+        module.momentum = None  # the mean of all batches, which is this one
+    if found:
+        network.train()
+        with torch.no_grad():
+            network(*(torch.cat([x + 0.1 * n for n in range(4)]) for x in inputs))
+    network.eval()
 
 
 Made = tuple[Any, tuple[Any, ...]]
@@ -80,7 +92,8 @@ def _convnext(torch: Any) -> Made:
         convnext.CNBlockConfig(96, 192, 2),
         convnext.CNBlockConfig(192, None, 2),
     ]
-    return convnext.ConvNeXt(settings, num_classes=100), (torch.randn(1, 3, 64, 64),)
+    network = convnext.ConvNeXt(settings, layer_scale=1.0, num_classes=100)
+    return network, (torch.randn(1, 3, 64, 64),)
 
 
 def _swin(torch: Any) -> Made:
