@@ -19,6 +19,7 @@ from onnxshrink.base import Context, Promise, Savings, Site, SitePass
 from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.measuring.measure import latencies
 from onnxshrink.model import Model
+from onnxshrink.passes.recover import Recover
 from onnxshrink.solvers.channels import refit
 from onnxshrink.structure import channels, layers, thinning
 from onnxshrink.structure.channels import Group
@@ -40,6 +41,8 @@ __all__ = ["IMPORTANCES", "Channels", "Importance"]
 Array = NDArray[Any]
 Measure = Literal["bytes", "macs"]
 
+_FITTED = 1024
+"""Samples on which readers of inexact groups are fitted."""
 _PROBES = 7
 """Models that are timed while a share of the latency is looked for."""
 _TRIES = 100
@@ -91,7 +94,9 @@ class Channels(SitePass):
     layers that read them are fitted anew (Optimal Brain Surgeon for whole channels:
     Hassibi and Stork 1993; what an error costs the outputs is found by gradients), and
     these layers are fitted anew to what they gave (He et al. 2017; Luo et al. 2017).
-    BatchNormalization statistics are estimated again. Let ``recover`` and ``distill``
+    BatchNormalization statistics are estimated again. Where a norm takes the mean over
+    removed channels, what is left of them changes too: the layers that read them are
+    fitted to what they gave in the original model. Let ``recover`` and ``distill``
     follow; they are judged together with it. Channels that no weight reads any more, as
     ``prune`` may leave them, go first and without any loss.
 
@@ -521,6 +526,13 @@ class Channels(SitePass):
             for group, stay in kept
         )
         repairs = self.repair and ctx.has_data and not is_lossless
+        readers = [
+            part.weight.name
+            for group, _ in kept
+            if group.inexact
+            for part in group.where
+            if part.role == "consumer"
+        ]
         if repairs:
             for name, lost in _refitted(model, kept, ctx):
                 ctx.did(name, f"fitted anew: {lost:.2%} of its output energy is lost")
@@ -534,6 +546,22 @@ class Channels(SitePass):
             assert samples is not None
             found = norms.find_norms(model, (), (), lambda name, why: None)
             norms.estimate(model, found, samples, ctx)
+            self._reconstruct(model, readers, ctx)
+
+    def _reconstruct(self, model: Model, readers: Sequence[str], ctx: Context) -> None:
+        """Fit readers of inexact groups to what they gave in the reference.
+
+        What is left of a norm's inputs has another mean and variance, which shows only
+        once the channels are gone.
+        """
+        left = {weight.name for weight in model.weights()}
+        names = tuple(name for name in readers if name in left)
+        if not names:
+            return
+        inner = replace(ctx, done=[], skips=[])
+        Recover(only=names, samples=_FITTED).apply(model, inner)
+        for where, what in inner.done:
+            ctx.did(where, f"behind channels that are not exact: {what}")
 
 
 # --- fitting anew ---------------------------------------------------------------------

@@ -444,3 +444,38 @@ def test_amounts_of_the_whole_model_are_met_at_about_the_least_loss(
         ]
         assert macs(kept["a"], kept["b"]) <= 0.7 * macs(32, 32)
         assert loss(kept["a"], kept["b"]) <= 1.5 * min(fits) + 1e-12
+
+
+def test_readers_behind_a_norm_are_fitted_to_what_they_gave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,6] x) => (float[N,4] y) {
+            h = MatMul(x, a)
+            n = LayerNormalization(h, scale, shift)
+            y = Gemm(n, c, c_bias)
+        }"""
+    )
+    weights = {
+        "a": random(6, 32, seed=1),
+        "scale": np.ones(32, np.float32),
+        "shift": random(32, seed=2),
+        "c": random(32, 4, seed=3),
+        "c_bias": random(4, seed=4),
+    }
+    for name, array in weights.items():
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    model = Model.load(proto)
+    x = random(200, 6, seed=8)
+    wanted = run(model, x)
+
+    def gap() -> float:
+        ctx = context(model)
+        made = applied(Channels(keep=0.5), model, ctx)
+        assert any("takes the variance" in what for _, what in ctx.done)
+        return float(np.square(run(made, x) - wanted).sum() / np.square(wanted).sum())
+
+    fitted = gap()
+    monkeypatch.setattr(Channels, "_reconstruct", lambda *_: None)
+    assert fitted < 0.9 * gap()

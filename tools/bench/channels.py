@@ -302,7 +302,7 @@ def _decoder(depth: int = 44, width: int = 64) -> onnx.ModelProto:
     """
     rng = np.random.default_rng(0)
     nodes: list[onnx.NodeProto] = []
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Any] = {}
     heads, shared = 8, 4
     each = width // heads
 

@@ -245,7 +245,7 @@ def _bert(torch: Any) -> Made:
 
 
 def _wrapped(torch: Any, network: Any, pick: str) -> Any:
-    class Wrapped(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class Wrapped(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.network = network
