@@ -30,7 +30,7 @@ from onnxshrink.quantization import (
     weightonly,
 )
 from onnxshrink.quantization.calibration import Method
-from onnxshrink.quantization.coding import Coding, CodingTask, code_weight
+from onnxshrink.quantization.coding import Coding, CodingTask, code_weights
 from onnxshrink.quantization.inputs import Seen
 from onnxshrink.quantization.placement import Planner
 from onnxshrink.quantization.processors import Processor
@@ -718,13 +718,24 @@ class _LayersToCode:
                 for layer in some
                 if layer.name not in self.known
             }
-            results = self.ctx.map(code_weight, tasks.values(), "rounding")
-            for name, one in zip(tasks, results, strict=True):
-                self.known[name] = one
-                self.ctx.memory.put(self.keys[name], one)
+            alike: dict[Hashable, list[str]] = {}
+            for name, task in tasks.items():
+                place = name if task.gram is None else _place(task.gram)
+                alike.setdefault((place, task.coding.form), []).append(name)
+            parts = [tuple(tasks[name] for name in names) for names in alike.values()]
+            results = self.ctx.map(code_weights, parts, "rounding")
+            for names, found in zip(alike.values(), results, strict=True):
+                for name, one in zip(names, found, strict=True):
+                    self.known[name] = one
+                    self.ctx.memory.put(self.keys[name], one)
             for layer in some:
                 grid, codes = self.known.pop(layer.name)
                 yield layer, grid, codes
+
+
+def _place(array: NDArray[Any]) -> tuple[int, tuple[int, ...]]:
+    """Return where an array's values are, which views of one matrix share."""
+    return array.__array_interface__["data"][0], array.shape
 
 
 def _quantized_already(model: Model) -> str:

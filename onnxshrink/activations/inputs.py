@@ -127,14 +127,21 @@ def groups_of(
         largest: Bytes from which a layer's norms are gathered instead.
     """
     group: list[LinearWeight] = []
-    total = 0
+    total, counted = 0, set[object]()
     for layer in layers:
         size = gram_bytes(layer)
-        size = 0 if size > largest else size
-        if group and total + size > held:
+        # Layers that read one value in one way share the matrix.
+        read = [
+            (tensor.name, s.key) for tensor, s in layer.statistics_for("gram") or ()
+        ]
+        shared = tuple(read)
+        size = 0 if size > largest or shared in counted else size
+        if group and size and total + size > held:
             yield group
-            group, total = [], 0
+            group, total, counted = [], 0, set()
+            size = 0 if gram_bytes(layer) > largest else gram_bytes(layer)
         group.append(layer)
+        counted.add(shared)
         total += size
     if group:
         yield group

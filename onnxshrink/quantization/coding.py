@@ -6,19 +6,27 @@ function of a task that any process can take. What stands for how is a ``Coding`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxshrink.quantization import dynamic, weightonly
-from onnxshrink.solvers.rounding import Fit, Grid, adaround, nearest
+from onnxshrink.solvers.rounding import (
+    Factors,
+    Fit,
+    Grid,
+    adaround,
+    factors_of,
+    nearest,
+)
 from onnxshrink.solvers.threads import one_thread
 from onnxshrink.structure.layers import Layout
 from onnxshrink.tensors import LazyTensor
 
-__all__ = ["Coding", "CodingTask", "Rounding", "code_weight"]
+__all__ = ["Coding", "CodingTask", "Rounding", "code_weight", "code_weights"]
 
 Rounding = Literal["auto", "nearest", "mse", "hqq", "learned", "gptq", "adaround"]
 Array = NDArray[Any]
@@ -72,9 +80,26 @@ class CodingTask:
     gram: NDArray[np.float64] | None = None
 
 
+def code_weights(tasks: Sequence[CodingTask]) -> list[tuple[Grid, Array]]:
+    """Choose grids and codes of weights that multiply the same inputs.
+
+    Their Gram matrix is that of the first, and is factored once.
+    """
+    gram = tasks[0].gram
+    uses = gram is not None and tasks[0].coding.rounding in ("auto", "gptq")
+    factors = None
+    if uses and gram is not None and len(tasks) > 1:
+        factors = factors_of(gram)
+    return [code_weight(replace(task, gram=gram), factors) for task in tasks]
+
+
 @one_thread
-def code_weight(task: CodingTask) -> tuple[Grid, Array]:
+def code_weight(task: CodingTask, factors: Factors | None = None) -> tuple[Grid, Array]:
     """Choose the grid and the codes of one weight.
+
+    Args:
+        task: The weight.
+        factors: Of its Gram matrix, if they are known.
 
     Returns:
         Scales and zero points of its rows, and the codes [groups * outputs, inputs],
@@ -84,14 +109,19 @@ def code_weight(task: CodingTask) -> tuple[Grid, Array]:
     rows = np.ascontiguousarray(matrices, np.float32).reshape(-1, matrices.shape[2])
     coding = task.coding
     if coding.form == "dynamic":
-        grid, codes = dynamic.quantized(rows, gram=task.gram, pairs=coding.pairs)
+        grid, codes = dynamic.quantized(
+            rows, gram=task.gram, pairs=coding.pairs, factors=factors
+        )
     else:
-        grid, codes = _coded(rows, coding, task.gram)
+        grid, codes = _coded(rows, coding, task.gram, factors)
     return grid, codes.astype(np.int8 if grid.low < 0 else np.uint8)
 
 
 def _coded(
-    rows: Array, coding: Coding, gram: NDArray[np.float64] | None
+    rows: Array,
+    coding: Coding,
+    gram: NDArray[np.float64] | None,
+    factors: Factors | None,
 ) -> tuple[Grid, NDArray[np.int32]]:
     """Choose the codes of a weight that is decoded before it is used."""
     levels = coding.levels
@@ -109,7 +139,13 @@ def _coded(
         grid, codes = weightonly.quantized(rows, levels, block=block)
     else:
         grid, codes = weightonly.quantized(
-            rows, levels, block=block, method=method, gram=gram, shared=coding.shared
+            rows,
+            levels,
+            block=block,
+            method=method,
+            gram=gram,
+            shared=coding.shared,
+            factors=factors,
         )
     if by_learning and gram is not None:
         codes = adaround(rows, gram, grid)

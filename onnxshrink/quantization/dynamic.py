@@ -30,7 +30,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node
 from onnxshrink.quantization import weightonly
 from onnxshrink.quantization.weightonly import home, within_reach
-from onnxshrink.solvers.rounding import Grid, gptq, nearest
+from onnxshrink.solvers.rounding import Factors, Grid, gptq, nearest
 from onnxshrink.structure.bias import addend, addend_factor
 from onnxshrink.structure.layers import LinearWeight, Use
 
@@ -161,6 +161,7 @@ def quantized(
     *,
     gram: NDArray[np.float64] | None = None,
     pairs: bool = True,
+    factors: Factors | None = None,
 ) -> tuple[Grid, Int32]:
     """Choose int8 codes with one scale for each output.
 
@@ -169,10 +170,14 @@ def quantized(
         gram: [inputs, inputs] of the layer's inputs: codes are GPTQ's (Frantar et al.
             2023); without, the nearest.
         pairs: As for ``safe_scale``.
+        factors: Of ``gram``, if they are known.
     """
     scale = safe_scale(weight, pairs=pairs)[:, None]
     grid = Grid(scale, np.zeros(scale.shape, np.int32), -_TOP, _TOP)
-    codes = nearest(weight, grid) if gram is None else gptq(weight, gram, grid)
+    if gram is None:
+        codes = nearest(weight, grid)
+    else:
+        codes = gptq(weight, gram, grid, factors=factors)
     return grid, safe_codes(codes) if pairs else codes
 
 

@@ -35,7 +35,9 @@ __all__ = ["Seen", "groups", "input_grams"]
 Float64 = NDArray[np.float64]
 
 _HELD = 128 << 20
-"""Bytes of Gram matrices that are held at the same time."""
+_HELD_MOST = 1 << 30
+"""Bytes of Gram matrices that are held at the same time: as many as the model's weights
+take, within these bounds. Each group is a run of all that lies before its layers."""
 _SLICE = 32 << 20
 """Bytes of activations that are held at the same time."""
 _LARGEST = 256 << 20
@@ -104,8 +106,12 @@ class Seen:
 
 def groups(layers: Iterable[LinearWeight]) -> Iterator[list[LinearWeight]]:
     """Cut layers that can be watched into groups for one run each."""
-    small = (layer for layer in layers if gram_bytes(layer) <= _LARGEST)
-    return groups_of(seen_from_outside(small), _HELD)
+    small = [layer for layer in layers if gram_bytes(layer) <= _LARGEST]
+    if not small:
+        return iter(())
+    weights = sum(weight.nbytes for weight in small[0].weight.model.weights())
+    held = min(max(_HELD, weights), _HELD_MOST)
+    return groups_of(seen_from_outside(small), held)
 
 
 def input_grams(

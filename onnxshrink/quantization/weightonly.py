@@ -40,6 +40,7 @@ from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, Node, attribute
 from onnxshrink.quantization.schemes import MIN_OPSET, limits
 from onnxshrink.solvers.rounding import (
+    Factors,
     Fit,
     Grid,
     descend,
@@ -191,6 +192,7 @@ def quantized(
     method: Fit = "mse",
     gram: NDArray[np.float64] | None = None,
     shared: bool = False,
+    factors: Factors | None = None,
 ) -> tuple[Grid, NDArray[np.int32]]:
     """Choose a grid with scales that are cheap to keep, and the codes of a matrix.
 
@@ -204,6 +206,7 @@ def quantized(
         method: How ``rounding.fit`` chooses scales.
         gram: [inputs, inputs] or [stacks, inputs, inputs] of the layer's inputs.
         shared: All rows have one scale; ``block`` and ``learned`` mean nothing then.
+        factors: Of ``gram``, if they are known.
     """
     grid = fit(
         weight.reshape(1, -1) if shared else weight,
@@ -222,7 +225,7 @@ def quantized(
         grid = half_scales(grid)
     if gram is None:
         return grid, nearest(weight, grid)
-    codes = gptq(weight, gram, grid)
+    codes = gptq(weight, gram, grid, factors=factors)
     if levels.high - levels.low < _DESCENDED:
         codes = descend(weight, gram, grid, codes)
     return grid, codes

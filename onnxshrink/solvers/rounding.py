@@ -33,11 +33,13 @@ from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.solvers.threads import one_thread
 
 __all__ = [
+    "Factors",
     "Grid",
     "adaround",
     "decode",
     "descend",
     "error",
+    "factors_of",
     "fit",
     "gptq",
     "nearest",
@@ -57,6 +59,8 @@ _COLUMNS = 128
 """Columns whose effect on those behind them is summed up before it is applied."""
 _CHUNK = 1 << 21
 """Weights worked on at a time: 16 MB as float64."""
+_FIT_CHUNK = 1 << 17
+"""Weights whose grid is searched at a time: what fits a processor's cache."""
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -202,12 +206,16 @@ def _check(weight: Array, gram: Float64 | None, grid: Grid | None) -> Float64 | 
             f"a Gram matrix of shape {list(gram.shape)} does not belong to a weight of "
             f"shape {[rows, inputs]}"
         )
+    _check_finite(stack)
+    return stack
+
+
+def _check_finite(stack: Float64) -> None:
     if not np.isfinite(stack).all():
         raise ModelError(
             "the Gram matrix of the inputs holds NaN or infinity: activations of the "
             "layer are not finite on the calibration data"
         )
-    return stack
 
 
 def _check_damping(damping: float) -> None:
@@ -215,8 +223,8 @@ def _check_damping(damping: float) -> None:
         raise UsageError(f"damping is a number from 0 on, not {damping}")
 
 
-def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(1, shape[1]))
+def _row_chunks(shape: tuple[int, ...], size: int = _CHUNK) -> Iterator[slice]:
+    step = max(1, size // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
@@ -234,10 +242,12 @@ class _RowPiece:
         return array.reshape(self.stacks, -1, array.shape[-1])
 
 
-def _pieces(weight: Array, gram: Float64 | None) -> Iterator[_RowPiece]:
+def _pieces(
+    weight: Array, gram: Float64 | None, size: int = _CHUNK
+) -> Iterator[_RowPiece]:
     """Cut the rows into pieces of bounded size, along stacks where there are some."""
     if gram is None or len(gram) == 1:
-        for rows in _row_chunks(weight.shape):
+        for rows in _row_chunks(weight.shape, size):
             yield _RowPiece(rows, gram)
         return
     rows_each, inputs = len(weight) // len(gram), weight.shape[1]
@@ -315,7 +325,7 @@ def fit(
         block,
         step,
     )
-    for piece in _pieces(weight, gram):
+    for piece in _pieces(weight, gram, _FIT_CHUNK):
         search = _GridSearch.of(weight[piece.rows], piece, grid, symmetric)
         ranges = search.start()
         # An error that does not fit float32 is never the smallest.
@@ -498,15 +508,16 @@ class _GridSearch:
             codes = self.codes(scale, zero)
             rest = (self.blocks - codes * scale[:, :, None]) / unit[:, :, None]
             size = np.abs(rest)
-            loss = np.einsum(
-                "ogb,ogb->og", size**power, np.broadcast_to(mask, size.shape)
-            )
+            # size ** (power - 1); exp and log are vectorised where pow is not.
+            with np.errstate(divide="ignore"):
+                slope = np.exp(np.float32(power - 1) * np.log(size))
+            lost = np.where(size > 0, size * slope, 0)
+            loss = np.einsum("ogb,ogb->og", lost, np.broadcast_to(mask, size.shape))
             better = loss < best
             best = np.where(better, loss, best)
             found = np.where(better, scale, found[0]), np.where(better, zero, found[1])
             self.best = scale, zero
-            with np.errstate(divide="ignore"):
-                kept = np.maximum(size - size ** (power - 1) / beta, 0.0)
+            kept = np.maximum(size - slope / np.float32(beta), 0.0)
             outliers = np.copysign(kept, rest) * unit[:, :, None]
             target = (self.blocks - outliers).astype(np.float32)
             if not self.symmetric:
@@ -638,6 +649,31 @@ def _unit(gram: Float64) -> Float64:
 
 # --- choosing codes -------------------------------------------------------------------
 
+Factors = tuple[Float64, NDArray[np.intp]]
+"""What ``gptq`` needs of a Gram matrix: ``U`` with ``G^-1 = U^T U`` for ``G`` in the
+order of its columns, [stacks, inputs, inputs], and that order, [stacks, inputs]."""
+
+
+@one_thread
+def factors_of(
+    gram: Float64, *, act_order: bool = True, damping: float = DAMPING
+) -> Factors:
+    """Factor a Gram matrix for all layers that read the same inputs.
+
+    Args:
+        gram: float64 [inputs, inputs] or [stacks, inputs, inputs].
+        act_order: As for ``gptq``.
+        damping: As for ``gptq``.
+
+    Raises:
+        ModelError: An entry is not finite.
+        UsageError: ``damping`` is negative.
+    """
+    _check_damping(damping)
+    stack = gram[None] if gram.ndim == 2 else gram
+    _check_finite(stack)
+    return _factors(stack, act_order, damping)
+
 
 @one_thread
 def gptq(
@@ -647,6 +683,7 @@ def gptq(
     *,
     act_order: bool = True,
     damping: float = DAMPING,
+    factors: Factors | None = None,
 ) -> Int32:
     """Round column by column, letting those that follow make up for the error.
 
@@ -662,6 +699,7 @@ def gptq(
         grid: The grid.
         act_order: Take inputs with large squares first.
         damping: Share of the mean diagonal that is added to it.
+        factors: What ``factors_of`` gives for ``gram``, if it is known.
 
     Returns:
         Codes, int32 [rows, inputs]. A row that has a larger error than rounded to
@@ -676,10 +714,12 @@ def gptq(
     _check_damping(damping)
     result = np.empty(weight.shape, np.int32)
     inputs = weight.shape[1]
-    factors: tuple[Float64, NDArray[np.intp]] | None = None
+    known = factors
     for piece in _pieces(weight, stack):
         assert piece.gram is not None
-        if factors is None or len(stack) > 1:
+        if known is not None and len(stack) == 1:
+            factors = known
+        elif factors is None or len(stack) > 1:
             factors = _factors(piece.gram, act_order, damping)
         result[piece.rows] = _columnwise(
             piece.stacked(weight[piece.rows]),

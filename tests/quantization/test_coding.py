@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from onnxshrink.quantization import dynamic, weightonly
-from onnxshrink.quantization.coding import Coding, CodingTask, Rounding, code_weight
+from onnxshrink.quantization.coding import (
+    Coding,
+    CodingTask,
+    Rounding,
+    code_weight,
+    code_weights,
+)
+from onnxshrink.solvers import rounding
 from onnxshrink.solvers.rounding import decode, error
 from onnxshrink.structure.layers import Layout
 from onnxshrink.tensors import ArrayTensor
@@ -82,3 +89,24 @@ def test_codes_keep_to_their_levels_in_one_byte(weights: str) -> None:
     assert codes.min() >= levels.low
     assert codes.max() <= levels.high
     assert (grid.low, grid.high) == (levels.low, levels.high)
+
+
+def test_weights_of_one_value_are_coded_as_alone_with_one_factor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, gram = _weight()
+    tasks = [
+        _task(Coding("none", "int4", block=16), gram),
+        _task(Coding("dynamic"), gram),
+        _task(Coding("none", "int8"), gram),
+    ]
+    alone = [code_weight(task) for task in tasks]
+    made = []
+    factor = rounding._factors
+    monkeypatch.setattr(
+        rounding, "_factors", lambda *given: made.append(1) or factor(*given)
+    )
+    for (one, codes), (two, same) in zip(code_weights(tasks), alone, strict=True):
+        assert np.array_equal(codes, same)
+        assert np.array_equal(one.scale, two.scale)
+    assert len(made) == 1
