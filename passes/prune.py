@@ -133,6 +133,9 @@ class Prune(SitePass):
             Empty leaves zeros free.
         importance: ``auto`` is obs where there is real calibration data, else
             magnitude; ``sparsegpt`` is another name of obs.
+        cost: What an entry that stays costs, for obs: the ``same`` everywhere; or the
+            ``bits`` that a coder needs for it, fewer where its row and column are full.
+            The file, a package above all, is smaller at the same loss.
         also: ``tables`` that Gather reads; ``biases``, and scale and shift of
             normalisations.
         only: Act only on these weights or nodes: names, glob patterns or op types.
@@ -149,6 +152,7 @@ class Prune(SitePass):
     scope: Literal["local", "global"] = "global"
     pattern: str = ""
     importance: Literal["auto", "magnitude", "wanda", "obs", "sparsegpt"] = "auto"
+    cost: Literal["same", "bits"] = "same"
     also: tuple[Literal["tables", "biases"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -157,10 +161,16 @@ class Prune(SitePass):
             raise UsageError(f"sparsity is a fraction from 0 to 1, not {self.sparsity}")
         if self.zeros.of and self.sparsity is not None:
             raise UsageError(f"pattern {self.pattern} leaves no choice of sparsity")
+        if self.cost == "bits" and (
+            self.pattern or self.importance not in ("auto", "obs", "sparsegpt")
+        ):
+            raise UsageError("cost=bits goes with importance=obs and no pattern only")
         if self.threshold is None:
             return
         if not (self.threshold >= 0 and math.isfinite(self.threshold)):
             raise UsageError(f"threshold is a number from 0 on, not {self.threshold}")
+        if self.cost == "bits":
+            raise UsageError("threshold is one of magnitude; leave out cost=bits")
         if self.sparsity is not None or self.pattern:
             raise UsageError("threshold goes with neither sparsity nor pattern")
         if self.importance not in ("auto", "magnitude"):
@@ -367,6 +377,11 @@ class Prune(SitePass):
     # --- what activations say -----------------------------------------------------
 
     def _measure(self, ctx: Context) -> Measure:
+        if self.cost == "bits":
+            ctx.need_data(
+                "to see what weights multiply (cost=bits)", instead="cost=same"
+            )
+            return "obs"
         if self.importance == "auto":
             return "obs" if ctx.has_data and self.threshold is None else "magnitude"
         wanted: Measure = "obs" if self.importance == "sparsegpt" else self.importance
@@ -438,7 +453,11 @@ class Prune(SitePass):
         del inputs
         tasks = {
             layer.name: _StudyTask(
-                layer.weight.tensor, layer.layout, curvature, self.zeros
+                layer.weight.tensor,
+                layer.layout,
+                curvature,
+                self.zeros,
+                self.cost == "bits",
             )
             for layer in missing
             if (curvature := studies[layer.name].curvature) is not None
@@ -461,7 +480,7 @@ class Prune(SitePass):
         self, what: str, seen_in: str, layer: LinearWeight, ctx: Context
     ) -> tuple[Hashable, ...]:
         """Return what an entry of the memory is found by: all that it depends on."""
-        how = (self._measure(ctx), self.pattern, self._adjusts)
+        how = (self._measure(ctx), self.pattern, self._adjusts, self.cost)
         samples = (ctx.samples.calibration, ctx.samples.training)
         return ("prune", what, seen_in, layer.name, *how, *samples)
 
@@ -556,6 +575,7 @@ class _StudyTask:
     layout: Layout
     curvature: Curvature
     zeros: Pattern
+    by_bits: bool
 
 
 def _study(task: _StudyTask) -> Removal | Array:
@@ -564,7 +584,7 @@ def _study(task: _StudyTask) -> Removal | Array:
     if task.zeros.of:
         return pattern_mask(matrices, task.curvature, task.zeros)
     blocks = task.zeros if task.zeros.is_blocks else None
-    return removal_order(matrices, task.curvature, blocks)
+    return removal_order(matrices, task.curvature, blocks, by_bits=task.by_bits)
 
 
 @dataclass(frozen=True, eq=False)

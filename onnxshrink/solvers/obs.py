@@ -42,6 +42,7 @@ __all__ = [
     "Removal",
     "allocate",
     "pattern_mask",
+    "place_bits",
     "refit",
     "removal_order",
     "remove_entries",
@@ -67,6 +68,8 @@ COLUMNS = 128
 """Columns of a block of SparseGPT."""
 SWEEPS = 30
 """Steps of conjugate gradients."""
+VALUE_BITS = 3.0
+"""What the value of an entry that stays takes, in a coder of few shared values."""
 FEW_SWEEPS = 8
 """The same between rounds, where only the order depends on them."""
 
@@ -179,7 +182,11 @@ class _RemovalRounds:
 
 @one_thread
 def removal_order(
-    weights: Array, curvature: Curvature, blocks: Pattern | None = None
+    weights: Array,
+    curvature: Curvature,
+    blocks: Pattern | None = None,
+    *,
+    by_bits: bool = False,
 ) -> Removal:
     """Return in which order the entries of a layer should go.
 
@@ -189,13 +196,32 @@ def removal_order(
         weights: float64 [groups, outputs, inputs].
         curvature: Of the layer.
         blocks: Whole blocks go, if given.
+        by_bits: In exact rounds, an entry's cost is divided by the bits that it takes
+            (``place_bits``): what costs least for a bit that is saved goes first, the
+            rate term of rate-distortion pruning (CERWU: Conzelmann and Bamler 2025).
     """
     if blocks is not None:
         return _block_order(weights, curvature, blocks)
-    return _entry_order(weights, curvature)
+    return _entry_order(weights, curvature, by_bits)
 
 
-def _entry_order(weights: Array, curvature: Curvature) -> Removal:
+def place_bits(keep: Mask) -> Array:
+    """Return about the bits that a coder needs for each entry that stays.
+
+    The place costs what it is surprising by the densities of its row and column; the
+    value costs ``VALUE_BITS``.
+
+    Args:
+        keep: Which entries stay, [groups, outputs, inputs].
+    """
+    rows = keep.mean(axis=2, keepdims=True)
+    columns = keep.mean(axis=(0, 1), keepdims=True)
+    density = rows * columns / max(float(keep.mean()), 1e-12)
+    bits: Array = VALUE_BITS - np.log2(np.clip(density, 2.0**-14, 1.0))
+    return bits
+
+
+def _entry_order(weights: Array, curvature: Curvature, by_bits: bool) -> Removal:
     groups, outputs, inputs = weights.shape
     targets = weights @ curvature.matrix
     energy = float((weights * targets).sum()) or 1.0
@@ -229,6 +255,8 @@ def _entry_order(weights: Array, curvature: Curvature) -> Removal:
         if left <= floor or not left:
             return order.removal(weights.shape)
         count = max(1, left - int(left * share))
+        if by_bits:
+            scores = scores / place_bits(order.keep)
         order.take(np.argpartition(scores.reshape(-1), count - 1)[:count], scores)
 
 

@@ -22,6 +22,7 @@ from onnxshrink.samples import Samples, Splits
 from onnxshrink.solvers.magnitude import (
     Pattern,
 )
+from onnxshrink.solvers.obs import place_bits
 from onnxshrink.structure import layers
 
 Array = np.ndarray[Any, Any]
@@ -493,6 +494,23 @@ def test_auto_takes_obs_only_with_real_data() -> None:
     assert measure(Splits.build(model)) == "magnitude"
 
 
+def test_places_that_cost_fewer_bits_stay() -> None:
+    rng = np.random.default_rng(1)
+    scale = np.exp(rng.normal(0, 1, (40, 1)) + rng.normal(0, 1, (1, 30)))
+    weights = (rng.standard_normal((40, 30)) * scale).astype(np.float32)
+    splits = _splits(x=_inputs(300, 40))
+    bits = []
+    for cost in ("same", "bits"):
+        model = _matmul(weights)
+        Prune(sparsity=0.85, cost=cost).apply(model, _context(model, splits))  # type: ignore[arg-type]
+        keep = model.weight("w").read() != 0
+        assert keep.sum() == 180
+        bits.append(place_bits(keep[None])[0][keep].sum())
+    assert bits[1] < bits[0]
+    with pytest.raises(UsageError, match=r"cost=bits.*or cost=same"):
+        Prune(cost="bits").sites(model, _context(model))
+
+
 @pytest.mark.parametrize("importance", ["wanda", "obs", "sparsegpt"])
 def test_importance_from_data_asks_for_data(importance: Any) -> None:
     model = _matmul(np.ones((2, 2), np.float32))
@@ -513,6 +531,9 @@ def test_importance_from_data_asks_for_data(importance: Any) -> None:
         ({"pattern": "4:2"}, "0 < N < M"),
         ({"pattern": "0x4"}, "1x1 to"),
         ({"pattern": "two of four"}, "N:M such as 2:4"),
+        ({"cost": "bits", "importance": "wanda"}, "cost=bits goes with"),
+        ({"cost": "bits", "pattern": "2:4"}, "cost=bits goes with"),
+        ({"cost": "bits", "threshold": 0.1}, "leave out cost=bits"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

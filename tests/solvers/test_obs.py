@@ -11,10 +11,12 @@ import pytest
 from onnxshrink.solvers import obs
 from onnxshrink.solvers.magnitude import Pattern
 from onnxshrink.solvers.obs import (
+    VALUE_BITS,
     Curvature,
     Removal,
     allocate,
     pattern_mask,
+    place_bits,
     refit,
     removal_order,
     remove_entries,
@@ -169,3 +171,32 @@ def test_half_precision_that_overflows_keeps_the_values_it_had() -> None:
     assert shift is None
     assert new.dtype == np.float16
     assert new.tolist() == [[[0.0, weight[0, 0, 1]]]]
+
+
+def test_what_costs_least_for_a_bit_goes_first() -> None:
+    """An entry alone in its row and column takes more bits than one among others."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 40))
+    scale = np.exp(rng.normal(0, 1, (30, 1)) + rng.normal(0, 1, (1, 40)))
+    weights = (rng.standard_normal((30, 40)) * scale)[None]
+    curvature = Curvature.of((x.T @ x)[None], None, len(x))
+    count = 1000
+    bits, errors = [], []
+    for by_bits in (False, True):
+        keep = removal_order(weights, curvature, by_bits=by_bits).rank >= count
+        bits.append(float(place_bits(keep)[keep].sum()))
+        new, _ = remove_entries(weights, ~keep, curvature)
+        errors.append(_error(weights[0].T, new[0].T, x))
+    assert bits[1] < 0.98 * bits[0]
+    assert errors[1] < 1.1 * errors[0]
+
+
+def test_bits_of_a_place_are_those_on_paper() -> None:
+    keep = np.zeros((1, 2, 4), np.bool_)
+    keep[0, 0] = True
+    keep[0, 1, 0] = True
+    # 5 of 8 stay; rows 1 and 1/4, columns 1, 1/2, 1/2, 1/2.
+    found = place_bits(keep)[0] - VALUE_BITS
+    assert found[0, 0] == 0
+    assert found[0, 1] == pytest.approx(-np.log2(1 * 0.5 / 0.625))
+    assert found[1, 0] == pytest.approx(-np.log2(0.25 * 1 / 0.625))
