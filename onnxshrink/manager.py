@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import glob
+import inspect
 import json
+import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -17,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxshrink import runtime
+from onnxshrink import registry, runtime
 from onnxshrink._version import __version__
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.activations.reach import unreached
@@ -36,8 +40,10 @@ from onnxshrink.errors import (
     Cancelled,
     ModelError,
     OnnxshrinkError,
+    OutputError,
     PromiseError,
     UsageError,
+    nearest,
 )
 from onnxshrink.executors import check_executor, executing
 from onnxshrink.files import (
@@ -53,14 +59,17 @@ from onnxshrink.measuring.measure import Stats, measure
 from onnxshrink.model import External, Model, Storage, SupportsModelProto
 from onnxshrink.passes.fold import fold_first, why_fold
 from onnxshrink.pipeline import Pipeline
+from onnxshrink.quantization.processors import detect, resolve
 from onnxshrink.reporting.plan import Planned
-from onnxshrink.reporting.report import Report, Step
+from onnxshrink.reporting.proof import LayerSize, Proof, layer_sizes
+from onnxshrink.reporting.report import SUFFIXES, Report, Step, step_line
 from onnxshrink.samples import Splits
 from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
 from onnxshrink.samples.sources import split_path
 from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
+from onnxshrink.terminal import Bar, console
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
 from onnxshrink.validation.metrics import fingerprint_of
 
@@ -79,6 +88,7 @@ Where passes that repair come later (``Pass.repairs``: distill, recover), all fo
 for them: what counts is whether the repaired model holds.
 """
 
+_LOG = logging.getLogger("onnxshrink")
 _TIGHTENINGS = 24
 _FEW = 32
 """Calibration samples below which the last lines say that they are few."""
@@ -105,6 +115,10 @@ class Result:
     model: Model
     report: Report
     files: tuple[Path, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the report."""
+        return self.report._repr_html_()
 
 
 @dataclass
@@ -189,6 +203,8 @@ class PassManager:
         isolate: bool | None = None,
         time_limit: float | None = None,
         memory_limit: int | None = None,
+        cancel: threading.Event | None = None,
+        command: str = "",
     ) -> None:
         """Set up a run.
 
@@ -219,11 +235,14 @@ class PassManager:
             shapes: Input shapes for random inputs and measurement.
             max_input_bytes: Most bytes of one set of random inputs that a model's word
                 is enough for.
-            progress: Receives progress of long work.
+            progress: Receives progress of long work: (done, total, what). It may be
+                called from other threads; where it raises, the run ends with that.
             on_step: Receives each step's report as soon as it is there.
             measure_latency: Measure latency against the model the run started from: of
                 the model that came in and the one that is written; after each pass too
                 where the budget bounds it.
+            cancel: When another thread sets it, the run ends with ``Cancelled``.
+            command: What was called, for the report.
             measure_memory: Measure the memory that opening the model takes, before and
                 after, in processes of their own.
             custom_ops: Shared libraries with operators that the model needs.
@@ -263,7 +282,11 @@ class PassManager:
         self.executor = executor
         self.shapes = dict(shapes or {})
         self.max_input_bytes = max_input_bytes
-        self.progress: Progress = progress or (lambda done, total, what: None)
+        self.cancel = cancel
+        self.command = command
+        self._told: BaseException | None = None
+        self._progress = progress
+        self.progress: Progress = self._report
         self.on_step = on_step
         self.measure_latency = measure_latency
         self.measure_memory = measure_memory
@@ -273,6 +296,23 @@ class PassManager:
         self.isolate = isolate
         self.time_limit = time_limit
         self.memory_limit = memory_limit
+
+    def _report(self, done: int, total: int, what: str) -> None:
+        """Pass progress on, to the log too; end where the caller wants that.
+
+        Raises:
+            Cancelled: ``cancel`` is set, or whoever receives progress raised.
+        """
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled("cancelled; nothing was written")
+        _LOG.debug("%s: %d of %d", what, done, total)
+        if self._progress is None:
+            return
+        try:
+            self._progress(done, total, what)
+        except Exception as error:
+            self._told = error
+            raise Cancelled(f"progress ended the run: {error}") from error
 
     # --- plan ---------------------------------------------------------------------
 
@@ -341,8 +381,15 @@ class PassManager:
             UsageError: ``resume`` without an output, or nothing fits to resume.
             ModelError: A pass cannot take the model or the data.
         """
-        with runtime.custom_operators(self.custom_ops):
-            return self._run(model, None if output is None else Path(output), resume)
+        self._told = None
+        try:
+            with runtime.custom_operators(self.custom_ops):
+                target = None if output is None else Path(output)
+                return self._run(model, target, resume)
+        except Cancelled:
+            if self._told is not None:  # what the caller's own function raised
+                raise self._told from None
+            raise
 
     def _run(
         self,
@@ -733,6 +780,7 @@ class _PipelineRun:
                 left_out=tuple(changes) if one.kept else (),
             )
             self.steps.append(step)
+            _LOG.info("%s", step_line(step))
             if manager.on_step is not None:
                 manager.on_step(step)
         self._tidy(tries, accepted)
@@ -1269,9 +1317,41 @@ class _PipelineRun:
             notes=tuple(notes),
             output=tuple(str(file) for file in files) if self.target else (),
             warnings=tuple(self._warnings()),
+            proof=self._proof(written, files),
         )
+        _LOG.info("%s", report.summary())
+        for line in report.warnings:
+            _LOG.warning("%s", line)
         written.source = self.target
         return Result(written, report, files if self.target is not None else ())
+
+    def _proof(self, written: Model, files: Sequence[Path]) -> Proof:
+        """Say of what, where and when the figures are."""
+        manager = self.manager
+        asked = {
+            str(value)
+            for pass_ in manager.pipeline
+            if (value := pass_.options().get("target")) is not None
+        }
+        named = [resolve(name)[1] for name in sorted(asked)]
+        cpu = detect()
+        read = [] if self.source.source is None else self._given_files()
+        layers: tuple[LayerSize, ...] = ()
+        if files:
+            before = {one.name: one.nbytes for one in self.source.weights()}
+            layers = layer_sizes(before, files[0])
+        kept = files if self.target is not None else ()
+        return Proof(
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=manager.command,
+            budget=self.budget.to_json(),
+            data=self.splits.to_json(),
+            processor=f"{cpu.model} ({cpu.machine}, {cpu.target})",
+            target="; ".join(named),
+            onnxruntime=runtime.version(),
+            sha256={str(file): digest(file) for file in (*read, *kept)},
+            layers=layers,
+        )
 
 
 @contextlib.contextmanager
@@ -1337,52 +1417,93 @@ def _bytes(path: Path) -> int:
 
 def shrink(
     model: Model | str | os.PathLike[str] | bytes | SupportsModelProto,
-    passes: str | Sequence[str] | Sequence[Pass] | Pipeline,
+    passes: str | Sequence[str] | Sequence[Pass] | Pipeline | None = None,
     *,
+    recipe: str | os.PathLike[str] | None = None,
     data: Any = None,
     evaluation: Any = None,
     labels: str | None = None,
     transform: Callable[[Any], Any] | None = None,
-    budget: Budget | None = None,
+    budget: Budget | Mapping[str, Any] | None = None,
+    max_drop: float | None = None,
+    min_agreement: float | None = None,
+    min_sqnr: float | None = None,
+    max_latency: float | None = None,
+    max_bytes: int | None = None,
+    target: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     resume: bool = False,
     **options: Any,
 ) -> Result:
-    """Shrink a model: the command line in one call.
+    """Shrink a model: the command line in one call, with the same words.
 
     Args:
         model: A path, bytes, a ModelProto, a Model or a framework's export result.
-        passes: Pipeline text, passes, or a pipeline.
+        passes: Pipeline text, passes, or a pipeline; by default those of the recipe,
+            or ``fold``.
+        recipe: Passes from a recipe: the name of one that ships, or a file.
         data: Samples for calibration and training: a path as on the command line, a
             mapping of arrays by input name, an array or tensor, a pair ``(x, y)``, a
-            frame, an iterable of batches or rows, ``Samples`` or ``Splits``.
+            frame, an iterable of batches or rows, ``synthetic``, ``Samples`` or
+            ``Splits``.
         evaluation: Samples that only measure; by default a part of ``data``.
         labels: Key of the labels in ``data`` and ``evaluation``.
         transform: What to do to each item of the data, see ``Samples.of``.
-        budget: What each pass may cost.
+        budget: What each pass may cost: a ``Budget``, or a mapping of its fields.
+        max_drop: See ``Budget``, like the next ones; not beside ``budget``.
+        min_agreement: See ``Budget``.
+        min_sqnr: See ``Budget``.
+        max_latency: ``Budget.max_latency_ratio``.
+        max_bytes: See ``Budget``.
+        target: The processor that passes write for, such as ``arm``: their option of
+            that name where it is not given.
         output: Where to write; without it the model is only returned.
+        report: Where to write the report: ``.json``, ``.md`` or ``.html``.
         resume: Continue an interrupted run, see ``PassManager.run``.
-        **options: Everything else ``PassManager`` takes.
+        **options: Everything else ``PassManager`` takes. Progress is shown on a
+            terminal and in a notebook unless ``progress`` is given; ``progress=None``
+            shows none.
 
     Raises:
+        UsageError: A word is not known; says the nearest one that is.
         OnnxshrinkError: As ``PassManager.run``.
     """
-    if isinstance(passes, Pipeline):
-        pipeline = passes
-    elif isinstance(passes, str):
-        pipeline = Pipeline.parse(passes)
-    elif all(isinstance(step, Pass) for step in passes):
-        pipeline = Pipeline(tuple(passes))  # type: ignore[arg-type]
-    else:
-        pipeline = Pipeline.parse([str(step) for step in passes])
-    if output is not None:
-        paths = {"the data": data, "the evaluation data": evaluation}
-        keep_apart(
-            Path(output),
-            {what: _path_in(given) for what, given in paths.items()},
-        )
+    check_words(options)
+    pipeline = _pipeline_of(passes, recipe)
+    if target is not None:
+        pipeline = pipeline.with_target(target)
+    limits = {
+        "max_drop": max_drop,
+        "min_agreement": min_agreement,
+        "min_sqnr": min_sqnr,
+        "max_latency_ratio": max_latency,
+        "max_bytes": max_bytes,
+    }
+    limits = {name: value for name, value in limits.items() if value is not None}
+    if budget is not None and limits:
+        raise UsageError(f"give budget, or {' and '.join(limits)}, not both")
+    if isinstance(budget, Mapping):
+        limits = dict(budget)
+    if limits:
+        budget = Budget.of(limits)
+    elif isinstance(budget, Mapping):
+        budget = None
+    place = None if report is None else Path(report)
+    for path in (output, report):
+        if path is not None:
+            paths = {"the data": data, "the evaluation data": evaluation}
+            own = None if not isinstance(model, (str, os.PathLike)) else Path(model)
+            given = {what: _path_in(one) for what, one in paths.items()}
+            keep_apart(Path(path), {"the input itself": own, **given})
+    if place is not None and place.suffix not in SUFFIXES:
+        raise UsageError(f"a report ends in {', '.join(SUFFIXES)}, not {place.name!r}")
+    options.setdefault("command", _call(model, pipeline))
     splits = data if isinstance(data, Splits) else None
-    with runtime.custom_operators(options.get("custom_ops", ())):
+    with (
+        runtime.custom_operators(options.get("custom_ops", ())),
+        _shown(options) as progress,
+    ):
         loaded = model if isinstance(model, Model) else Model.load(model)
         if splits is None and (data is not None or evaluation is not None):
             splits = Splits.build(
@@ -1394,5 +1515,75 @@ def shrink(
                 seed=int(options.get("seed", 0)),
                 trains=pipeline.trains,
             )
+        options["progress"] = progress
         manager = PassManager(pipeline, splits=splits, budget=budget, **options)
-        return manager.run(loaded, output, resume=resume)
+        result = manager.run(loaded, output, resume=resume)
+    if place is not None:
+        _write_report(result, place)
+    return result
+
+
+def check_words(options: Mapping[str, Any]) -> None:
+    """Refuse options that ``PassManager`` does not have.
+
+    Raises:
+        UsageError: Names the nearest word that it has, or that ``shrink`` has.
+    """
+    own = set(inspect.signature(PassManager.__init__).parameters) - {
+        "self",
+        "pipeline",
+        "splits",
+    }
+    known = sorted(own | set(inspect.signature(shrink).parameters) - {"options"})
+    for name in options:
+        if name not in own:
+            raise UsageError(
+                f"shrink has no option {name!r}.{nearest(name, known)} It has "
+                f"{', '.join(known)}"
+            )
+
+
+def _pipeline_of(
+    passes: str | Sequence[str] | Sequence[Pass] | Pipeline | None,
+    recipe: str | os.PathLike[str] | None,
+) -> Pipeline:
+    if recipe is not None:
+        if passes is not None:
+            raise UsageError("give either passes or recipe, not both")
+        return Pipeline.from_toml(registry.recipe(os.fspath(recipe)))
+    if passes is None:
+        return Pipeline.parse("fold")
+    if isinstance(passes, Pipeline):
+        return passes
+    if isinstance(passes, str):
+        return Pipeline.parse(passes)
+    if isinstance(passes, Pass):
+        return Pipeline((passes,))
+    if all(isinstance(step, Pass) for step in passes):
+        return Pipeline(tuple(passes))  # type: ignore[arg-type]
+    return Pipeline.parse([str(step) for step in passes])
+
+
+def _call(model: Any, pipeline: Pipeline) -> str:
+    """Return the call in words, for the report."""
+    what = repr(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else "model"
+    return f"Python: shrink({what}, {str(pipeline)!r}, ...)"
+
+
+@contextlib.contextmanager
+def _shown(options: Mapping[str, Any]) -> Iterator[Progress | None]:
+    """Yield what receives progress: by default a bar, where somebody looks at it."""
+    if "progress" in options:
+        yield options["progress"]
+        return
+    with Bar(console(stderr=True)) as bar:
+        yield bar
+
+
+def _write_report(result: Result, place: Path) -> None:
+    try:
+        with made_folders(place.parent):
+            result.report.write(place)
+    except OutputError as error:
+        done = f"; the model was written to {result.files[0]}" if result.files else ""
+        raise OutputError(f"{error}{done}") from error

@@ -9,6 +9,7 @@ option of the step before it; anything else starts a step, ``name`` or
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -84,6 +85,29 @@ class Pipeline:
             pairs = ",".join(f"{name}={text}" for name, text in _texts(step))
             steps.append(f"{step.name}:{pairs}" if pairs else step.name)
         return ",".join(steps)
+
+    def with_target(self, target: str) -> Pipeline:
+        """Return the pipeline for a processor: where a pass has that option unset.
+
+        Raises:
+            UsageError: No pass has it, or there is no such target.
+        """
+        changed = []
+        for step in self.passes:
+            known = options(type(step))
+            if (
+                "target" in known
+                and step.options()["target"] == known["target"].default
+            ):
+                words: dict[str, Any] = {"target": target}
+                step = dataclasses.replace(step, **words)
+            changed.append(step)
+        if not any("target" in options(type(step)) for step in self.passes):
+            raise UsageError(
+                f"target={target} is for passes that write for a processor, such as "
+                f"quantize; {self} has none"
+            )
+        return dataclasses.replace(self, passes=tuple(changed))
 
     @classmethod
     def parse(

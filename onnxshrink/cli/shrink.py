@@ -6,6 +6,8 @@ Tested in tests/cli/test_cli.py.
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +74,13 @@ onnxshrink model.onnx --recipe mine.toml --plan
     metavar="NAME|FILE.toml",
     section="Passes",
     help="Passes from a recipe: a file, or one that ships (see: onnxshrink passes).",
+)
+@option(
+    "--target",
+    "target_name",
+    metavar="NAME",
+    section="Passes",
+    help="Processor to write for: vnni, avx2, arm, any. [default: this machine's]",
 )
 @option(
     "--plan", is_flag=True, section="Passes", help="Say what would be done; do nothing."
@@ -268,6 +277,7 @@ def shrink(
     model: Path,
     passes: tuple[str, ...],
     recipe: str | None,
+    target_name: str | None,
     plan: bool,
     data: str | None,
     labels: str | None,
@@ -314,6 +324,8 @@ def shrink(
     if not model.name:
         raise UsageError(f"{str(model)!r} names no file; give a model")
     pipeline = _pipeline(passes, recipe)
+    if target_name is not None:
+        pipeline = pipeline.with_target(target_name)
     target = model
     if not plan:
         target = _target(model, output)
@@ -369,6 +381,7 @@ def shrink(
             measure_memory="memory" in measure,
             time_limit=time_limit,
             memory_limit=memory_limit,
+            command=shlex.join(["onnxshrink", *sys.argv[1:]]),
         )
         if plan:
             planned = manager.plan(loaded)

@@ -6,6 +6,7 @@ Tested in tests/model/test_model.py.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +104,13 @@ def _proto_of(source: object) -> onnx.ModelProto:
             return found
     if isinstance(source, onnx.ModelProto):
         return source
+    # onnx_ir writes its models with a function of its own; it is there if they are.
+    package = sys.modules.get(type(source).__module__.partition(".")[0])
+    write = getattr(package, "to_proto", None)
+    if callable(write) and hasattr(source, "graph"):
+        found = write(source)
+        if isinstance(found, onnx.ModelProto):
+            return found
     raise ModelError(
         f"cannot load a model from {type(source).__name__}; expected a path, bytes, "
         "a ModelProto or an object with model_proto"

@@ -7,7 +7,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -18,15 +18,20 @@ import numpy as np
 from onnxshrink.errors import UsageError
 from onnxshrink.files import write_text
 from onnxshrink.measuring.measure import Stats
+from onnxshrink.reporting.page import bars, escaped, page, steps_chart
+from onnxshrink.reporting.proof import Proof
 from onnxshrink.terminal import clean, count_text, size_text, table
 from onnxshrink.validation import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 __all__ = ["SUFFIXES", "Report", "Step", "dump", "plain", "step_line"]
 
+SCHEMA = 2
+"""Version of the JSON form, docs/report.schema.json; it changes when a name goes."""
 SUFFIXES = (".json", ".md", ".html")
 """What the name of a report file may end in."""
 
@@ -35,6 +40,8 @@ _FEW = 12
 """Weakened places that the terminal shows for each pass."""
 _SLOWER = 1.02
 """Share of the time above which a model is called slower; less is noise."""
+_LAYERS = 24
+"""Layers that Markdown lists."""
 _WIDE = 110
 """Columns from which figures of quality stand side by side."""
 _HEADERS = (
@@ -145,6 +152,7 @@ class Report:
     notes: tuple[str, ...] = ()
     output: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = ()
+    proof: Proof = field(default_factory=Proof)
 
     def to_json(self) -> dict[str, Any]:
         """Return values that JSON can hold.
@@ -152,6 +160,7 @@ class Report:
         A number that JSON cannot hold is a string: ``inf``, ``-inf`` or ``nan``.
         """
         return {
+            "schema": SCHEMA,
             "model": self.model,
             "onnxshrink": self.onnxshrink,
             "pipeline": self.pipeline,
@@ -162,6 +171,7 @@ class Report:
             "notes": list(self.notes),
             "output": list(self.output),
             "warnings": list(self.warnings),
+            **self.proof.to_json(),
         }
 
     @classmethod
@@ -183,6 +193,7 @@ class Report:
                 notes=tuple(str(note) for note in data.get("notes", ())),
                 output=tuple(str(name) for name in data.get("output", ())),
                 warnings=tuple(str(line) for line in data.get("warnings", ())),
+                proof=Proof.from_json(data),
             )
         except (
             AttributeError,
@@ -232,7 +243,8 @@ class Report:
             lines.append(
                 f"memory to load it: {size_text(before)} -> {size_text(after)}"
             )
-        return [*lines, *self.notes]
+        budget = self.proof.budget_text()
+        return [*lines, *([budget] if budget else []), *self.notes]
 
     def summary(self) -> str:
         """Return one paragraph: what became smaller, and what that cost."""
@@ -258,14 +270,13 @@ class Report:
 
     def render(self, console: Console, *, verbose: bool = False) -> None:
         """Print the table, the remarks and the summary."""
-        made = table(_HEADERS, left=(0, 6, 7), wrap=(6,))
-        narrow = console.width < _WIDE
-        for row in self.rows():
-            cells = [clean(cell, 80) for cell in row]
-            if narrow:
-                cells[6] = cells[6].replace(", ", "\n")
-            made.add_row(*cells)
-        console.print(made)
+        made = self._table(console)
+        # A table that is narrower than its cells would cut them.
+        room = console.options.update(width=1000)
+        if console.measure(made, options=room).minimum > console.width:
+            self._render_list(console)
+        else:
+            console.print(made)
         if verbose:
             for line in self.details():
                 console.print(clean(line, 2000), soft_wrap=True)
@@ -274,6 +285,24 @@ class Report:
         for line in self.warnings:
             console.print(f"warning: {clean(line, 2000)}", soft_wrap=True)
         console.print(clean(self.summary(), 4000), soft_wrap=True, style="bold")
+
+    def _render_list(self, console: Console) -> None:
+        """Print each row as lines, which wrap."""
+        for row in self.rows():
+            console.print(clean(row[0], 80), style="bold")
+            for name, cell in zip(_HEADERS[1:], row[1:], strict=True):
+                if cell and cell != "-":
+                    console.print(f"  {name}: {clean(cell, 200)}")
+
+    def _table(self, console: Console) -> Table:
+        made = table(_HEADERS, left=(0, 6, 7), wrap=(6,))
+        narrow = console.width < _WIDE
+        for row in self.rows():
+            cells = [clean(cell, 80) for cell in row]
+            if narrow:
+                cells[6] = cells[6].replace(", ", "\n")
+            made.add_row(*cells)
+        return made
 
     def details(self) -> list[str]:
         """Return everything the passes said."""
@@ -307,9 +336,17 @@ class Report:
             *rows,
             "",
             *(f"- {_markdown(line)}" for line in self.remarks()),
-            f"- onnxshrink {_markdown(self.onnxshrink)}, seed {self.seed}, passes "
-            f"`{clean(self.pipeline, 4000).replace('`', '')}`",
         ]
+        if self.proof.layers:
+            lines += ["", "## Size by layer", "", "| layer | before | after |"]
+            lines += ["|---|---:|---:|"]
+            lines += [
+                f"| {_markdown(layer.name)} | {size_text(layer.before)} | "
+                f"{size_text(layer.after)} |"
+                for layer in self.proof.layers[:_LAYERS]
+            ]
+        lines += ["", "## Of what, where and when", ""]
+        lines += [f"- {_markdown(line)}" for line in self.facts()]
         details = self.details()
         if details:
             lines += ["", "## What the passes did", ""]
@@ -318,33 +355,42 @@ class Report:
 
     def to_html(self) -> str:
         """Return the report as one HTML page that needs nothing else."""
-
-        def row(cells: Sequence[str], tag: str) -> str:
-            inner = "".join(f"<{tag}>{_html(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inner}</tr>"
-
-        def listed(lines: Sequence[str]) -> str:
-            items = "".join(f"<li>{_html(line)}</li>" for line in lines)
-            return f"<ul>{items}</ul>" if lines else ""
-
-        body = "\n".join(row(cells, "td") for cells in self.rows())
-        details = self.details()
-        more = "<h2>What the passes did</h2>" + listed(details) if details else ""
-        return _PAGE.format(
-            title=_html(Path(self.model).name),
-            summary=_html(self.summary()),
-            warnings="".join(
-                f"<p><strong>Warning:</strong> {_html(line)}</p>"
-                for line in self.warnings
-            ),
-            head=row(_HEADERS, "th"),
-            body=body,
-            remarks=listed(self.remarks()),
-            version=_html(self.onnxshrink),
-            seed=self.seed,
-            pipeline=_html(self.pipeline, 4000),
-            details=more,
+        measured = [("before", self.baseline.metric)]
+        measured += [(s.pass_name, s.after.metric) for s in self.steps if s.accepted]
+        return page(
+            Path(self.model).name,
+            self.summary(),
+            _HEADERS,
+            self.rows(),
+            [bars(self.proof.layers), steps_chart(measured)],
+            self.warnings,
+            self.remarks(),
+            self.facts(),
+            self.details(),
         )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table and what goes with it."""
+        head = "".join(f"<th>{escaped(cell)}</th>" for cell in _HEADERS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows()
+        )
+        lines = [*(f"warning: {line}" for line in self.warnings), *self.remarks(_FEW)]
+        more = "".join(f"<li>{escaped(line)}</li>" for line in lines)
+        return (
+            f"<p><strong>{escaped(self.summary())}</strong></p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<ul>{more}</ul>"
+        )
+
+    def facts(self) -> list[str]:
+        """Return of what, where and when the figures are."""
+        return [
+            f"passes: {self.pipeline}",
+            f"onnxshrink {self.onnxshrink}, seed {self.seed}",
+            *self.proof.lines(),
+        ]
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the report, atomically, in the form its suffix says.
@@ -363,40 +409,6 @@ class Report:
                 f"{', '.join(SUFFIXES)}"
             )
         write_text(target, forms[target.suffix]())
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>onnxshrink: {title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem;
-  padding: 0 1rem; color: #222; background: #fff }}
-table {{ border-collapse: collapse; margin: 1.5rem 0 }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-li {{ overflow-wrap: anywhere }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p><strong>{summary}</strong></p>
-{warnings}
-<table>
-<thead>{head}</thead>
-<tbody>
-{body}
-</tbody>
-</table>
-{remarks}
-<p>onnxshrink {version}, seed {seed}, passes <code>{pipeline}</code></p>
-{details}
-</body>
-</html>
-"""
 
 
 def step_line(step: Step) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from onnxshrink.errors import UsageError
+from onnxshrink.errors import UsageError, nearest
 from onnxshrink.measuring.differences import OutputMetrics
 from onnxshrink.samples import Splits
 from onnxshrink.validation.metrics import MetricChange
@@ -81,6 +82,29 @@ class Budget:
             raise UsageError(f"a latency ratio is more than 0, not {ratio}")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise UsageError(f"--max-bytes is at least 1, not {self.max_bytes}")
+
+    @classmethod
+    def of(cls, limits: Mapping[str, Any]) -> Budget:
+        """Return the budget of a mapping, as in ``{"max_drop": 0.5}``.
+
+        Raises:
+            UsageError: A name or value is none of a budget.
+        """
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "automatic"]
+        values: dict[str, Any] = {}
+        for name, value in limits.items():
+            name = "max_latency_ratio" if name == "max_latency" else name
+            if name not in known:
+                raise UsageError(
+                    f"a budget has no {name!r}.{nearest(name, known)} It has "
+                    f"{', '.join(known)}"
+                )
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
+                raise UsageError(f"{name} is a number, not {value!r}")
+            values[name] = value
+        return cls(**values)
 
     @classmethod
     def default(cls, splits: Splits) -> Budget:
