@@ -442,7 +442,8 @@ def test_obs_lowers_the_output_error_of_every_operator(
     wanted = runtime.session(model, threads=1).run({"x": x})["y"]
     splits = _splits(x=x)
     if isinstance((model.inputs[0].shape or ())[0], int):
-        splits = Splits(calibration=Samples.from_batches([{"x": x}]))
+        samples = Samples.from_batches([{"x": x}]).bind(model.inputs)
+        splits = Splits(calibration=samples)
     errors = []
     for importance in ("obs", "magnitude"):
         pass_ = Prune(importance=importance)  # type: ignore[arg-type]
