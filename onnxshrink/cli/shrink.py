@@ -49,6 +49,7 @@ onnxshrink model.onnx --passes fold,prune:sparsity=0.8 --data samples.npz -o sma
 onnxshrink model.onnx --passes fold prune:sparsity=0.9,scope=global \\
     --data train.npz --labels labels --max-drop 0.1 --report run.json
 onnxshrink model.onnx --recipe mine.toml --plan
+onnxshrink exported/ --passes quantize:activations=none,weights=int4 -o smaller/
 """
 
 
@@ -313,7 +314,8 @@ def shrink(
     """Make an ONNX model smaller, checked with onnxruntime after every pass.
 
     A pass that does not stay within the budget is weakened or left out. The output is
-    an ordinary ONNX file that any runtime opens; the input is never changed.
+    an ordinary ONNX file that any runtime opens; the input is never changed. A folder
+    is taken whole: every .onnx file in it is shrunk, the rest is copied.
     """
     if passes and recipe is not None:
         raise click.UsageError("give either --passes or --recipe, not both")
@@ -321,6 +323,8 @@ def shrink(
         raise click.UsageError("give either -q or -v, not both")
     if max_latency is not None and "latency" not in measure:
         raise click.UsageError("--max-latency needs --measure latency")
+    if model.is_dir() and not plan:
+        return _shrink_folder(model, output, reports, resume=resume)
     if not model.name:
         raise UsageError(f"{str(model)!r} names no file; give a model")
     pipeline = _pipeline(passes, recipe)
@@ -410,6 +414,23 @@ def shrink(
             ) from error
     steps = result.report.steps
     return 3 if steps and not any(step.accepted for step in steps) else 0
+
+
+def _shrink_folder(
+    folder: Path, output: Path | None, reports: Sequence[Path], *, resume: bool
+) -> int:
+    """Run the same command for each model of a folder."""
+    from onnxshrink.cli.folder import shrink_folder
+
+    if reports or resume:
+        raise UsageError("--report and --resume are for one model, not a folder")
+    context = click.get_current_context()
+
+    def one(model: Path, target: Path) -> int:
+        given = {**context.params, "model": model, "output": target}
+        return int(context.invoke(context.command, **given) or 0)
+
+    return shrink_folder(folder, output, one)
 
 
 def _show_page(ctx: click.Context) -> None:

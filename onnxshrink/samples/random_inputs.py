@@ -124,6 +124,7 @@ def random_shapes(
                 raise UsageError(
                     f"--shape: dimension {dim!r} is {symbols[dim]} and {size}"
                 )
+    _total_length(inputs, symbols)
     chosen: dict[str, tuple[int, ...]] = {}
     for info in inputs:
         if info.name in shapes:
@@ -140,6 +141,35 @@ def random_shapes(
             sizes.append(size)
         chosen[info.name] = tuple(sizes)
     return chosen
+
+
+def _total_length(inputs: Sequence[ValueInfo], symbols: dict[str, int]) -> None:
+    """Let the total length of a language model be that of its past and its tokens.
+
+    Attention masks of decoders have a symbol of their own for it, such as
+    ``total_sequence_length`` beside ``past_sequence_length`` and ``sequence_length``.
+    """
+    open_ = [
+        (dim, axis, len(info.shape or ()))
+        for info in inputs
+        for axis, dim in enumerate(info.shape or ())
+        if isinstance(dim, str) and "+" not in dim
+    ]
+    total = next((d for d, *_ in open_ if "total" in d.lower()), None)
+    past = next((one for one in open_ if "past" in one[0].lower()), None)
+    new = next(
+        (
+            one
+            for one in open_
+            if one[1:] == (1, 2) and one[0] not in (total, past and past[0])
+        ),
+        None,
+    )
+    if total is None or past is None or new is None or total in symbols:
+        return
+    for dim, axis, rank in (past, new):
+        symbols.setdefault(dim, _default_size(dim, axis, rank, symbols))
+    symbols[total] = symbols[past[0]] + symbols[new[0]]
 
 
 def _itemsize(info: ValueInfo) -> int:

@@ -9,6 +9,8 @@ import pytest
 from onnxshrink.errors import UsageError
 from onnxshrink.model import Model, ValueInfo
 from onnxshrink.samples import Samples
+from onnxshrink.samples.random_inputs import random_shapes
+from onnxshrink.testing.decoders import decoder
 
 F32, I64, I32, BOOL = (
     onnx.TensorProto.FLOAT,
@@ -131,3 +133,12 @@ def test_random_values_respect_every_type():
     assert kinds["bool"].all()
     assert kinds["int64"].tolist() == [1, 1]
     assert all(isinstance(v, str) for v in kinds["string"])
+
+
+def test_a_mask_covers_the_past_and_the_new_tokens() -> None:
+    model = Model.load(decoder(past=True))
+    found = random_shapes(model.inputs, {})
+    past = found["past_key_values.0.key"][2]
+    assert found["attention_mask"][1] == past + found["input_ids"][1]
+    found = random_shapes(model.inputs, {"past_key_values.0.key": (2, 2, 5, 16)})
+    assert found["attention_mask"][1] == 5 + found["input_ids"][1]
