@@ -71,6 +71,7 @@ from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
 from onnxshrink.terminal import Bar, console
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
+from onnxshrink.validation.batching import without_batches
 from onnxshrink.validation.metrics import fingerprint_of
 
 __all__ = ["OnBreach", "PassManager", "Planned", "Result", "shrink"]
@@ -195,6 +196,8 @@ class PassManager:
         executor: Executor | str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         max_input_bytes: int = MAX_INPUT_BYTES,
+        values: Mapping[str, Sequence[float]] | None = None,
+        batch: int | None = None,
         progress: Progress | None = None,
         on_step: Callable[[Step], None] | None = None,
         measure_latency: bool = True,
@@ -233,6 +236,9 @@ class PassManager:
                 paths, or an executor, which is not shut down. Results do not depend
                 on it.
             shapes: Input shapes for random inputs and measurement.
+            values: Numbers for inputs by name, beside random inputs; data that is given
+                has its own, see ``Splits.build``.
+            batch: Samples in every run of the model, likewise.
             max_input_bytes: Most bytes of one set of random inputs that a model's word
                 is enough for.
             progress: Receives progress of long work: (done, total, what). It may be
@@ -287,6 +293,8 @@ class PassManager:
         self._told: BaseException | None = None
         self._progress = progress
         self.progress: Progress = self._report
+        self.values = dict(values or {})
+        self.batch = batch
         self.on_step = on_step
         self.measure_latency = measure_latency
         self.measure_memory = measure_memory
@@ -429,7 +437,7 @@ class PassManager:
         ):
             yield folder
 
-    def _splits(self, model: Model) -> Splits:
+    def _splits(self, model: Model, batch: int | None = None) -> Splits:
         if self.splits is not None:
             return self.splits
         return Splits.build(
@@ -437,6 +445,8 @@ class PassManager:
             seed=self.seed,
             shapes=self.shapes,
             max_input_bytes=self.max_input_bytes,
+            values=self.values,
+            batch=batch or self.batch,
         )
 
     @property
@@ -581,8 +591,13 @@ class _PipelineRun:
 
     def run(self, resume: bool) -> Result:
         manager = self.manager
-        baseline = self._measure(self.original)
-        baseline = dataclasses.replace(baseline, metric=self.final.reference_metric())
+        try:
+            baseline, quality = self._measured_as_given()
+        except ModelError:
+            if not self._runs_one_by_one():
+                raise
+            baseline, quality = self._measured_as_given()
+        baseline = dataclasses.replace(baseline, metric=quality)
         accepted, index = _Accepted(self.source, self.original, baseline), 0
         resumed = self._resumed() if resume else None
         if resumed is not None:
@@ -594,6 +609,26 @@ class _PipelineRun:
             accepted = self._record(tries, accepted)
             index += len(tries)
         return self._finish(accepted.model, baseline)
+
+    def _measured_as_given(self) -> tuple[Stats, dict[str, float]]:
+        return self._measure(self.original), self.final.reference_metric()
+
+    def _runs_one_by_one(self) -> bool:
+        """Whether samples run alone that do not run together; from now on they do."""
+        manager = self.manager
+        opened = runtime.session if self.host is None else self.host.session
+        found = without_batches(
+            self.splits,
+            lambda: opened(
+                self.original, threads=manager.threads, providers=manager.providers
+            ),
+            lambda: manager._splits(self.source, batch=1),
+        )
+        if found is None:
+            return False
+        self.splits = found
+        self.final = self._validator(self.splits)
+        return True
 
     def _decided(self, index: int, accepted: _Accepted) -> list[_TriedPass]:
         """Run a pass, or several that are judged together, and say what is kept."""
@@ -1514,6 +1549,8 @@ def shrink(
                 transform=transform,
                 seed=int(options.get("seed", 0)),
                 trains=pipeline.trains,
+                values=options.get("values"),
+                batch=options.get("batch"),
             )
         options["progress"] = progress
         manager = PassManager(pipeline, splits=splits, budget=budget, **options)

@@ -14,6 +14,7 @@ from onnxshrink.cli.commands import Command
 from onnxshrink.cli.options import (
     PATH,
     Share,
+    batch_option,
     budget_of,
     data_option,
     input_size_option,
@@ -25,6 +26,7 @@ from onnxshrink.cli.options import (
     runtime_options,
     shapes_option,
     splits_of,
+    values_option,
     verbose_option,
 )
 from onnxshrink.cli.screen import Screen
@@ -45,6 +47,8 @@ onnxshrink compare a.onnx b.onnx --data test.npz --min-agreement 99% --json
 @data_option
 @labels_option
 @shapes_option
+@values_option
+@batch_option
 @input_size_option
 @metric_option
 @outputs_option
@@ -78,6 +82,8 @@ def compare_(
     data: str | None,
     labels: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    values: tuple[tuple[str, tuple[float, ...]], ...],
+    batch: int | None,
     max_input_bytes: int,
     metric: str | None,
     outputs: tuple[str, ...],
@@ -107,7 +113,15 @@ def compare_(
             reference,
             other,
             lambda: splits_of(
-                reference, None, data, labels, shapes, seed, max_input_bytes
+                reference,
+                None,
+                data,
+                labels,
+                shapes,
+                seed,
+                max_input_bytes,
+                values,
+                batch,
             ),
             budget=budget_of(max_drop, min_agreement, min_sqnr),
             metric=metric,

@@ -13,6 +13,7 @@ import click
 from onnxshrink.cli.commands import Command
 from onnxshrink.cli.options import (
     PATH,
+    batch_option,
     check_shapes,
     data_option,
     json_option,
@@ -20,6 +21,7 @@ from onnxshrink.cli.options import (
     runtime_options,
     shapes_option,
     splits_of,
+    values_option,
     verbose_option,
 )
 from onnxshrink.cli.screen import Screen
@@ -87,6 +89,8 @@ onnxshrink inspect model.onnx --sensitivity --by half:mode=compute --data photos
 )
 @data_option
 @shapes_option
+@values_option
+@batch_option
 @runtime_options
 @json_option
 @verbose_option
@@ -100,6 +104,8 @@ def inspect_(
     count: int | None,
     data: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    values: tuple[tuple[str, tuple[float, ...]], ...],
+    batch: int | None,
     providers: tuple[str, ...],
     threads: int,
     seed: int,
@@ -135,7 +141,16 @@ def inspect_(
             shared, held = (None, data) if by is None else (data, None)
             given = () if data is not None else shapes
             context = make_context(
-                samples=splits_of(loaded, shared, held, None, given, seed),
+                samples=splits_of(
+                    loaded,
+                    shared,
+                    held,
+                    None,
+                    given,
+                    seed,
+                    values=values,
+                    batch=batch,
+                ),
                 reference=loaded,
                 seed=seed,
                 threads=threads,

@@ -112,6 +112,36 @@ class Shape(click.ParamType):  # type: ignore[type-arg]  # generic in new click 
         return match[1], tuple(int(dim) for dim in dims)
 
 
+class Value(click.ParamType):  # type: ignore[type-arg]  # generic in new click only
+    """``name=3`` or ``name=1,2,3``: numbers for one input."""
+
+    name = "value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[float, ...]]:
+        """Return name and numbers.
+
+        Raises:
+            click.BadParameter: It is not of that form.
+        """
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).rpartition("=")
+        try:
+            numbers = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            numbers = ()
+        if not (name and equals and numbers) or len(numbers) > 1 << 16:
+            self.fail(
+                f"{value!r} is not name=number, such as sample_rate=16000 or "
+                "sizes=224,224",
+                param,
+                ctx,
+            )
+        return name, numbers
+
+
 PATH = click.Path(path_type=Path, readable=False)  # whoever reads it says why not
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -151,6 +181,23 @@ input_size_option = option(
     section="Samples",
     help="Most bytes of one set of random inputs that the model may ask for: 500MB. "
     "[default: 1.07GB]",
+)
+values_option = option(
+    "--value",
+    "values",
+    type=Value(),
+    metavar="NAME=N",
+    multiple=True,
+    section="Samples",
+    help="Number (or numbers, with commas) for an input, beside --data or random "
+    "inputs: a sample rate, a size, a mask of ones. Repeat it for each input.",
+)
+batch_option = option(
+    "--batch",
+    type=click.IntRange(1, 1 << 20),
+    metavar="N",
+    section="Samples",
+    help="Samples in every run of the model. [default: what the model takes]",
 )
 data_option = option(
     "--data",
@@ -267,6 +314,8 @@ def splits_of(
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     seed: int,
     max_input_bytes: int = 1 << 30,
+    values: Sequence[tuple[str, tuple[float, ...]]] = (),
+    batch: int | None = None,
     *,
     trains: bool = True,
 ) -> Splits:
@@ -284,6 +333,8 @@ def splits_of(
         shapes=dict(shapes) or None,
         max_input_bytes=max_input_bytes,
         trains=trains,
+        values=dict(values),
+        batch=batch,
     )
 
 

@@ -21,6 +21,7 @@ from onnxshrink.cli.options import (
     PATH,
     Share,
     Size,
+    batch_option,
     budget_of,
     data_option,
     input_size_option,
@@ -31,6 +32,7 @@ from onnxshrink.cli.options import (
     runtime_options,
     shapes_option,
     splits_of,
+    values_option,
 )
 from onnxshrink.cli.screen import Screen
 from onnxshrink.errors import ModelError, OutputError, UsageError
@@ -96,6 +98,8 @@ onnxshrink exported/ --passes quantize:activations=none,weights=int4 -o smaller/
     help="Samples that measure and do nothing else. [default: 40 % of the data]",
 )
 @shapes_option
+@values_option
+@batch_option
 @input_size_option
 @metric_option
 @outputs_option
@@ -284,6 +288,8 @@ def shrink(
     labels: str | None,
     evaluation: str | None,
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    values: tuple[tuple[str, tuple[float, ...]], ...],
+    batch: int | None,
     max_input_bytes: int,
     metric: str | None,
     outputs: tuple[str, ...],
@@ -363,6 +369,8 @@ def shrink(
                 shapes,
                 seed,
                 max_input_bytes,
+                values,
+                batch,
                 trains=pipeline.trains,
             ),
             budget=budget_of(max_drop, min_agreement, min_sqnr, max_latency, max_bytes),
@@ -379,6 +387,8 @@ def shrink(
             jobs=jobs,
             executor=executor,
             shapes=dict(shapes),
+            values=dict(values),
+            batch=batch,
             progress=bar,
             on_step=on_step,
             measure_latency="latency" in measure,

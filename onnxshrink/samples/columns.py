@@ -91,7 +91,7 @@ class Stored(Column):
 
     def __init__(self, array: Array) -> None:
         if array.ndim == 0:
-            raise ModelError("an array of samples needs a first axis to count them")
+            array = array.reshape(1)  # one number, which may serve every sample
         if array.dtype.kind == "O" and not all(
             isinstance(value, str) for value in array.flat
         ):

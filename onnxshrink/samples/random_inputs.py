@@ -93,7 +93,9 @@ class RandomColumn(Column):
 
 
 def random_shapes(
-    inputs: Sequence[ValueInfo], shapes: Mapping[str, Sequence[int]]
+    inputs: Sequence[ValueInfo],
+    shapes: Mapping[str, Sequence[int]],
+    batch: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Choose a shape for every input; equal symbols get equal sizes."""
     names = [info.name for info in inputs]
@@ -135,7 +137,7 @@ def random_shapes(
             if isinstance(dim, int):
                 sizes.append(dim)
                 continue
-            size = _default_size(dim, axis, len(info.shape or ()), symbols)
+            size = _default_size(dim, axis, len(info.shape or ()), symbols, batch)
             if dim is not None:
                 size = symbols.setdefault(dim, size)
             sizes.append(size)
@@ -209,7 +211,11 @@ def check_sizes(
 
 
 def _default_size(
-    dim: str | None, axis: int, rank: int, symbols: Mapping[str, int]
+    dim: str | None,
+    axis: int,
+    rank: int,
+    symbols: Mapping[str, int],
+    batch: int | None = None,
 ) -> int:
     """Guess a size for a dimension the model leaves open."""
     word = (dim or "").lower()
@@ -222,7 +228,7 @@ def _default_size(
             for part in parts
         )
     if "batch" in word or (axis == 0 and not re.search("seq|len|time|step", word)):
-        return 2
+        return batch or 2
     if "channel" in word:
         return 3
     if re.search("height|width", word) or (

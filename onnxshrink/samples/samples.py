@@ -53,6 +53,7 @@ from onnxshrink.samples.columns import (
     Indices,
     Stacked,
     Stored,
+    cast,
     listing,
     parse_expression,
 )
@@ -114,6 +115,8 @@ class Samples:
     _kinds: Indices | None = None
     _memo: dict[str, str] = field(default_factory=dict)
     _path: Path | None = None
+    _once: Mapping[str, Array] = field(default_factory=dict)
+    _axes: Mapping[str, int] = field(default_factory=dict)
 
     # --- making -------------------------------------------------------------------
 
@@ -263,6 +266,8 @@ class Samples:
         count: int = 8,
         shapes: Mapping[str, Sequence[int]] | None = None,
         max_input_bytes: int = MAX_INPUT_BYTES,
+        values: Mapping[str, Sequence[float]] | None = None,
+        batch: int | None = None,
     ) -> Samples:
         """Make seeded random inputs of the right dtypes and shapes: a smoke test.
 
@@ -277,17 +282,26 @@ class Samples:
             shapes: Shapes of inputs by name, for dimensions the model leaves open.
             max_input_bytes: Most bytes of one feed that the model may ask for; inputs
                 whose shape is given do not count.
+            values: Numbers for inputs by name, the same in every feed.
+            batch: Size of dimensions that count samples, if the model leaves it open.
 
         Raises:
             UsageError: A shape names no input or does not fit it.
             ModelError: An input is not a tensor of a type that can be made up, or the
                 model asks for more bytes than are believed.
         """
-        sizes = random_shapes(model.inputs, shapes or {})
+        sizes = random_shapes(model.inputs, shapes or {}, batch)
+        once = {
+            info.name: _filled_with(info, values[info.name], sizes[info.name])
+            for info in _named(model.inputs, values)
+            if values is not None
+        }
         check_sizes(model.inputs, sizes, shapes or {}, max_input_bytes)
         limits = index_limits(model)
         columns: dict[str, Column] = {}
         for info in model.inputs:
+            if info.name in once:
+                continue
             dtype = input_dtype(info)
             if dtype.kind == "c" or info.kind != "tensor":
                 raise ModelError(
@@ -312,6 +326,7 @@ class Samples:
             batch=1,
             random=True,
             _bound=True,
+            _once=once,
         )
 
     @classmethod
@@ -386,7 +401,7 @@ class Samples:
         """Names of the inputs, or of the arrays before ``bind``."""
         if not self._bound and self._expressions is not None:
             return tuple(self._expressions)
-        return tuple(self._columns)
+        return (*self._columns, *self._once)
 
     @property
     def positions(self) -> Indices:
@@ -464,7 +479,10 @@ class Samples:
                 )
             # values[0] of strings would be a plain object, and no array.
             one = values[0:1].reshape(values.shape[1:]) if self._whole else values
+            if name in self._axes:
+                one = np.moveaxis(one, 0, self._axes[name])
             feed[name] = np.asarray(one, order="C")
+        feed.update(self._once)
         return feed
 
     def batches(self, size: int = 32) -> Iterator[dict[str, Array]]:
@@ -496,6 +514,30 @@ class Samples:
         for first, last in pairwise(ends):
             if first < last:
                 yield start + first, start + last
+
+    def in_batches_of(self, batch: int, note: str = "") -> Samples:
+        """Return the same samples, so many in every run.
+
+        Args:
+            batch: How many; where each sample is a whole feed, that stays.
+            note: What to say of it.
+
+        Raises:
+            UsageError: The model fixes another number, or there are fewer samples.
+        """
+        notes = (*self.notes, note) if note else self.notes
+        if self._whole:
+            return replace(self, notes=notes)
+        if self.batch not in (None, batch):
+            raise UsageError(
+                f"--batch {batch}: the model takes {self.batch} samples at a time"
+            )
+        if len(self) < batch:
+            raise UsageError(
+                f"--batch {batch}: {self.source} has {len(self)} samples for a part "
+                "of the run; give more samples or a smaller batch"
+            )
+        return replace(self, batch=batch, notes=notes)
 
     def first(self, size: int) -> dict[str, Array]:
         """Return the feed of the first batch of at most so many samples."""
@@ -567,11 +609,20 @@ class Samples:
 
     # --- binding ------------------------------------------------------------------
 
-    def bind(self, inputs: Sequence[ValueInfo]) -> Samples:
+    def bind(
+        self,
+        inputs: Sequence[ValueInfo],
+        values: Mapping[str, Sequence[float]] | None = None,
+    ) -> Samples:
         """Tie the arrays to a model's inputs.
+
+        An array whose shape is that of its input, which has no axis that counts
+        samples, is given once: every run gets it whole. Where samples do not lie along
+        the first axis of an input, the symbol that others have there says along which.
 
         Args:
             inputs: The inputs that must be fed, as ``Model.inputs``.
+            values: Numbers for inputs by name, in place of arrays.
 
         Returns:
             Samples whose batches fit the model; ``notes`` says what was adapted.
@@ -586,10 +637,21 @@ class Samples:
             raise ModelError("the model has no inputs, so it cannot be fed")
         notes: list[str] = list(self.notes)
         found = self._with_labels(inputs, notes)
-        return found._tied(inputs, notes)
+        return found._tied(inputs, notes, values or {})
 
-    def _tied(self, inputs: Sequence[ValueInfo], notes: list[str]) -> Samples:
+    def _tied(
+        self,
+        inputs: Sequence[ValueInfo],
+        notes: list[str],
+        values: Mapping[str, Sequence[float]],
+    ) -> Samples:
+        every = inputs
+        valued = {info.name for info in _named(inputs, values)}
+        inputs = [info for info in inputs if info.name not in valued]
         chosen = self._chosen(inputs, notes)
+        once = _given_once(inputs, chosen, notes)
+        inputs = [info for info in inputs if info.name not in once]
+        inputs, chosen, axes = _along(inputs, chosen, notes)
         chosen, mode = self._settled(inputs, chosen)
         labels = _settled_labels(self._labels, mode, notes)
         chosen = self._filled(inputs, chosen, notes)
@@ -619,6 +681,16 @@ class Samples:
                     info, expression, count, sizes, self.source
                 )
                 whole[info.name] = alone
+        for info in every:
+            if info.name in valued:
+                once[info.name] = _valued(info, values[info.name], sizes, self.source)
+                if _counts_samples(info, inputs):
+                    batched = once.pop(info.name)
+                    columns[info.name] = Constant(
+                        float(batched.flat[0]), count, batched.shape[1:], batched.dtype
+                    )
+                    whole[info.name] = False
+                    inputs = [*inputs, info]
         used = len(self) if self._taken else count
         batch = self._batch(inputs, columns, whole, notes, used)
         if alone:
@@ -640,6 +712,8 @@ class Samples:
             batch=batch,
             notes=tuple(notes),
             _bound=True,
+            _once=once,
+            _axes=axes,
         )
 
     def _chosen(
@@ -1066,6 +1140,178 @@ def _check_labels(labels: Column | None, count: int, source: str) -> None:
 # --- fitting arrays to inputs -----------------------------------------------------
 
 
+def _named(
+    inputs: Sequence[ValueInfo], values: Mapping[str, Sequence[float]] | None
+) -> list[ValueInfo]:
+    """Return the inputs that numbers are given for.
+
+    Raises:
+        UsageError: A number is for no input.
+    """
+    names = [info.name for info in inputs]
+    for name in values or {}:
+        if name not in names:
+            raise UsageError(
+                f"--value: the model has no input {name!r}; it takes "
+                f"{', '.join(names)}.{nearest(name, names)}"
+            )
+    return [info for info in inputs if info.name in (values or {})]
+
+
+def _filled_with(
+    info: ValueInfo, numbers: Sequence[float], shape: tuple[int, ...]
+) -> Array:
+    """Return an array of one number, or of as many as it holds."""
+    dtype = input_dtype(info)
+    values = np.asarray(numbers, np.float64).reshape(-1)
+    if dtype.kind in "iub" and not (values == np.floor(values)).all():
+        raise UsageError(f"--value: {info.name!r} takes {dtype}")
+    if values.size not in (1, math.prod(shape)):
+        raise UsageError(
+            f"--value: {info.name!r} of shape {list(shape)} takes one number or "
+            f"{math.prod(shape)}, not {values.size}"
+        )
+    cast = values.astype(dtype)
+    if values.size == 1:
+        return np.full(shape, cast[0], dtype)
+    return np.asarray(cast.reshape(shape))
+
+
+def _valued(
+    info: ValueInfo,
+    numbers: Sequence[float],
+    sizes: Mapping[str, int],
+    source: str,
+) -> Array:
+    """Return the array of an input that numbers are given for."""
+    if info.shape is None:
+        return _filled_with(info, numbers, (len(numbers),) if len(numbers) > 1 else ())
+    shape = []
+    for axis, dim in enumerate(info.shape):
+        size = sizes.get(dim) if isinstance(dim, str) else dim
+        if size is None and len(info.shape) == 1 and len(numbers) > 1:
+            size = len(numbers)
+        if size is None and axis:
+            raise UsageError(
+                f"{source}: the size of dimension {dim or '?'!r} of {info.name!r} is "
+                "not known, so a number cannot fill it; give an array"
+            )
+        shape.append(1 if size is None else size)
+    return _filled_with(info, numbers, tuple(shape))
+
+
+def _counts_samples(info: ValueInfo, others: Sequence[ValueInfo]) -> bool:
+    """Whether the first axis of an input is open, as that of the others is."""
+    if not info.shape or isinstance(info.shape[0], int):
+        return False
+    firsts = [other.shape[0] for other in others if other.shape]
+    return info.shape[0] in firsts
+
+
+def _fits_whole(shape: Sequence[int], dims: Sequence[int | str | None]) -> bool:
+    return len(shape) == len(dims) and all(
+        not isinstance(dim, int) or dim == size
+        for dim, size in zip(dims, shape, strict=True)
+    )
+
+
+Chosen = Mapping[str, tuple[Expression | None, Column | None]]
+
+
+def _given_once(
+    inputs: Sequence[ValueInfo], chosen: Chosen, notes: list[str]
+) -> dict[str, Array]:
+    """Return the arrays that have the shape of their input, which counts no samples.
+
+    That is a scalar, or an input whose first axis has a fixed size, or a size of its
+    own, where others leave theirs open.
+    """
+    plain = {
+        info.name: column
+        for info in inputs
+        if (column := chosen[info.name][1]) is not None
+        and column.kinds is None
+        and not isinstance(column, Records)
+    }
+    symbol = _batch_symbol(inputs)
+    found: dict[str, Array] = {}
+    for info in inputs:
+        column = plain.get(info.name)
+        if column is None or info.shape is None or info.kind != "tensor":
+            continue
+        expression = chosen[info.name][0]
+        if expression is not None and expression.steps:
+            continue
+        others = {c.count for name, c in plain.items() if name != info.name}
+        if not others or (symbol is not None and symbol in info.shape):
+            continue
+        scalar = info.shape == () and column.shape == () and column.count == 1
+        full = (column.count, *column.shape)
+        fits = _fits_whole(full, info.shape)
+        is_open = any(
+            other.shape and not isinstance(other.shape[0], int)
+            for other in inputs
+            if other is not info
+        )
+        fixed = bool(info.shape) and isinstance(info.shape[0], int)
+        alone = fits and ((fixed and is_open) or column.count not in others)
+        if not (scalar and others != {1}) and not alone:
+            continue
+        values = column.rows(np.arange(column.count))
+        change = _dtype_change(values.dtype, input_dtype(info))
+        if change is None:
+            continue
+        found[info.name] = cast(
+            values.reshape(()) if scalar else values, input_dtype(info), info.name
+        )
+        notes.append(f"{info.name}: given once, for every run")
+    return found if len(found) < len(inputs) else {}
+
+
+def _batch_symbol(inputs: Sequence[ValueInfo]) -> str | None:
+    """Return the symbol that counts samples: that of most first axes."""
+    firsts = [info.shape[0] for info in inputs if info.shape]
+    names = [dim for dim in firsts if isinstance(dim, str)]
+    every = [d for info in inputs for d in info.shape or () if isinstance(d, str)]
+    named = [dim for dim in every if "batch" in dim.lower()]
+    if named:
+        return max(named, key=lambda name: (named.count(name), name in names))
+    return max(names, key=names.count, default=None)
+
+
+def _along(
+    inputs: Sequence[ValueInfo], chosen: Chosen, notes: list[str]
+) -> tuple[list[ValueInfo], dict[str, Any], dict[str, int]]:
+    """Find inputs whose samples do not lie along the first axis.
+
+    Returns:
+        The inputs as if they did; what feeds them; and where the axis really is.
+    """
+    symbol = _batch_symbol(inputs)
+    turned, columns, axes = [], dict(chosen), {}
+    for info in inputs:
+        expression, column = chosen[info.name]
+        shape = info.shape or ()
+        if symbol is None or symbol not in shape[1:] or shape[0] == symbol:
+            turned.append(info)
+            continue
+        axis = shape.index(symbol)
+        rest = (*shape[:axis], *shape[axis + 1 :])
+        if column is not None and column.kinds is None:
+            full = (column.count, *column.shape)
+            is_first = _fits_whole(column.shape, rest)
+            if not is_first and not _fits_whole(full, shape):
+                turned.append(info)  # a whole feed each, or an error that says so
+                continue
+            if not is_first:
+                whole = column.rows(np.arange(column.count))
+                columns[info.name] = expression, Stored(np.moveaxis(whole, axis, 0))
+        axes[info.name] = axis
+        turned.append(replace(info, shape=(symbol, *rest)))
+        notes.append(f"{info.name}: samples lie along axis {axis}, as {symbol!r} says")
+    return turned, columns, axes
+
+
 def _dtype_change(given: np.dtype[Any], wanted: np.dtype[Any]) -> str | None:
     """Say how a dtype becomes another; ``""``: they are equal, ``None``: it may not."""
     if given == wanted:
@@ -1104,11 +1350,15 @@ def _fitting(
     if not wanted or not all(isinstance(dim, int) for dim in dims):
         return None, False, ""
     target = tuple(int(dim) for dim in dims if isinstance(dim, int))
-    if math.prod(target) != math.prod(given):
-        return None, False, ""
 
     def core(shape: Sequence[int]) -> list[int]:
         return [size for size in shape if size != 1]
+
+    if math.prod(target) != math.prod(given):
+        if not isinstance(wanted[0], int) or core([wanted[0], *target]) != core(given):
+            return None, False, ""
+        full = (wanted[0], *target)
+        return full, True, f"samples {list(given)} reshaped to {list(full)}"
 
     flat = len(core(given)) <= 1 or len(core(target)) <= 1
     if core(given) != core(target) and not flat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,8 @@ class Splits:
         shapes: Mapping[str, Sequence[int]] | None = None,
         max_input_bytes: int = MAX_INPUT_BYTES,
         trains: bool = True,
+        values: Mapping[str, Sequence[float]] | None = None,
+        batch: int | None = None,
     ) -> Splits:
         """Divide data by a seeded permutation.
 
@@ -84,6 +86,8 @@ class Splits:
                 ``Samples.random_for``.
             trains: Whether anything trains. Otherwise calibration and validation get
                 all they can use, and training what is left.
+            values: Numbers for inputs by name, beside the data or random inputs.
+            batch: Samples in every run of the model; by default what fits.
 
         Raises:
             UsageError: The data does not fit the model; says what would.
@@ -104,6 +108,8 @@ class Splits:
                 count=12,
                 shapes=shapes,
                 max_input_bytes=max_input_bytes,
+                values=values,
+                batch=batch,
             )
             return cls(
                 calibration=both.take(slice(0, 8)),
@@ -121,7 +127,7 @@ class Splits:
         random = np.random.default_rng(seed)
         held: Samples | None = None
         if evaluation is not None:
-            held = Samples.of(evaluation, labels, transform).bind(inputs)
+            held = Samples.of(evaluation, labels, transform).bind(inputs, values)
             how = "evaluation is exactly what was given for it"
             if evaluation_size is not None and len(held) > evaluation_size:
                 order = np.sort(random.permutation(len(held))[:evaluation_size])
@@ -130,12 +136,17 @@ class Splits:
         pool: Samples | None = None
         synthetic = _synthetic(data)
         if synthetic is not None:
-            pool = Samples.synthetic_for(model, synthetic, seed=seed).bind(inputs)
+            pool = Samples.synthetic_for(model, synthetic, seed=seed).bind(
+                inputs, values
+            )
         elif data is not None:
-            pool = Samples.of(data, labels, transform).bind(inputs)
+            pool = Samples.of(data, labels, transform).bind(inputs, values)
         if pool is not None:
             pool = pool.take(random.permutation(len(pool)))
         made_up = synthetic is not None and held is None
+        if batch is not None:
+            held = None if held is None else held.in_batches_of(batch)
+            pool = None if pool is None else pool.in_batches_of(batch)
         if pool is not None and held is None:
             unit = pool.batch or 1
             count = max(1, round(len(pool) * evaluation_share / unit)) * unit
@@ -160,6 +171,24 @@ class Splits:
             how=how,
         )
 
+    def one_by_one(self, why: str) -> Splits:
+        """Return the same samples, of which each runs alone.
+
+        Args:
+            why: What to say of it.
+        """
+
+        def single(samples: Samples | None) -> Samples | None:
+            return None if samples is None else samples.in_batches_of(1, why)
+
+        return replace(
+            self,
+            calibration=single(self.calibration),
+            training=single(self.training),
+            validation=single(self.validation),
+            evaluation=single(self.evaluation),
+        )
+
     @property
     def labelled(self) -> bool:
         """Whether what measures has labels."""
@@ -168,7 +197,8 @@ class Splits:
     def describe(self) -> tuple[str, ...]:
         """Say which samples serve what, and what was adapted, a line each."""
         if self.random:
-            return (self.how,)
+            given = self.evaluation.notes if self.evaluation is not None else ()
+            return (self.how, *given)
         parts = [
             f"{name} {len(samples):,}"
             for name, samples in self._named()
