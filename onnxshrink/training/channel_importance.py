@@ -59,6 +59,8 @@ Score = Callable[[Model, Sequence[Group], Context], "list[Array]"]
 
 LARGEST = 4608
 """Inputs of a layer up to which removed ones are made up for."""
+_SHRUNK = 0.1
+"""Share by which products of different inputs are shrunk at least."""
 _SEEN = 64
 """Samples that gradients are taken on."""
 
@@ -286,13 +288,24 @@ def readers_of(model: Model, groups: Sequence[Group]) -> dict[str, LinearWeight]
 
 
 def moments_of(layer: LinearWeight, seen: InputStatistics) -> Array | None:
-    """Return second moments of inputs, about their mean if the bias is free."""
+    """Return second moments of inputs, about their mean if the bias is free.
+
+    Few samples make inputs look as if others could stand in for them: with fewer
+    samples than inputs, all of them. Products of different inputs are shrunk by the
+    share ``inputs / (inputs + samples)``, a plain form of the shrinkage of Ledoit and
+    Wolf (2004), and by a tenth at least, since positions of an image are no
+    independent samples.
+    """
     if seen.gram is None or not seen.count or not seen.is_finite:
         return None
     moments = seen.gram[0] / seen.count
     if has_free_bias(layer):
         mean = seen.mean[0]
         moments = moments - np.outer(mean, mean)
+    shrunk = max(_SHRUNK, len(moments) / (len(moments) + seen.count))
+    diagonal = np.diag(moments).copy()
+    moments = moments * (1 - shrunk)
+    moments[np.diag_indices_from(moments)] = diagonal
     return np.asarray(moments)
 
 

@@ -479,3 +479,14 @@ def test_readers_behind_a_norm_are_fitted_to_what_they_gave(
     fitted = gap()
     monkeypatch.setattr(Channels, "_reconstruct", lambda *_: None)
     assert fitted < 0.9 * gap()
+
+
+def test_few_samples_do_not_make_channels_look_free() -> None:
+    # Ten rows of 32 inputs: any ten of them give all others exactly.
+    model = network()
+    arrays = {"x": random(10, 6, seed=7)}
+    ctx = make_context(Splits.build(model, arrays, seed=0), model.copy(), threads=1)
+    groups = [g for g in channels.find(model) if g.name == "b"]
+    (fitted,) = IMPORTANCES["inputs"](model, groups, ctx)
+    (plain,) = IMPORTANCES["energy"](model, groups, ctx)
+    assert fitted.sum() > 0.3 * plain.sum()
