@@ -237,7 +237,7 @@ def _is_pruned(weight: Array, levels: Levels) -> bool:
     Zeros of all rows then have one code, which is stored in few bits; with a zero point
     for each row they would have a different code in each.
     """
-    return levels.low < 0 < levels.high and bool((weight == 0).mean() > _PRUNED)
+    return levels.low < 0 < levels.high and bool((weight == 0).mean() >= _PRUNED)
 
 
 # --- what form ------------------------------------------------------------------------
