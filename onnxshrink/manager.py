@@ -1376,10 +1376,12 @@ class _PipelineRun:
             before = {one.name: one.nbytes for one in self.source.weights()}
             layers = layer_sizes(before, files[0])
         kept = files if self.target is not None else ()
+        # Of an automatic budget, what the samples measure.
+        bounds = {**self.final.budget.to_json(), "max_bytes": self.budget.max_bytes}
         return Proof(
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=manager.command,
-            budget=self.budget.to_json(),
+            budget=bounds,
             data=self.splits.to_json(),
             processor=f"{cpu.model} ({cpu.machine}, {cpu.target})",
             target="; ".join(named),
