@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--folder", type=Path, help="where models are kept")
-    parser.add_argument("--ours", action="append", help="passes, instead of ours")
+    parser.add_argument("--ours", action="append", help="passes, or none")
     parser.add_argument("--file", action="append", type=Path, help="one made before")
     parser.add_argument("--peers", default="all", choices=["all", "none"])
     parser.add_argument(
@@ -279,7 +279,8 @@ def _print(source: Path, folder: Path, options: argparse.Namespace) -> None:
         ids = data["input_ids"][: options.windows]
     calibration = options.calibration or folder / "calibration.npz"
     rows = [Row("fp32", source)]
-    for place, passes in enumerate(options.ours or OURS):
+    chosen = [one for one in options.ours or OURS if one != "none"]
+    for place, passes in enumerate(chosen):
         rows.append(_ours(source, folder / f"ours-{place}.onnx", passes, calibration))
     rows += [Row(path.name, path) for path in options.file or ()]
     for place, (name, (code, *words)) in enumerate(
