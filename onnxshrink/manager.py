@@ -62,13 +62,20 @@ from onnxshrink.pipeline import Pipeline
 from onnxshrink.quantization.processors import detect, resolve
 from onnxshrink.reporting.plan import Planned
 from onnxshrink.reporting.proof import LayerSize, Proof, layer_sizes
-from onnxshrink.reporting.report import SUFFIXES, Report, Step, step_line
+from onnxshrink.reporting.report import (
+    NOTHING_TO_DO,
+    SUFFIXES,
+    Report,
+    Step,
+    step_line,
+)
 from onnxshrink.samples import Splits
 from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
 from onnxshrink.samples.sources import split_path
 from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
+from onnxshrink.structure.layers import FLOATS, find
 from onnxshrink.terminal import Bar, console
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
 from onnxshrink.validation.batching import without_batches
@@ -91,6 +98,10 @@ for them: what counts is whether the repaired model holds.
 
 _LOG = logging.getLogger("onnxshrink")
 _TIGHTENINGS = 24
+_GAINED = 0.98
+"""Share of a file's bytes above which nothing to speak of was gained."""
+_WORTH_SAYING = 10
+"""Percent of a file that something else would save at least, to be named."""
 _FEW = 32
 """Calibration samples below which the last lines say that they are few."""
 _FEWEST = 8
@@ -135,6 +146,8 @@ class _Attempt:
     """How strongly it acted at each site, where that is not as listed."""
     grown: str = ""
     """How the file grew, whatever else the verdict says."""
+    idle: str = ""
+    """Why the pass had nothing to do; the model is then the one before it."""
     is_taught: bool = False
     """Whether it was accepted for what its pass taught, not for what it kept."""
 
@@ -795,7 +808,13 @@ class _PipelineRun:
                 latency = self.budget.max_latency_ratio is not None
                 stats = self._measure(attempt.path, latency=latency)
                 stats = dataclasses.replace(stats, metric=one.verdict.quality())
-                accepted = _Accepted(attempt.model, attempt.path, stats)
+                if attempt.idle:  # the file stays the one that was there
+                    size = before.stats.file_bytes
+                    stats = dataclasses.replace(stats, file_bytes=size)
+                    accepted = _Accepted(before.model, before.path, stats)
+                    one.reason = f"{NOTHING_TO_DO}: {attempt.idle}"
+                else:
+                    accepted = _Accepted(attempt.model, attempt.path, stats)
                 if attempt.is_taught:
                     self._hold_to(attempt.path)
             changes: list[tuple[str, str]] = []
@@ -829,9 +848,9 @@ class _PipelineRun:
 
     def _tidy(self, tries: Sequence[_TriedPass], accepted: _Accepted) -> None:
         """Delete the files of attempts that came to nothing, which can be large."""
-        kept = {one.attempt.path.name for one in tries if one.kept} | {
-            accepted.path.name
-        }
+        kept = {
+            one.attempt.path.name for one in tries if one.kept and not one.attempt.idle
+        } | {accepted.path.name}
         for one in tries:
             for file in self.folder.glob(f"{one.index}-*"):
                 if file.is_file() and not any(file.name.startswith(k) for k in kept):
@@ -879,6 +898,7 @@ class _PipelineRun:
     ) -> _Attempt:
         prepared = self._prepared(before, pass_, ctx)
         folded = list(ctx.done)
+        idle = ""
         if isinstance(pass_, SitePass):
             sites = list(pass_.sites(prepared, ctx))
             listed = list(ctx.skips)
@@ -891,8 +911,14 @@ class _PipelineRun:
         else:
             candidate = prepared.copy()
             pass_.apply(candidate, ctx)
+        if plan is None and len(ctx.done) == len(folded):
+            idle = _idle(pass_, prepared, candidate, ctx)
+        if idle:
+            candidate = before.copy()
+            ctx.done[:] = []
         attempt = self._judged(index, pass_, candidate, before_path, ctx, tag)
         attempt.plan = plan
+        attempt.idle = idle
         if attempt.verdict.problem == "budget":
             self._forgive_taught(attempt, pass_, prepared, before_path, ctx)
         return attempt
@@ -1292,6 +1318,11 @@ class _PipelineRun:
         staging.mkdir(exist_ok=True)
         path = staging / self.name
         files = self._save(written, path, final=True)
+        if self._is_idle and _bytes(path) > _bytes(self.original):
+            # Nothing was gained: neither notes nor another encoding may cost bytes.
+            written = self.source.copy()
+            written.fit_runtime()
+            files = written.save(path, storage="plain", external=manager.external)
         verdict = self.final.check(path, Promise.CLOSE)
         insists = manager.on_breach == "keep" or verdict.problem == "unmeasured"
         if not verdict.ok and not (insists and verdict.keepable):
@@ -1353,12 +1384,40 @@ class _PipelineRun:
             output=tuple(str(file) for file in files) if self.target else (),
             warnings=tuple(self._warnings()),
             proof=self._proof(written, files),
+            advice=self._advice(written, baseline, stats),
         )
         _LOG.info("%s", report.summary())
         for line in report.warnings:
             _LOG.warning("%s", line)
         written.source = self.target
         return Result(written, report, files if self.target is not None else ())
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no step changed anything, and a plain model is to be written."""
+        changed = any(
+            step.accepted and not step.reason.startswith(NOTHING_TO_DO)
+            for step in self.steps
+        )
+        manager = self.manager
+        return not (changed or manager.names == "short" or manager.storage == "tiny")
+
+    def _advice(self, written: Model, before: Stats, after: Stats) -> str:
+        """Say what would help where nothing was gained."""
+        if after.file_bytes < _GAINED * before.file_bytes or not after.file_bytes:
+            return ""
+        if any(step.pass_name == "quantize" for step in self.steps):
+            return ""
+        layers = list(find(written, roles=("weight", "table"), fused=True))
+        saved = sum(
+            layer.weight.nbytes - layer.weight.size
+            for layer in layers
+            if layer.weight.data_type in FLOATS and not layer.why_not
+        )
+        share = 100 * saved / after.file_bytes
+        if share < _WORTH_SAYING:
+            return ""
+        return f"int8 would save about {min(share, 99):.0f} %: --recipe int8"
 
     def _proof(self, written: Model, files: Sequence[Path]) -> Proof:
         """Say of what, where and when the figures are."""
@@ -1409,6 +1468,23 @@ def _naming(index: int, pass_: Pass, ctx: Context) -> Iterator[None]:
             f"{label} failed after {where}: {type(error).__name__}: {error}; "
             "the model before this step is unharmed and nothing was written"
         ) from error
+
+
+def _idle(pass_: Pass, before: Model, after: Model, ctx: Context) -> str:
+    """Say why a pass had nothing to do; nothing if it changed the model."""
+    if fingerprint(before) != fingerprint(after):
+        return ""
+    nodes = [[node.op for node in model.nodes()] for model in (before, after)]
+    if nodes[0] != nodes[1] or before.metadata != after.metadata:
+        return ""
+    reasons = [
+        why if where in (pass_.name, "model") else f"{where}: {why}"
+        for where, why in ctx.skips
+    ]
+    if not reasons:
+        return "it found no place to act at"
+    more = len(reasons) - 1
+    return reasons[0] + (f"; and {more} more (-v names all)" if more else "")
 
 
 def _optional_inputs(model: Model) -> set[str]:

@@ -15,6 +15,7 @@ from onnxshrink.model import Model
 from onnxshrink.rewriting.constants import (
     adopt_constant_nodes,
     file_bytes,
+    flush_subnormals,
     fold_constants,
     fold_known_values,
     merge_constants,
@@ -44,7 +45,8 @@ class Fold(Pass):
     other arithmetic on channels goes into the weights of Conv, ConvTranspose, Gemm and
     MatMul, Pad into Conv and pools; shapes that are known are written down, equal nodes
     and equal constants become one, and what nothing reads goes. Model-local functions
-    are inlined. Outputs stay the same up to the rounding of floats.
+    are inlined. Weights too small to be normal numbers become zero, which saves time.
+    Outputs stay the same up to the rounding of floats.
 
     Attributes:
         bytes: Share of its bytes that the file may grow to for constants that are
@@ -119,6 +121,9 @@ class Fold(Pass):
         unused += model.drop_unused()
         unfold_uniform(rewriter, file_bytes(model) - int(size * max(1, self.bytes)))
         model._adopt_strays()
+        flushed = flush_subnormals(model)
+        if flushed:
+            ctx.did("subnormal weights", f"{flushed:,} made zero")
         for what, count in rewriter.counts.items():
             ctx.did(what, f"{count} time{'s' if count > 1 else ''}")
         after = sum(1 for _ in model.nodes())

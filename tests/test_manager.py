@@ -594,3 +594,22 @@ def test_few_samples_are_a_warning_in_the_last_lines() -> None:
     *_, warning, last = console.getvalue().strip().splitlines()
     assert warning.startswith("warning: 16 evaluation samples")
     assert "smaller" in last
+
+
+def test_a_run_that_gains_nothing_says_why_and_writes_nothing_bigger(
+    tmp_path: Path,
+) -> None:
+    given = tmp_path / "given.onnx"
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }"""
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(proto, given)
+    result = shrink(given, "student:keep=0.5", output=tmp_path / "out.onnx")
+    (step,) = result.report.steps
+    assert step.reason.startswith("nothing to do: there is no residual block")
+    assert (tmp_path / "out.onnx").stat().st_size <= given.stat().st_size
+    assert result.report.rows()[1][-1] == "nothing to do"
+    assert "int8 would save about 7" in result.report.summary()

@@ -56,6 +56,10 @@ _HEADERS = (
 )
 
 
+NOTHING_TO_DO = "nothing to do"
+"""How the reason of a pass begins that changed nothing."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One pass of a run.
@@ -140,6 +144,7 @@ class Report:
         notes: What else one must know, such as which samples measure.
         output: The files written, the model first.
         warnings: What a reader must not miss: shown last, before the summary.
+        advice: What would help where nothing was gained, said in the summary.
     """
 
     model: str
@@ -153,6 +158,7 @@ class Report:
     output: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = ()
     proof: Proof = field(default_factory=Proof)
+    advice: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return values that JSON can hold.
@@ -171,6 +177,7 @@ class Report:
             "notes": list(self.notes),
             "output": list(self.output),
             "warnings": list(self.warnings),
+            "advice": self.advice,
             **self.proof.to_json(),
         }
 
@@ -194,6 +201,7 @@ class Report:
                 output=tuple(str(name) for name in data.get("output", ())),
                 warnings=tuple(str(line) for line in data.get("warnings", ())),
                 proof=Proof.from_json(data),
+                advice=str(data.get("advice", "")),
             )
         except (
             AttributeError,
@@ -229,7 +237,7 @@ class Report:
             shown = [
                 _left(step, where, why)
                 for where, why in step.skipped
-                if most and step.accepted and not step.did
+                if most and step.accepted and not step.did and not _is_idle(step)
             ]
             shown += [
                 f"{step.pass_name}, to stay within the budget: {where}: {how}"
@@ -266,6 +274,8 @@ class Report:
         text = ", ".join(parts)
         if self.output:
             text += f"; wrote {', '.join(self.output)}"
+        if self.advice:
+            text += f"; {self.advice}"
         return text
 
     def render(self, console: Console, *, verbose: bool = False) -> None:
@@ -416,7 +426,7 @@ def step_line(step: Step) -> str:
     figures = (
         f"{size_text(step.before.file_bytes)} -> {size_text(step.after.file_bytes)}"
     )
-    if not step.accepted:
+    if not step.accepted or _is_idle(step):
         figures = clean(step.reason, 300)
     return f"{step.pass_name}: {figures} ({step.seconds:.1f} s)"
 
@@ -538,7 +548,13 @@ def _left(step: Step, where: str, why: str) -> str:
     return f"{step.pass_name}: {what}{why}"
 
 
+def _is_idle(step: Step) -> bool:
+    return step.accepted and step.reason.startswith(NOTHING_TO_DO)
+
+
 def _kept(step: Step) -> str:
     if not step.accepted:
         return "no"
+    if _is_idle(step):
+        return NOTHING_TO_DO
     return "partly" if step.left_out else "yes"

@@ -702,3 +702,22 @@ def test_notes_of_the_exporter_go_and_others_stay() -> None:
     assert [p.key for p in after.to_proto().graph.node[0].metadata_props] == ["mine"]
     assert len(before.to_bytes()) == size
     assert any("stack traces" in where for where, _ in ctx.done)
+
+
+def test_weights_below_normal_numbers_become_zero_where_products_read_them() -> None:
+    before = Model.load(
+        onnx.parser.parse_model(
+            """<ir_version: 8, opset_import: ["" : 17]>
+            g (float[N,2] x) => (float[N,2] y, float[N,2] z)
+            <float[2,2] w = {1, 2, 3, 4}, float[2] d = {1, 2}>
+            { y = MatMul(x, w) z = Div(x, d) }"""
+        )
+    )
+    tiny = np.float32([[1, 1e-40], [-1e-39, 1.2e-38]])
+    before.set_weight("w", tiny)
+    before.set_weight("d", np.float32([1e-40, 1]))
+    after, _ = folded(before)
+    np.testing.assert_array_equal(
+        after.weight("w").read(), np.float32([[1, 0], [0, 1.2e-38]])
+    )
+    assert after.weight("d").read()[0] == np.float32(1e-40)

@@ -105,7 +105,7 @@ def rendered(made: Report, width: int = 160, **settings: Any) -> str:
 def test_json_has_the_documented_keys_in_order() -> None:
     data = report().to_json()
     wanted = ["model", "onnxshrink", "pipeline", "seed", "baseline", "steps", "final"]
-    wanted = ["schema", *wanted, "notes", "output", "warnings"]
+    wanted = ["schema", *wanted, "notes", "output", "warnings", "advice"]
     assert list(data)[: len(wanted)] == wanted
     step = ["pass", "options", "accepted", "reason", "seconds", "before", "after"]
     step += ["verdict", "did", "skipped"]
