@@ -39,7 +39,7 @@ from onnxshrink.quantization.smoothing import Smoothed
 from onnxshrink.quantization.static import Recipe
 from onnxshrink.solvers.rounding import Grid
 from onnxshrink.statistics import Range
-from onnxshrink.structure import layers
+from onnxshrink.structure import gains, layers
 from onnxshrink.structure.layers import LinearWeight
 
 __all__ = ["Quantize"]
@@ -79,6 +79,8 @@ _TYPES = {
 }
 _ROLES: tuple[layers.Role, ...] = ("weight", "table")
 """Readings of weights that become codes."""
+_WIDEST = 8192
+"""Inputs up to which a layer's weights are weighed by the gain of what it reads."""
 _TOGETHER = 8
 """Layers that are rounded at a time."""
 SMALLEST = 1024
@@ -692,6 +694,18 @@ class _LayersToCode:
         known = {name: ctx.memory.get(key) for name, key in self.keys.items()}
         self.known = {name: one for name, one in known.items() if one is not None}
 
+    @staticmethod
+    def _squares(layer: LinearWeight) -> NDArray[np.float64] | None:
+        """How large the inputs of a matrix are, as far as a normalisation says."""
+        _, _, inputs = layer.layout.matrices_shape
+        if layer.is_shared or layer.groups > 1 or inputs > _WIDEST:
+            return None
+        if layer.kind not in ("Gemm", "MatMul") or layer.input is None:
+            return None
+        if layer.uses[0].input_channels != -1:
+            return None
+        return gains.squares_of(layer.weight.model, layer.input, inputs)
+
     @property
     def missing(self) -> list[LinearWeight]:
         """Layers whose codes are not known yet."""
@@ -714,6 +728,7 @@ class _LayersToCode:
                     layer.layout,
                     self.codings[layer.name],
                     grams.pop(layer.name, None),
+                    self._squares(layer),
                 )
                 for layer in some
                 if layer.name not in self.known

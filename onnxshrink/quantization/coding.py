@@ -72,12 +72,15 @@ class CodingTask:
         coding: How it becomes codes.
         gram: float64 [groups, inputs, inputs] of the layer's inputs, if rounding is to
             look at them.
+        squares: float64 [inputs], how large the inputs are as far as the graph says,
+            where there is no Gram matrix.
     """
 
     tensor: LazyTensor
     layout: Layout
     coding: Coding
     gram: NDArray[np.float64] | None = None
+    squares: NDArray[np.float64] | None = None
 
 
 def code_weights(tasks: Sequence[CodingTask]) -> list[tuple[Grid, Array]]:
@@ -113,17 +116,15 @@ def code_weight(task: CodingTask, factors: Factors | None = None) -> tuple[Grid,
             rows, gram=task.gram, pairs=coding.pairs, factors=factors
         )
     else:
-        grid, codes = _coded(rows, coding, task.gram, factors)
+        grid, codes = _coded(rows, task, factors)
     return grid, codes.astype(np.int8 if grid.low < 0 else np.uint8)
 
 
 def _coded(
-    rows: Array,
-    coding: Coding,
-    gram: NDArray[np.float64] | None,
-    factors: Factors | None,
+    rows: Array, task: CodingTask, factors: Factors | None
 ) -> tuple[Grid, NDArray[np.int32]]:
     """Choose the codes of a weight that is decoded before it is used."""
+    coding, gram = task.coding, task.gram
     levels = coding.levels
     block = weightonly.block_of(rows.shape[1], coding.block)
     method: Fit = "hqq" if coding.rounding == "hqq" else "mse"
@@ -146,6 +147,7 @@ def _coded(
             gram=gram,
             shared=coding.shared,
             factors=factors,
+            squares=task.squares,
         )
     if by_learning and gram is not None:
         codes = adaround(rows, gram, grid)

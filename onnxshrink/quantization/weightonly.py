@@ -193,6 +193,7 @@ def quantized(
     gram: NDArray[np.float64] | None = None,
     shared: bool = False,
     factors: Factors | None = None,
+    squares: NDArray[np.float64] | None = None,
 ) -> tuple[Grid, NDArray[np.int32]]:
     """Choose a grid with scales that are cheap to keep, and the codes of a matrix.
 
@@ -207,7 +208,11 @@ def quantized(
         gram: [inputs, inputs] or [stacks, inputs, inputs] of the layer's inputs.
         shared: All rows have one scale; ``block`` and ``learned`` mean nothing then.
         factors: Of ``gram``, if they are known.
+        squares: Without ``gram``: [inputs], how large inputs are, which scales go by.
     """
+    weighed = gram
+    if gram is None and squares is not None and method == "mse":
+        weighed = np.diag(squares)
     grid = fit(
         weight.reshape(1, -1) if shared else weight,
         levels.low,
@@ -216,7 +221,7 @@ def quantized(
         block=0 if shared else block,
         step=levels.step,
         method="mse" if shared and method == "learned" else method,
-        gram=None if shared else gram,
+        gram=None if shared else weighed,
     )
     if shared:
         rows = np.zeros((len(weight), 1), np.intp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,3 +111,13 @@ def test_weights_of_one_value_are_coded_as_alone_with_one_factor(
         assert np.array_equal(codes, same)
         assert np.array_equal(one.scale, two.scale)
     assert len(made) == 1
+
+
+def test_what_is_known_of_inputs_weighs_the_weights() -> None:
+    weight, _ = _weight()
+    squares = np.where(np.arange(32) % 4 == 0, 100.0, 0.01)
+    gram = np.diag(squares)
+    coding = Coding("none", "int4", block=16)
+    blind = error(weight.T, *reversed(code_weight(_task(coding))), gram)
+    task = replace(_task(coding), squares=squares)
+    assert error(weight.T, *reversed(code_weight(task)), gram) < 0.7 * blind
