@@ -34,7 +34,8 @@ from onnxshrink.structure.layers import FOLD_HELPS, find
 __all__ = ["Fold", "fold_first", "why_fold"]
 
 _ROUNDS = 12
-_TRACES = "pkg.torch."
+_TRACES = ("pkg.torch.", "namespace")
+"""How the keys begin of what PyTorch's exporters note about nodes and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class Fold(Pass):
             except ModelError as error:
                 ctx.skipped("functions", str(error))
         if not self.keep_traces:
-            traces = model.drop_metadata(_TRACES)
+            traces = sum(model.drop_metadata(prefix) for prefix in _TRACES)
             if traces:
                 ctx.did("stack traces of the exporter", f"{traces:,} bytes dropped")
         before = sum(1 for _ in model.nodes())

@@ -270,6 +270,81 @@ def _through(rewriter: Rewriter, node: Node | None) -> Node | None:
     return node
 
 
+@ARITHMETIC.rule("Div in place of Mul by a Reciprocal", "Mul")
+def divided_by_root(rewriter: Rewriter, node: Node) -> bool:
+    """``x * Reciprocal(Sqrt(v))`` -> ``x / Sqrt(v)``, as onnxruntime looks for it."""
+    for index in (0, 1):
+        inverse = node.inputs[index]
+        maker = rewriter.producer(inverse, "Reciprocal")
+        if maker is None or not rewriter.is_only_for(inverse, node):
+            continue
+        if rewriter.producer(maker.inputs[0], "Sqrt") is None:
+            continue
+        rewriter.become(node, "Div", [node.inputs[1 - index], maker.inputs[0]])
+        return True
+    return False
+
+
+@FUSION.rule("RMSNormalization in place of its parts", "Mul")
+def rms_norm(rewriter: Rewriter, node: Node) -> bool:
+    """``x / sqrt(mean(x^2) + eps) * scale`` -> ``RMSNormalization`` (opset 23).
+
+    Only over the last axis, with a constant scale of its length.
+    """
+    if rewriter.opset(node) < 23:
+        return False
+    for index in (0, 1):
+        scale = rewriter.constant(node.inputs[1 - index])
+        fraction = rewriter.producer(node.inputs[index], "Div")
+        if scale is None or fraction is None:
+            continue
+        if not rewriter.is_only_for(node.inputs[index], node):
+            continue
+        found = _root_mean_square(rewriter, fraction)
+        if found is None:
+            continue
+        x, epsilon = found
+        dims = rewriter.shape(x)
+        if dims is None or rewriter.type(x) != onnx.TensorProto.FLOAT:
+            continue
+        if scale.shape != dims[-1:]:
+            continue
+        rewriter.become(
+            node,
+            "RMSNormalization",
+            [x, node.inputs[1 - index]],
+            {"axis": -1, "epsilon": epsilon},
+        )
+        return True
+    return False
+
+
+def _root_mean_square(
+    rewriter: Rewriter, fraction: Node
+) -> tuple[gs.Tensor, float] | None:
+    """Match ``x / sqrt(mean(x^2) + eps)``."""
+    x, rank = fraction.inputs[0], rewriter.rank(fraction.inputs[0])
+    root = rewriter.producer(fraction.inputs[1], "Sqrt")
+    raised = None if root is None else rewriter.producer(root.inputs[0], "Add")
+    if root is None or raised is None or rank is None:
+        return None
+    for index in (0, 1):
+        epsilon = rewriter.scalar(raised.inputs[1 - index])
+        mean = rewriter.producer(raised.inputs[index], "ReduceMean")
+        square = None if mean is None else rewriter.producer(mean.inputs[0])
+        if epsilon is None or mean is None or square is None:
+            continue
+        squares = square.op == "Mul" and square.inputs[1] is x
+        if square.op == "Pow":
+            squares = rewriter.scalar(square.inputs[1]) == 2.0
+        if not squares or square.inputs[0] is not x:
+            continue
+        if _last(rewriter, mean, mean.inputs[0], rank):
+            inner = [square, mean, raised, root, fraction]
+            return (x, epsilon) if _closed(rewriter, inner, fraction) else None
+    return None
+
+
 @FUSION.rule("LayerNormalization in place of its parts", "Add", "Mul", "Div")
 def layer_norm(rewriter: Rewriter, node: Node) -> bool:
     """``(x - mean) / sqrt(var + eps) * scale + bias`` -> ``LayerNormalization``.

@@ -690,6 +690,7 @@ def test_notes_of_the_exporter_go_and_others_stay() -> None:
     )
     for node in proto.graph.node:
         node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value="x" * 999)
+        node.metadata_props.add(key="namespace", value="module/layer")
         node.metadata_props.add(key="mine", value="kept")
     before = Model.load(proto)
     size = len(before.to_bytes())
@@ -721,3 +722,25 @@ def test_weights_below_normal_numbers_become_zero_where_products_read_them() -> 
         after.weight("w").read(), np.float32([[1, 0], [0, 1.2e-38]])
     )
     assert after.weight("d").read()[0] == np.float32(1e-40)
+
+
+@pytest.mark.parametrize(("opset", "left"), [(22, 6), (23, 1)])
+@pytest.mark.parametrize("form", ["Mul(x, Reciprocal_s)", "Div(x, s)"])
+def test_rms_normalisation_by_hand_is_one_operator_where_the_opset_has_it(
+    form: str, opset: int, left: int
+) -> None:
+    inverse = "Reciprocal_s = Reciprocal(s)" if "Reciprocal" in form else ""
+    before = Model.load(
+        onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["" : {opset}]>
+            g (float[N,4] x) => (float[N,4] y)
+            <float[4] w = {{1, 2, 3, 4}}, float eps = {{0.00001}},
+            float two = {{2}}, int64[1] axis = {{-1}}>
+            {{ q = Pow(x, two) m = ReduceMean(q, axis) a = Add(m, eps) s = Sqrt(a)
+               {inverse} d = {form} y = Mul(d, w) }}"""
+        )
+    )
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    after = check_same(before, {"x": x})
+    assert len(ops(after)) == left
+    assert "Reciprocal" not in ops(after)
