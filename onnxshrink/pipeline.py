@@ -32,7 +32,9 @@ BUDGET = ("max_drop", "min_agreement", "min_sqnr")
 _TOKEN = re.compile(r"[^,\s]+")
 _OPTION = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
 _STEP = re.compile(r"([^:=]+)(?:(:)(.*))?", re.DOTALL)
-_RECIPE_LIMIT = 1 << 20
+_RECIPE_LIMIT = 1 << 18
+_DEEPEST_KEY = 8
+"""Parts of a dotted key, which tomllib takes quadratic time for."""
 _WINDOW = 72
 
 
@@ -144,6 +146,8 @@ class Pipeline:
         Raises:
             UsageError: If the file cannot be read as a recipe.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise UsageError(f"recipe {path} is no regular file")
         try:
             with open(path, "rb") as file:
                 content = file.read(_RECIPE_LIMIT + 1)
@@ -152,6 +156,10 @@ class Pipeline:
             raise UsageError(f"cannot read recipe {path}: {reason}") from error
         if len(content) > _RECIPE_LIMIT:
             raise UsageError(f"recipe {path} is larger than {_RECIPE_LIMIT} bytes")
+        if re.search(rb"(?:[\w\"'-]\s*\.\s*){%d}" % _DEEPEST_KEY, content):
+            raise UsageError(
+                f"recipe {path} has a key of more than {_DEEPEST_KEY} parts"
+            )
         try:
             return _from_table(tomllib.loads(content.decode("utf-8")), passes)
         except (UsageError, ValueError, RecursionError) as error:

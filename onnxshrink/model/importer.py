@@ -5,6 +5,7 @@ Tested in tests/model/test_model.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from onnxshrink.tensors import (
 __all__ = ["Importer", "check_functions", "check_order", "dims_of"]
 
 _ATTR = onnx.AttributeProto
+MOST_NODES = 2_000_000
+"""Nodes that functions may unfold to."""
 _DEEPEST = 40
 """Subgraphs inside one another; protobuf itself parses at most 33."""
 
@@ -447,17 +450,23 @@ def check_order(proto: onnx.GraphProto) -> None:
 
 
 def check_functions(proto: onnx.ModelProto) -> None:
-    """Refuse functions with broken bodies and functions that call themselves.
+    """Refuse functions with broken bodies, that call themselves, or that unfold hugely.
+
+    Whoever runs the model writes functions out where they are called, so that ten that
+    call each other ten times are ten billion nodes.
 
     Raises:
         ModelError: Names the function and what is wrong with it.
     """
     calls: dict[tuple[str, str, str], set[tuple[str, str, str]]] = {}
+    every: dict[tuple[str, str, str], Counter[tuple[str, str, str]]] = {}
     for function in proto.functions:
         label = f"function {function.name!r}"
         _check_nodes(label, function.node, set(function.input), None, 0)
         key = (domain_key(function.domain), function.name, function.overload)
-        calls[key] = set(_called(function.node))
+        every[key] = Counter(_called(function.node))
+        calls[key] = set(every[key])
+    sizes: dict[tuple[str, str, str], int] = {}
     done: set[tuple[str, str, str]] = set()
     for first in calls:
         path: dict[tuple[str, str, str], Iterator[tuple[str, str, str]]] = {}
@@ -468,12 +477,27 @@ def check_functions(proto: onnx.ModelProto) -> None:
             following = next(path[current], None)
             if following is None:
                 done.add(current)
+                sizes[current] = _unfolded(every[current], sizes)
                 del path[current]
                 current = next(reversed(path), None)
             elif following in path:
                 raise ModelError(f"function {following[1]!r} calls itself")
             else:
                 current = following
+    total = _unfolded(Counter(_called(proto.graph.node)), sizes)
+    if calls and total > MOST_NODES:
+        shown = f"{total:,}" if total < 10**15 else "more than 10^15"
+        raise ModelError(
+            f"its functions unfold to {shown} nodes, more than the {MOST_NODES:,} that "
+            "are taken"
+        )
+
+
+def _unfolded(
+    called: Mapping[tuple[str, str, str], int],
+    sizes: Mapping[tuple[str, str, str], int],
+) -> int:
+    return sum(count * sizes.get(key, 1) for key, count in called.items())
 
 
 def _called(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, str, str]]:
