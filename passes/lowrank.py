@@ -633,7 +633,9 @@ class Lowrank(SitePass):
             ]
             if not fits:
                 ctx.skipped(
-                    place.where, f"no rank that saves parameters has {self.energy:.4g}"
+                    place.where,
+                    f"no rank that saves parameters keeps {self.energy:.7g} of its "
+                    "energy",
                 )
             elif not prices.pays(place, fits[0]):
                 ctx.skipped(place.where, _too_little(place, fits[0]))

@@ -740,6 +740,28 @@ def test_what_takes_as_long_in_two_is_left_alone() -> None:
     assert found.to_bytes() == model.to_bytes()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"keep": 0.01, "metric": "weights"}, "no rank of it fits keep=0.01"),
+        ({"macs": 0.01, "scope": "local"}, "its factors take as long as it does"),
+        ({"energy": 0.9999999}, "no rank that saves parameters keeps 0.9999999 of its"),
+        ({"rank": ("64",)}, "rank 64 saves nothing; ranks up to 24 do"),
+        ({"rank": ("65",)}, "rank 65 is above its full rank 64; ranks up to 24 save"),
+    ],
+)
+def test_an_amount_that_saves_nothing_is_said_and_changes_nothing(
+    options: dict[str, Any], why: str
+) -> None:
+    model = two_layers()
+    ctx = with_data(model, x=draw((64, 64), 5))
+    found = model.copy()
+    Lowrank(**options).apply(found, ctx)
+    assert not ctx.done
+    assert any(words.startswith(why) for _, words in ctx.skips)
+    assert found.to_bytes() == model.to_bytes()
+
+
 # --- bad input ------------------------------------------------------------------------
 
 

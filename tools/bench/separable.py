@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--model", type=Path, default=MODELS / "residual-cnn.onnx")
     parser.add_argument("--data", type=Path, default=MODELS / "mnist.npz")
     parser.add_argument("--branches", type=int, default=1)
+    parser.add_argument("--separable", help="passes that replace, with norm=add")
     parser.add_argument("--samples", type=int, default=0, help="to train on; 0: all")
     parser.add_argument("--held", type=float, default=0.1, help="share to choose by")
     parser.add_argument("--epochs", type=int, default=3)
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     count = given.samples or len(train[1])
     steps = {
         "fold": "fold",
-        "separable": f"separable:norm=add,branches={given.branches}",
+        "separable": given.separable or f"separable:norm=add,branches={given.branches}",
         "recover": "recover",
         "distill": f"distill:norms=estimate,epochs={given.epochs},{given.train}",
         "folded": "fold",
