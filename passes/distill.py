@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import tempfile
@@ -18,7 +19,7 @@ from onnxshrink import runtime
 from onnxshrink._version import __version__
 from onnxshrink.activations.gathering import fingerprint
 from onnxshrink.base import Context, Pass, Promise
-from onnxshrink.errors import ModelError, UsageError
+from onnxshrink.errors import ModelError, UsageError, nearest
 from onnxshrink.files import scratch_prefix
 from onnxshrink.lineage import Origin
 from onnxshrink.model import Model
@@ -122,6 +123,8 @@ class Distill(Pass):
             default 0.5 where labels fit, else 0.
         loss: How outputs are taught: ``auto``, ``soft`` for scores along the last axis,
             ``mse``, or ``cosine`` for directions along the last axis.
+        outputs: Outputs that are taught, names or glob patterns; by default all of
+            float32 whose first axis counts samples.
         match: Tensors inside that are to be alike: two names, ``student:teacher``, or
             one name, of a tensor that is taught what it was in the teacher. ``:mse``
             (the default), ``:cosine`` or ``:attention`` may follow, and ``:weight``.
@@ -167,6 +170,7 @@ class Distill(Pass):
     temperature: float = 4.0
     alpha: float | None = None
     loss: How = "auto"
+    outputs: tuple[str, ...] = ()
     match: tuple[str, ...] = ()
     match_weight: float = 1.0
     epochs: int = 20
@@ -407,9 +411,14 @@ class _Training:
 
     def _heads(self) -> list[Head]:
         source = self.teacher
-        names = teacher.float_outputs(self.model)
+        names = self._taught()
         if isinstance(source, FileTeacher):
-            names = list(source.shared)
+            names = [name for name in names if name in source.shared]
+            if not names:
+                raise UsageError(
+                    "the teacher's file has no answer for "
+                    f"{', '.join(self.options.outputs) or 'any output'}"
+                )
         mine = teacher.answers(self.model, self.few, names, threads=self.ctx.threads)
         if isinstance(source, FileTeacher):
             source.classes = {n: a.shape[-1] for n, a in mine.items() if a.ndim > 1}
@@ -444,6 +453,34 @@ class _Training:
         if not heads:
             raise UsageError("the model has no output of float32 that could be taught")
         return heads
+
+    def _taught(self) -> list[str]:
+        """Return the outputs that can be taught; say why others are left out.
+
+        Raises:
+            UsageError: There is none, or one that was asked for is not there.
+        """
+        wanted = self.options.outputs
+        known = [info.name for info in self.model.outputs]
+        for pattern in wanted:
+            if not fnmatch.filter(known, pattern):
+                raise UsageError(
+                    f"outputs: the model has no output {pattern!r}; it has "
+                    f"{', '.join(known)}.{nearest(pattern, known)}"
+                )
+        asked = [
+            name
+            for name in known
+            if not wanted or any(fnmatch.fnmatchcase(name, one) for one in wanted)
+        ]
+        unfit = teacher.uncounted(self.model, self.few, asked, threads=self.ctx.threads)
+        for name, why in unfit.items():
+            self.ctx.skipped(name, f"it is not taught: {why}")
+        names = [name for name in asked if name not in unfit]
+        if not names:
+            whys = "; ".join(f"{name!r}: {why}" for name, why in unfit.items())
+            raise UsageError(f"the model has no output that could be taught: {whys}")
+        return names
 
     def _links(self) -> list[Link]:
         options = self.options

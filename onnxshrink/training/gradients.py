@@ -203,10 +203,37 @@ class GradContext:
             found = self._shapes.get(tensor.name)
         if found is None:
             raise ModelError(
-                f"the shape of {tensor.name!r} is not known, which its gradient needs; "
-                "give the shapes of all inputs, the batch included"
+                f"the shape of {tensor.name!r} is not known, which its gradient needs: "
+                f"{self._why_unknown(tensor)}"
             )
         return found
+
+    def _why_unknown(self, tensor: Tensor) -> str:
+        """Name the operator at which shapes end, or the input that has none."""
+        seen: set[int] = set()
+        while tensor.inputs and id(tensor) not in seen:
+            seen.add(id(tensor))
+            node = tensor.inputs[0]
+            behind = [
+                one
+                for one in node.inputs
+                if one.name
+                and not isinstance(one, gs.Constant)
+                and one.name not in self._shapes
+            ]
+            has_body = any(isinstance(v, gs.Graph) for v in node.attrs.values())
+            if not behind or has_body:
+                rule = (
+                    "" if is_covered(node.op, node.domain) else " has no gradient rule"
+                )
+                both = f"{rule} and" if rule else ""
+                return (
+                    f"{node.op} {(node.name or tensor.name)!r}{both} gives a shape that "
+                    "follows from values; only= and skip= choose other weights, "
+                    "outputs= other outputs"
+                )
+            tensor = behind[0]
+        return f"input {tensor.name!r} has no fixed shape"
 
     def rank(self, tensor: Tensor) -> int:
         """Return the number of dimensions."""

@@ -139,6 +139,8 @@ def _fold(model: Model, keep: frozenset[str]) -> int:
         out = node.outputs[0]
         if out.name in keep:
             continue
+        if node.op == "Identity" and any(out is one for one in model.graph.outputs):
+            continue  # it carries a constant to an output, as folding would again
         result: np.ndarray[Any, Any] | None = None
         if node.op in ("Shape", "Size"):
             shape = shape_of(node.inputs[0])

@@ -33,7 +33,7 @@ from onnxshrink._version import __version__
 from onnxshrink.base import Progress
 from onnxshrink.errors import ModelError, OutputError, UsageError, nearest
 from onnxshrink.files import replacing
-from onnxshrink.model import Model
+from onnxshrink.model import Model, ValueInfo
 from onnxshrink.samples import Samples
 from onnxshrink.samples.columns import Column
 from onnxshrink.samples.sources import open_arrays
@@ -48,6 +48,7 @@ __all__ = [
     "digest",
     "float_outputs",
     "read",
+    "uncounted",
     "write",
 ]
 
@@ -145,6 +146,54 @@ def answers(
         if progress is not None:
             progress(stop, total, "teacher")
     return kept
+
+
+def uncounted(
+    model: Model, samples: Samples, names: Sequence[str], *, threads: int = 0
+) -> dict[str, str]:
+    """Return the outputs that are no floats for each sample, and why.
+
+    Args:
+        model: The model.
+        samples: A few samples.
+        names: Names of outputs.
+        threads: onnxruntime's threads.
+    """
+    floats = set(float_outputs(model))
+    found = {
+        info.name: f"it holds {_kind(info)}, no floats"
+        for info in model.outputs
+        if info.name in names and info.name not in floats
+    }
+    left = [name for name in names if name not in found]
+    if not left:
+        return found
+    session = runtime.session(model, threads=threads)
+    step = samples.batch or 1
+    most = len(samples) // step * step
+    counts = [most] if samples.batch or most < 3 else [most, most - 1]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for count in [step] if samples.whole or samples.batch else counts:
+        given = session.run(samples.read(np.arange(count)), left)
+        for name in left:
+            value = given[name]
+            shape = np.shape(value)
+            if not samples.whole and (not shape or shape[0] != count):
+                found.setdefault(
+                    name,
+                    f"it is {list(shape)} for {count} samples, so its first axis does "
+                    "not count them",
+                )
+            elif shapes.setdefault(name, shape[1:]) != shape[1:]:
+                found.setdefault(name, "its shape changes from sample to sample")
+    return found
+
+
+def _kind(info: ValueInfo) -> str:
+    if info.kind != "tensor" or not info.data_type:
+        return f"a {info.kind}"
+    dtype = numpy_type(info.data_type)
+    return "strings" if dtype.hasobject else f"{dtype.name} values"
 
 
 def _stretches(samples: Samples, step: int) -> Iterator[tuple[int, int]]:

@@ -1203,3 +1203,92 @@ def test_quantization_aware_training_repairs_codes_of_three_bits(scales: Any) ->
         if name.endswith("_scale"):
             assert np.array_equal(array, start[name]) == (scales == "fixed")
             assert (array > 0).all()
+
+
+# --- outputs that can be taught -------------------------------------------------------
+
+SEVERAL = """
+<ir_version: 10, opset_import: ["" : 17]>
+g (float[N, 6] x) => (float[N, 4] y, float[K, 4] rows, float[6, 4] table, int64[N] top)
+<float[6, 4] w, float zero = {0}>
+{
+  y = MatMul(x, w)
+  high = ReduceMax<axes = [1], keepdims = 0>(y)
+  on = Greater(high, zero)
+  rows = Compress<axis = 0>(y, on)
+  table = Identity(w)
+  top = ArgMax<axis = 1, keepdims = 0>(y)
+}
+"""
+
+
+def several(drop: int = 0) -> onnx.ModelProto:
+    """One output for each sample, and three that are no such thing."""
+    text = SEVERAL.replace("<float[6, 4] w, ", "<").replace(
+        "[N, 6] x)", "[N, 6] x, float[6, 4] w)"
+    )
+    proto = onnx.parser.parse_model(text)
+    proto.graph.input.pop()
+    weight = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    del proto.graph.output[:drop]
+    return proto
+
+
+def test_outputs_that_do_not_count_samples_are_left_out_and_named() -> None:
+    result = shrink(
+        several(),
+        "prune:sparsity=0.3,distill:epochs=1",
+        data={"x": draw(3, 200, 6)},
+        on_breach="keep",
+        measure_latency=False,
+        measure_memory=False,
+    )
+    said = dict(result.report.steps[-1].skipped)
+    assert "its first axis does not count them" in said["rows"]
+    assert "its first axis does not count them" in said["table"]
+    assert said["top"] == "it is not taught: it holds int64 values, no floats"
+    assert "y" not in said
+
+
+def test_outputs_are_chosen() -> None:
+    def run(outputs: str, drop: int = 0) -> Any:
+        return shrink(
+            several(drop), f"distill:epochs=1{outputs}", data={"x": draw(3, 90, 6)}
+        )
+
+    run(",outputs=y")
+    with pytest.raises(UsageError, match=r"no output 'z'; it has y, rows, table, top"):
+        run(",outputs=z")
+    with pytest.raises(UsageError, match=r"could be taught: 'top': it holds int64"):
+        run(",outputs=top")
+    with pytest.raises(
+        UsageError, match=r"could be taught: 'rows'.*; 'table'.*; 'top'"
+    ):
+        run("", drop=1)
+
+
+def test_a_shape_that_ends_at_a_loop_names_the_loop() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    g (float[N, 6] x, int64 n, float[6, 6] a, float[6, 5] o) => (float[N, 5] y)
+    <bool go = {1}>
+    {
+      h = MatMul(x, a)
+      s = Loop(n, go, h) <
+        body = step (int64 i, bool before, float[N, 6] now)
+          => (bool on, float[M, K] next)
+        { on = Identity(before) next = Tanh(now) }
+      >
+      y = MatMul(s, o)
+    }
+    """
+    proto = onnx.parser.parse_model(text)
+    del proto.graph.input[2:]
+    for name, size in (("a", 6), ("o", 5)):
+        values = np.eye(6, size, dtype=np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    data = {"x": draw(3, 90, 6), "n": np.full(90, 2)}
+    with pytest.raises((ModelError, UsageError), match="Loop") as caught:
+        shrink(proto, "distill:epochs=1", data=data)
+    assert "give the shapes" not in str(caught.value)
