@@ -223,13 +223,10 @@ class GradContext:
             ]
             has_body = any(isinstance(v, gs.Graph) for v in node.attrs.values())
             if not behind or has_body:
-                rule = (
-                    "" if is_covered(node.op, node.domain) else " has no gradient rule"
-                )
-                both = f"{rule} and" if rule else ""
+                none = "" if is_covered(node.op, node.domain) else "has no rule and "
                 return (
-                    f"{node.op} {(node.name or tensor.name)!r}{both} gives a shape that "
-                    "follows from values; only= and skip= choose other weights, "
+                    f"{node.op} {(node.name or tensor.name)!r} {none}gives a shape "
+                    "that follows from values; only= and skip= choose other weights, "
                     "outputs= other outputs"
                 )
             tensor = behind[0]

@@ -1263,7 +1263,7 @@ def test_outputs_are_chosen() -> None:
     with pytest.raises(UsageError, match=r"could be taught: 'top': it holds int64"):
         run(",outputs=top")
     with pytest.raises(
-        UsageError, match=r"could be taught: 'rows'.*; 'table'.*; 'top'"
+        UsageError, match=r"could be taught: 'top'.*; 'rows'.*; 'table'"
     ):
         run("", drop=1)
 
