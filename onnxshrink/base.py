@@ -455,6 +455,7 @@ class Context(metaclass=_ContextType):
         progress: Receives progress of long work.
         done: (where, what) of what the pass said it did, in order.
         skips: (where, why) of what the pass said it left alone.
+        warnings: What the pass said that a user must not miss.
         cache: Statistics that were gathered already, by model, samples and tensor.
         folder: A folder for files of this step, or ``None`` where no run can be
             resumed. It exists, and is deleted once the step is done. A resumed run
@@ -474,6 +475,7 @@ class Context(metaclass=_ContextType):
     progress: Progress = _silent
     done: list[tuple[str, str]] = field(default_factory=list)
     skips: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
     folder: Path | None = None
     memory: Memory = field(default_factory=Memory)
@@ -493,6 +495,11 @@ class Context(metaclass=_ContextType):
     def skipped(self, where: str, why: str) -> None:
         """Record a weight or node that was left alone, and why."""
         self.skips.append((where, why))
+
+    def warn(self, what: str) -> None:
+        """Record what a user must not miss: it stands in the last lines."""
+        if what not in self.warnings:
+            self.warnings.append(what)
 
     @property
     def has_data(self) -> bool:

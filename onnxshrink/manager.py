@@ -106,6 +106,10 @@ _FEW = 32
 """Calibration samples below which the last lines say that they are few."""
 _FEWEST = 8
 """The same of evaluation samples, where outputs are compared in dB."""
+_SLOWER = 1.1
+"""Latency from which a written model counts as slower, after three measurements."""
+_PACING = ("channels", "codebook", "half", "lowrank", "quantize", "separable")
+"""Passes after which operators run in another way; weights alone cost no time."""
 _NAMED = 8
 """Places that a warning names."""
 _NO_SLOWER = 1.05
@@ -150,6 +154,8 @@ class _Attempt:
     """Why the pass had nothing to do; the model is then the one before it."""
     is_taught: bool = False
     """Whether it was accepted for what its pass taught, not for what it kept."""
+    warnings: tuple[str, ...] = ()
+    """What its pass says that a user must not miss."""
 
 
 @dataclass(frozen=True)
@@ -517,6 +523,7 @@ class _PipelineRun:
         reach: The fingerprint of the model that was last looked at for weights that no
             sample reaches, and these.
         untouched: All such weights that steps left alone, and why.
+        cautions: What passes that were kept want a user not to miss.
         costs: What layers cost, for all steps.
     """
 
@@ -568,6 +575,7 @@ class _PipelineRun:
         self.memory = Memory()
         self.reach: tuple[str, Mapping[str, str]] | None = None
         self.untouched: dict[str, str] = {}
+        self.cautions: list[str] = []
         self.costs = FixedCosts(threads=manager.threads, providers=manager.providers)
 
     def _as_given(self) -> Path:
@@ -815,6 +823,7 @@ class _PipelineRun:
                     one.reason = f"{NOTHING_TO_DO}: {attempt.idle}"
                 else:
                     accepted = _Accepted(attempt.model, attempt.path, stats)
+                self.cautions += attempt.warnings
                 if attempt.is_taught:
                     self._hold_to(attempt.path)
             changes: list[tuple[str, str]] = []
@@ -1006,6 +1015,7 @@ class _PipelineRun:
             list(ctx.done),
             list(ctx.skips),
             grown=grown(*sizes),
+            warnings=tuple(ctx.warnings),
         )
 
     def _max_latency(self, index: int) -> float | None:
@@ -1228,6 +1238,37 @@ class _PipelineRun:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             yield f"left alone: {some}{more}: {why}"
         yield from self._doubts()
+        yield from dict.fromkeys(self.cautions)
+
+    def _slower(self, path: Path, stats: Stats) -> list[str]:
+        """Say that the written model is slower than what came in, beyond noise.
+
+        A ratio that is too high is measured twice more, both models in turn: the least
+        counts.
+        """
+        ratio = stats.latency_ratio
+        for _ in range(2):
+            if ratio is None or ratio <= _SLOWER:
+                return []
+            again = self._measure(path).latency_ratio
+            ratio = min(ratio, again) if again is not None else ratio
+        if ratio is None or ratio <= _SLOWER:
+            return []
+        changing = [s for s in self.steps if s.accepted and s.pass_name in _PACING]
+        places = [
+            where
+            for step in changing
+            for where, _ in step.did
+            if where not in ("model", "norms", "training")
+        ]
+        some = ", ".join(places[:_NAMED])
+        more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+        names = " and ".join(dict.fromkeys(s.pass_name for s in changing))
+        by = f": {names} changed how {some}{more} run" if places else ""
+        return [
+            f"slower than what came in, {ratio:.2f}x on this machine{by}; "
+            "--max-latency 1 gives up what costs time"
+        ]
 
     def _doubts(self) -> Iterator[str]:
         """Yield what the samples are too few to say."""
@@ -1382,7 +1423,7 @@ class _PipelineRun:
             final=stats,
             notes=tuple(notes),
             output=tuple(str(file) for file in files) if self.target else (),
-            warnings=tuple(self._warnings()),
+            warnings=(*self._warnings(), *self._slower(path, stats)),
             proof=self._proof(written, files),
             advice=self._advice(written, baseline, stats),
         )

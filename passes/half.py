@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.activations.gathering import unavailable
 from onnxshrink.base import Context, Promise, Savings, Site, SitePass
-from onnxshrink.model import Model, Node, Weight
+from onnxshrink.model import Model, Node, Weight, attribute
 from onnxshrink.model.topology import is_onnx
 from onnxshrink.statistics import Range
 from onnxshrink.storage.encoder import Encoder, Encoding, plain_nbytes
@@ -79,6 +79,7 @@ FRAGILE = (
     "InstanceNormalization",
     "LSTM",
     "LayerNormalization",
+    "LeakyRelu",
     "Log",
     "LogSoftmax",
     "LpNormalization",
@@ -101,7 +102,7 @@ FRAGILE = (
     "Upsample",
 )
 """Sums of many terms, exponentials, coordinates and indices: 11 bits do harm to them,
-and they take little of the time.
+and they take little of the time. LeakyRelu in fp16 runs as three operators on a CPU.
 """
 
 
@@ -158,6 +159,11 @@ class Half(SitePass):
         if not sites:
             return
         if self.mode == "compute":
+            if set(ctx.providers) <= {"CPUExecutionProvider"}:
+                ctx.warn(
+                    "half:mode=compute pays on GPUs: on most processors onnxruntime "
+                    "puts Casts around operators in fp16, and the model takes longer"
+                )
             _Conversion(model, self.type).convert({site.where for site in sites}, ctx)
             return
         weights = {weight.name: weight for weight in model.weights()}
@@ -225,6 +231,12 @@ class Half(SitePass):
             if node.op in self.float32:
                 kept[node.op] += 1
                 continue
+            if _in_codes(node):
+                ctx.skipped(where, "it computes with codes, or between them")
+                continue
+            if _is_depthwise(node):
+                ctx.skipped(where, "fp16 kernels of depthwise Conv are slow")
+                continue
             reads = conversion.reads(node)
             why = reads if isinstance(reads, str) else conversion.misfit(reads)
             if why:
@@ -273,6 +285,26 @@ class Half(SitePass):
             else:
                 fits.append((where, node, reads))
         return fits
+
+
+def _in_codes(node: Node) -> bool:
+    """Whether a node stands between QuantizeLinear and DequantizeLinear.
+
+    With its floats in fp16, onnxruntime finds no integer kernel for it.
+    """
+    near = [maker for tensor in node.inputs for maker in tensor.inputs]
+    near += [reader for tensor in node.outputs for reader in tensor.outputs]
+    return any(
+        other.op in _SCALED or other.op in ("DynamicQuantizeLinear", "MatMulInteger")
+        for other in near
+    )
+
+
+def _is_depthwise(node: Node) -> bool:
+    """Whether a Conv has as many groups as channels."""
+    groups = int(attribute(node, "group", 1)) if node.op == "Conv" else 1
+    shape = getattr(node.inputs[1], "shape", None) if groups > 1 else None
+    return bool(shape) and shape is not None and shape[1] == 1
 
 
 def _rounded(values: Array, kind: str) -> Array:

@@ -23,6 +23,7 @@ from onnxshrink.quantization import (
     correction,
     dynamic,
     inputs,
+    placement,
     processors,
     smoothing,
     static,
@@ -192,7 +193,7 @@ class Quantize(SitePass):
     ] = "auto"
     bias_correction: Literal["auto", "true", "false"] = "auto"
     equalize: Literal["auto", "none", "cross-layer", "smooth", "awq"] = "auto"
-    target: Literal["auto", "avx2", "vnni", "arm", "gpu", "any"] = "auto"
+    target: Literal["auto", "avx2", "vnni", "arm", "gpu", "any"] = "any"
     allow_random: bool = False
     cache: Path | None = None
 
@@ -253,6 +254,8 @@ class Quantize(SitePass):
     ) -> Form:
         kind = layer.kind if layer.uses else ""
         pays = self.activations == "static" or kind in ("Conv", "Gemm")
+        if self.activations == "auto" and placement.loses(layer):
+            pays = False
         if self.activations in ("auto", "static") and static_ok and data and pays:
             return "static"
         wanted = self.activations == "dynamic" or (self.activations == "auto" and data)
@@ -460,6 +463,8 @@ class Quantize(SitePass):
         processor, note = processors.resolve(self.target)
         if names["static"] or names["dynamic"]:
             ctx.did("model", note)
+            if processor.name != "any":
+                ctx.warn(f"quantized for one kind of processor: {note}")
         if self.equalize == "cross-layer":
             correction.equalize(model, ctx)
         # Attempts of a step smooth different layers of this model.

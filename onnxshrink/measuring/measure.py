@@ -111,7 +111,9 @@ def measure(
         file_bytes=file_bytes(path),
         parameters=parameters,
         nonzeros=nonzeros,
-        macs=None if feed is None else macs(model, feed),
+        macs=None
+        if feed is None
+        else macs(model, feed) // _count(model, samples, feed),
         latency_ms=milliseconds,
         latency_ratio=ratio,
         peak_memory_bytes=None if cost is None else cost.peak_memory_bytes,
@@ -127,6 +129,22 @@ def _first(
     if isinstance(samples, Samples):
         return samples.read(np.arange(samples.batch or 1)) if samples.used else None
     return samples
+
+
+def _count(model: Model, samples: object, feed: Mapping[str, Array]) -> int:
+    """Return how many samples a feed holds; of random inputs, by their symbols."""
+    if isinstance(samples, Splits):
+        samples = samples.evaluation or samples.calibration
+    if not isinstance(samples, Samples):
+        return 1
+    if not samples.whole:
+        return samples.batch or 1
+    counts = {
+        feed[info.name].shape[0]
+        for info in model.inputs
+        if info.shape and not isinstance(info.shape[0], int) and info.name in feed
+    }
+    return max(1, counts.pop()) if samples.random and len(counts) == 1 else 1
 
 
 def _hint(samples: object) -> str:

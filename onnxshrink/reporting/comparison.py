@@ -5,6 +5,7 @@ Tested in tests/cli/test_cli.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -246,6 +247,11 @@ def compare(
         stats_a = measure(a.source, samples, latency=runs, **settings)
         other = a.source if runs else None
         stats_b = measure(b.source, samples, baseline=other, latency=runs, **settings)
+    if stats_b.latency_ms is not None and stats_b.latency_ratio:
+        # Both were timed in turn for the ratio, so that time is what stands beside it.
+        stats_a = dataclasses.replace(
+            stats_a, latency_ms=stats_b.latency_ms / stats_b.latency_ratio
+        )
     return Comparison(
         a=str(a.source),
         b=str(b.source),

@@ -480,7 +480,7 @@ def _html(text: str, limit: int = 4000) -> str:
 
 # --- figures ----------------------------------------------------------------------
 
-_OUTPUT_FIGURES = ("agreement", "sqnr_db")
+_OUTPUT_FIGURES = ("agreement", "sqnr_db", "exact")
 """Figures in ``Stats.metric`` that are no task metric."""
 _ERRORS = {"top1": "error", "top5": "top-5 error"}
 """Metrics in percent that are shown as errors, 100 less the metric."""
@@ -514,6 +514,8 @@ def quality_texts(metric: Mapping[str, float]) -> list[str]:
         found.append(f"agrees {_share(metric['agreement'])}")
     if "sqnr_db" in metric:
         found.append(f"{metric['sqnr_db']:.1f} dB")
+    if "exact" in metric:
+        found.append("outputs equal")
     return found
 
 

@@ -68,7 +68,7 @@ class Verdict:
         """Return the figures worth a place in a table, by name.
 
         The task metric under its name; the least ``agreement`` and ``sqnr_db`` (absent
-        if exact) over outputs.
+        if exact) over outputs. Where nothing else tells that all are equal, ``exact``.
         """
         found: dict[str, float] = {}
         if self.metric is not None:
@@ -80,6 +80,8 @@ class Verdict:
         noisy = [m.sqnr_db for m in self.outputs.values() if m.sqnr_db < math.inf]
         if noisy:
             found["sqnr_db"] = min(noisy)
+        if not known and not noisy and any(not m.note for m in self.outputs.values()):
+            found["exact"] = 1.0
         return found
 
     def to_json(self) -> dict[str, object]:

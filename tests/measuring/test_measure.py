@@ -409,3 +409,17 @@ def test_a_slower_model_has_a_larger_ratio():
     # Nine products against one; half of that would already be a wrong answer.
     assert ratio is not None
     assert 4.5 < ratio < 18
+
+
+def test_macs_are_those_of_one_sample_with_and_without_data(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 17]> g (float[N, 8] x) => (float[N, 4] y)'
+        " { y = MatMul(x, w) }"
+    )
+    weight = np.ones((8, 4), np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    model = Model.load(proto)
+    data = Splits.build(model, {"x": np.zeros((10, 8), np.float32)})
+    for splits in (data, Splits.build(model)):
+        assert measure(tmp_path / "m.onnx", splits, latency=False).macs == 32

@@ -173,3 +173,26 @@ def test_real_models_halve_and_answer_alike(
     assert (got.argmax(1) == wanted.argmax(1)).all()
     noise = float(((got - wanted) ** 2).sum() / (wanted**2).sum())
     assert 10 * np.log10(noise) < -60
+
+
+def test_int8_regions_leaky_relu_and_depthwise_convolutions_keep_floats() -> None:
+    model = model_of(
+        "(float[N,4,8,8] x) => (float[N,A,B,C] y) "
+        "<float s = {0.1}, uint8 z = {0}> {"
+        "  q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
+        "  a = Conv(d, w) p = QuantizeLinear(a, s, z) e = DequantizeLinear(p, s, z)"
+        "  b = Neg(e) l = LeakyRelu(b) c = Conv<group = 4>(l, v) y = Conv(c, w)"
+        "}",
+        w=np.ones((4, 4, 1, 1), np.float32),
+        v=np.ones((4, 1, 3, 3), np.float32),
+    )
+    half, context = apply(Half(mode="compute"), model)
+    done = {where for where, _ in context.done}
+    assert len(done) == 1  # the last Conv
+    whys = list(reasons(context).values())
+    assert whys.count("it computes with codes, or between them") == 2
+    assert "fp16 kernels of depthwise Conv are slow" in whys
+    assert "1 of them stay; float32= says which do" in whys
+    (warning,) = context.warnings
+    assert "half:mode=compute pays on GPUs" in warning
+    runtime.session(half)

@@ -18,10 +18,12 @@ from onnxshrink.quantization.placement import (
     Plan,
     Planner,
     bias_codes,
+    loses,
     smallest_scale,
     write,
 )
 from onnxshrink.quantization.schemes import UINT8, Scheme, affine
+from onnxshrink.structure.layers import find
 
 Array = np.ndarray[Any, Any]
 W = np.ones((4, 4, 1, 1), np.float32)
@@ -228,3 +230,59 @@ def test_a_bias_fits_int32_with_the_smallest_scale() -> None:
     codes, scale = bias_codes(bias, np.asarray(1e-4, np.float32), weight)
     assert np.abs(codes.astype(np.int64)).max() <= 2**30 * 1.001
     np.testing.assert_allclose(codes * scale, bias, rtol=1e-6)
+
+
+def test_codes_stay_behind_a_pool_of_floats(tmp_path: Path) -> None:
+    made = model(
+        "a = Conv<pads = [1, 1, 1, 1]>(x, w) r = Relu(a) "
+        "p = MaxPool<kernel_shape = [2, 2]>(r) b = Conv(p, v) y = Relu(b)",
+        w=np.ones((4, 4, 3, 3), np.float32),
+        v=2 * W,
+    )
+    planner = Planner(made)
+    second = [one for one in planner.linear if one.layer.name == "v"]
+    put(made, planner.plan(second))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(
+        made.to_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    (pool,) = (node for node in nodes if node.op_type == "MaxPool")
+    makers = {name: node.op_type for node in nodes for name in node.output}
+    assert makers[pool.input[0]] not in ("QuantizeLinear", "QLinearConv")
+    assert "QLinearConv" in [node.op_type for node in nodes]
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "stride", "is_slower"),
+    [
+        ((8, 1, 3), 1, 1, True),
+        ((8, 1, 3, 3), 1, 1, True),
+        ((8, 1, 3, 3, 3), 1, 1, True),
+        ((8, 3, 3, 3, 3), 1, 1, True),
+        ((8, 3, 3, 3), 1, 2, True),
+        ((8, 3, 3, 3), 1, 1, False),
+        ((8, 4, 3, 3), 1, 2, False),
+        ((8, 1, 3, 3), 8, 1, False),
+        ((8, 1, 7, 7), 8, 1, True),
+        ((8, 4, 1, 1), 2, 1, False),
+    ],
+)
+def test_the_table_of_convolutions_that_lose(
+    shape: tuple[int, ...], group: int, stride: int, is_slower: bool
+) -> None:
+    sizes = ", ".join(["N", str(shape[1] * group), *["16"] * (len(shape) - 2)])
+    dims = ", ".join("NCDEF"[: len(shape)])
+    strides = ", ".join([str(stride)] * (len(shape) - 2))
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 17]> '
+        f"g (float[{sizes}] x) => (float[{dims}] y) "
+        f"{{ y = Conv<group = {group}, strides = [{strides}]>(x, w) }}"
+    )
+    proto.graph.initializer.append(
+        numpy_helper.from_array(np.ones(shape, np.float32), "w")
+    )
+    (layer,) = find(Model.load(proto))
+    assert loses(layer) == is_slower

@@ -936,3 +936,12 @@ def test_a_latency_beyond_its_bound_is_measured_once_more(
     assert verdict.ok == ok
     assert not list(measured)
     assert ok or "latency is 1.60" in verdict.reason
+
+
+def test_equal_outputs_of_more_axes_say_so():
+    text = "g (float[N, 2, 3] x) => (float[N, 2, 3] y) { y = OP(x) }"
+    one = parsed(text.replace("OP", "Neg"))
+    x = RNG.normal(size=(4, 2, 3)).astype(np.float32)
+    assert validator(one, x).check(one).quality() == {"exact": 1.0}
+    other = parsed(text.replace("OP", "Abs"))
+    assert set(validator(one, x).check(other).quality()) == {"sqnr_db"}
