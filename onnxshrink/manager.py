@@ -1400,6 +1400,8 @@ class _PipelineRun:
                 "times of layers that choices were made by are those of this machine; "
                 "another one may choose otherwise"
             )
+        if stats.latency_ratio is not None:
+            notes.append(f"latency is that of this machine: {detect().model}")
         if loading := self._loading(self.original, path):
             first, last = loading
             baseline = dataclasses.replace(

@@ -161,8 +161,8 @@ class Quantize(SitePass):
             of two layers), smooth (large activations into weights, SmoothQuant), awq
             (weights that large activations multiply); auto: smooth where the form is
             dynamic and there is data.
-        target: The processor: avx2 (x86 without VNNI), vnni, arm, gpu or any; auto:
-            this machine's. What that means is in the report.
+        target: The processor: any, avx2 (x86 without VNNI), vnni, arm, gpu; auto: this
+            machine's. One that is not any is said in the last lines.
         allow_random: Calibrate with random inputs where there is no data.
         cache: Folder to keep what calibration saw in, which a later run of the same
             model and samples reads; nothing is kept if it is not given.

@@ -107,13 +107,13 @@ def measure(
     cost = None
     if memory:
         cost = runtime.load_cost(path, threads=threads, providers=providers)
+    total = None if feed is None else macs(model, feed)
+    count = 1 if feed is None else _count(model, samples, feed)
     return Stats(
         file_bytes=file_bytes(path),
         parameters=parameters,
         nonzeros=nonzeros,
-        macs=None
-        if feed is None
-        else macs(model, feed) // _count(model, samples, feed),
+        macs=None if total is None else total // count,
         latency_ms=milliseconds,
         latency_ratio=ratio,
         peak_memory_bytes=None if cost is None else cost.peak_memory_bytes,
