@@ -47,41 +47,34 @@ class Recipe:
 
     Attributes:
         path: (share of zeros, epochs of training behind it).
-        ends: Shares of zeros at which values are shared.
+        ends: (share of zeros, epochs) at which values are shared, and of training
+            behind that.
         count: How many values a weight then has.
-        epochs: Of training behind that.
-        more: Of a second training of the shared values.
         images: How many an epoch has, of all copies; 0 for all.
         batch: Images in a step.
     """
 
     path: tuple[tuple[float, int], ...]
-    ends: tuple[float, ...]
+    ends: tuple[tuple[float, int], ...]
     count: int
-    epochs: int
-    more: int
     images: int
     batch: int
 
 
 RECIPES = {
     "lenet-300-100": Recipe(
-        ((0.85, 1), (0.92, 2), (0.935, 4), (0.95, 3), (0.97, 4)),
-        (0.95, 0.97),
-        8,
-        3,
-        5,
-        0,
-        256,
+        path=((0.85, 1), (0.92, 2), (0.935, 4), (0.95, 3), (0.965, 3)),
+        ends=((0.935, 3), (0.95, 3), (0.965, 3)),
+        count=8,
+        images=0,
+        batch=256,
     ),
     "lenet-5": Recipe(
-        ((0.95, 1), (0.985, 3)),
-        (0.985,),
-        8,
-        3,
-        3,
-        40_000,
-        128,
+        path=((0.95, 1), (0.985, 3)),
+        ends=((0.985, 2),),
+        count=8,
+        images=25_000,
+        batch=128,
     ),
 }
 
@@ -297,20 +290,13 @@ def _stages(
         text = f"prune:sparsity={zeros},{distill},epochs={epochs}"
         now = applied(now, text, path)
         stages.append(stage(now, f"{zeros:.2%} zeros", path))
-        if zeros not in recipe.ends:
-            continue
-        path = folder / f"zeros-{zeros}-shared.onnx"
-        text = (
-            f"codebook:values={recipe.count},codebook:values=16,also=biases,"
-            f"{distill},epochs={recipe.epochs},reassign=true"
-        )
-        end = applied(now, text, path)
-        words = f"{zeros:.2%} zeros, {recipe.count} values"
-        stages.append(stage(end, words, path))
-        path = folder / f"zeros-{zeros}-more.onnx"
-        text = f"{distill},epochs={recipe.more},reassign=true"
-        end = applied(end, text, path)
-        stages.append(stage(end, f"{words}, trained on", path))
+        for _, some in (end for end in recipe.ends if end[0] == zeros):
+            shared = f"codebook:values={recipe.count},codebook:values=16,also=biases"
+            path = folder / f"zeros-{zeros}-shared.onnx"
+            text = f"{shared},{distill},epochs={some},reassign=true"
+            end = applied(now, text, path)
+            words = f"{zeros:.2%} zeros, {recipe.count} values"
+            stages.append(stage(end, words, path))
     return stages
 
 
