@@ -76,7 +76,7 @@ from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.search import backoff
 from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
 from onnxshrink.structure.layers import FLOATS, find
-from onnxshrink.terminal import Bar, console
+from onnxshrink.terminal import Bar, console, size_text
 from onnxshrink.validation import Budget, Metric, Validator, Verdict, grown
 from onnxshrink.validation.batching import without_batches
 from onnxshrink.validation.metrics import fingerprint_of
@@ -96,6 +96,8 @@ Where passes that repair come later (``Pass.repairs``: distill, recover), all fo
 for them: what counts is whether the repaired model holds.
 """
 
+MAX_MODEL_BYTES = 32 * 10**9
+"""Bytes of weights that are worked on without being asked."""
 _LOG = logging.getLogger("onnxshrink")
 _TIGHTENINGS = 24
 _GAINED = 0.98
@@ -226,6 +228,7 @@ class PassManager:
         time_limit: float | None = None,
         memory_limit: int | None = None,
         cancel: threading.Event | None = None,
+        max_model_bytes: int = MAX_MODEL_BYTES,
         command: str = "",
     ) -> None:
         """Set up a run.
@@ -267,6 +270,8 @@ class PassManager:
                 the model that came in and the one that is written; after each pass too
                 where the budget bounds it.
             cancel: When another thread sets it, the run ends with ``Cancelled``.
+            max_model_bytes: Most bytes of weights that are worked on; a file that is
+                all holes claims any number.
             command: What was called, for the report.
             measure_memory: Measure the memory that opening the model takes, before and
                 after, in processes of their own.
@@ -309,6 +314,7 @@ class PassManager:
         self.max_input_bytes = max_input_bytes
         self.cancel = cancel
         self.command = command
+        self.max_model_bytes = max_model_bytes
         self._told: BaseException | None = None
         self._progress = progress
         self.progress: Progress = self._report
@@ -425,6 +431,13 @@ class PassManager:
         resume: bool,
     ) -> Result:
         source = model if isinstance(model, Model) else Model.load(model)
+        nbytes = sum(weight.nbytes for weight in source.weights())
+        if nbytes > self.max_model_bytes:
+            raise UsageError(
+                f"the model's weights take {size_text(nbytes)}, more than the "
+                f"{size_text(self.max_model_bytes)} that are worked on without being "
+                "asked; --max-model-bytes (max_model_bytes=) raises that"
+            )
         if resume and target is None:
             raise UsageError("resume needs an output: the state is kept beside it")
         if target is not None and target.parent.is_dir():

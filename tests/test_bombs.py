@@ -70,6 +70,25 @@ def test_functions_that_laugh_are_refused(tmp_path: Path) -> None:
     assert "its functions unfold to 1,000,000,000,000 nodes" in said
 
 
+def test_a_file_that_is_all_holes_is_refused_before_the_work(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", dims=[25 * 10**9], data_type=TensorProto.FLOAT)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.data")
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "g",
+        *[[v] for v in value],
+        initializer=[tensor],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    made = helper.make_model(graph, opset_imports=opsets)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    with (tmp_path / "w.data").open("wb") as file:
+        file.truncate(100 * 10**9)
+    assert "--max-model-bytes" in refused(tmp_path / "m.onnx")
+
+
 def test_deep_keys_of_recipes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     for text in (".".join("a" * 50_000) + " = 1", "[" + " . ".join("a" * 9) + "]"):

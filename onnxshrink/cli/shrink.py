@@ -253,6 +253,14 @@ onnxshrink exported/ --passes quantize:activations=none,weights=int4 -o smaller/
     help="Most memory of the process that runs the models, such as 2GB; a pass whose "
     "model needs more is rolled back.",
 )
+@option(
+    "--max-model-bytes",
+    type=Size(),
+    default=32 * 10**9,
+    metavar="SIZE",
+    section="Running",
+    help="Most bytes of weights that are worked on.  [default: 32GB]",
+)
 @option("-q", "--quiet", is_flag=True, section="Running", help="Print only errors.")
 @option(
     "-v",
@@ -314,6 +322,7 @@ def shrink(
     measure: str,
     time_limit: float | None,
     memory_limit: int | None,
+    max_model_bytes: int,
     quiet: bool,
     verbose: bool,
 ) -> int:
@@ -395,6 +404,7 @@ def shrink(
             measure_memory="memory" in measure,
             time_limit=time_limit,
             memory_limit=memory_limit,
+            max_model_bytes=max_model_bytes,
             command=shlex.join(["onnxshrink", *sys.argv[1:]]),
         )
         if plan:
