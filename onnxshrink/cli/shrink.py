@@ -338,10 +338,10 @@ def shrink(
         raise click.UsageError("give either -q or -v, not both")
     if max_latency is not None and "latency" not in measure:
         raise click.UsageError("--max-latency needs --measure latency")
-    if model.is_dir() and not plan:
-        return _shrink_folder(model, output, reports, resume=resume)
     if not model.name:
         raise UsageError(f"{str(model)!r} names no file; give a model")
+    if model.is_dir() and not plan:
+        return _shrink_folder(model, output, reports, resume=resume)
     pipeline = _pipeline(passes, recipe)
     if target_name is not None:
         pipeline = pipeline.with_target(target_name)
