@@ -340,6 +340,11 @@ def shrink(
         raise click.UsageError("--max-latency needs --measure latency")
     if not model.name:
         raise UsageError(f"{str(model)!r} names no file; give a model")
+    if str(model) in words() and not model.is_file():
+        raise UsageError(
+            f"{model} does not exist; as a command it must come first: "
+            f"onnxshrink {model} ..."
+        )
     if model.is_dir() and not plan:
         return _shrink_folder(model, output, reports, resume=resume)
     pipeline = _pipeline(passes, recipe)
@@ -504,11 +509,6 @@ def _given(
 
 def _target(model: Path, output: Path | None) -> Path:
     """Return the file to write; refuse now what would fail at the end."""
-    if str(model) in words() and not model.is_file():
-        raise UsageError(
-            f"{model} does not exist; as a command it must come first: "
-            f"onnxshrink {model} ..."
-        )
     if output is None:
         output = model.with_name(f"{model.stem or model.name}-shrunk.onnx")
     elif output.is_dir():
