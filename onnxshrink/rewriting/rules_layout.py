@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.model import Node
 from onnxshrink.model.topology import is_onnx
-from onnxshrink.rewriting.rewriter import Rewriter, RuleSet
+from onnxshrink.rewriting.rewriter import Rewriter, RuleSet, float_type
 from onnxshrink.rewriting.rules_linear import pads_nothing
 from onnxshrink.structure.symbolic import Dims, broadcast, slice_plan
 
@@ -274,6 +274,9 @@ def join_reshapes(rewriter: Rewriter, node: Node) -> bool:
         return _drop(rewriter, node, x)
     if not rewriter.is_only_for(y, node):
         return False
+    if not float_type(rewriter.type(x)) and _attends(rewriter):
+        # By these onnxruntime's transformers optimizer finds the mask of Attention.
+        return False
     if node.op == before.op == "Unsqueeze":
         return _join_unsqueezes(rewriter, before, node)
     wanted, source = rewriter.shape(node.outputs[0]), rewriter.shape(x)
@@ -287,6 +290,10 @@ def join_reshapes(rewriter: Rewriter, node: Node) -> bool:
     )
     rewriter.become(node, "Reshape", [x, shape])
     return True
+
+
+def _attends(rewriter: Rewriter) -> bool:
+    return any(node.op == "Softmax" for node in rewriter.nodes())
 
 
 def _join_unsqueezes(rewriter: Rewriter, before: Node, node: Node) -> bool:

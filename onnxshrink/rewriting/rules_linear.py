@@ -600,6 +600,9 @@ def _along_input(use: Use, values: Array) -> Array:
     return values if values.ndim == 0 else use.over_inputs(values)
 
 
+_TO_SOFTMAX = 3
+"""Operators between scaled scores and their Softmax, such as that of a mask."""
+
 # --- one factor through other operators -------------------------------------------
 
 
@@ -607,7 +610,8 @@ def _along_input(use: Use, values: Array) -> Array:
 def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
     """Move a factor through Transpose, Reshape and MatMul into a constant weight.
 
-    ``softmax(q k / sqrt(d))`` of an attention block scales the weights of ``q``.
+    The factor of ``softmax(q k / sqrt(d))`` stays where it is: onnxruntime finds
+    Attention by it, and computes it for nothing then.
     """
     for index in (0, 1) if node.op == "Mul" else (0,):
         x = node.inputs[index]
@@ -624,6 +628,10 @@ def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
             continue
         if not rewriter.can_replace(node.outputs[0], x):
             continue
+        if _are_scores(rewriter, x, node.outputs[0]):
+            where = node.name or node.outputs[0].name
+            rewriter.skip(where, "onnxruntime's optimizer looks for it in attention")
+            continue
         scale = factor if node.op == "Mul" else 1.0 / factor
         between: list[gs.Tensor] = []
         linear = _linear_above(rewriter, x, 6, between)
@@ -639,6 +647,25 @@ def factor_upwards(rewriter: Rewriter, node: Node) -> bool:
             for tensor in between:
                 rewriter.model.lineage.scale(tensor.name, scale)
             return rewriter.supplant(node.outputs[0], x)
+    return False
+
+
+def _are_scores(rewriter: Rewriter, x: gs.Tensor, scaled: gs.Tensor) -> bool:
+    """Whether a value is a product of activations on its way to a Softmax."""
+    product = rewriter.producer(x, "MatMul")
+    if product is None or any(rewriter.constant(t) is not None for t in product.inputs):
+        return False
+    readers = list(scaled.outputs)
+    for _ in range(_TO_SOFTMAX):
+        if any(reader.op == "Softmax" for reader in readers):
+            return True
+        readers = [
+            behind
+            for reader in readers
+            if reader.op in ("Add", "Cast", "Where") and is_onnx(reader.domain)
+            for tensor in reader.outputs
+            for behind in tensor.outputs
+        ]
     return False
 
 
