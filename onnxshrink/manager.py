@@ -74,6 +74,7 @@ from onnxshrink.samples.random_inputs import MAX_INPUT_BYTES
 from onnxshrink.samples.sources import split_path
 from onnxshrink.samples.splits import CHOOSING
 from onnxshrink.search import backoff
+from onnxshrink.solvers.threads import one_thread
 from onnxshrink.state import SavedRun, StateFolder, Workspace, digest
 from onnxshrink.structure.layers import FLOATS, find
 from onnxshrink.terminal import Bar, console, size_text
@@ -446,6 +447,7 @@ class PassManager:
             hosting(self.isolate, self.time_limit, self.memory_limit) as host,
             self._workspace(target, resume) as folder,
             self._executor() as executor,
+            one_thread,  # sums, and so bytes, differ with the number of threads
         ):
             run = _PipelineRun(self, source, target, folder, executor, host)
             return run.run(resume)
