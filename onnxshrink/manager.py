@@ -1428,6 +1428,8 @@ class _PipelineRun:
                 f"time to load it: {first.seconds * 1000:.1f} ms -> "
                 f"{last.seconds * 1000:.1f} ms",
             )
+        # Measured on the file that is still in its place.
+        warnings = (*self._warnings(), *self._slower(path, stats))
         if self.target is not None:
             files = written.publish(files, self.target)
         report = Report(
@@ -1440,7 +1442,7 @@ class _PipelineRun:
             final=stats,
             notes=tuple(notes),
             output=tuple(str(file) for file in files) if self.target else (),
-            warnings=(*self._warnings(), *self._slower(path, stats)),
+            warnings=warnings,
             proof=self._proof(written, files),
             advice=self._advice(written, baseline, stats),
         )
