@@ -282,7 +282,7 @@ class PassManager:
                 run; by default if the system has processes and the environment does
                 not say ``ONNXSHRINK_ISOLATE=0``.
             time_limit: Seconds that opening a model, or running it on one batch, may
-                take in the child.
+                take in the child; by default 300.
             memory_limit: Bytes of resident memory that the child may need.
 
         Raises:

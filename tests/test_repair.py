@@ -182,6 +182,9 @@ class Student(Swap):
     name: ClassVar[str] = "test-student"
     promise: ClassVar[Promise] = Promise.SIGNATURE
 
+    def rewrite(self, model: Model, site: Site, ctx: Context) -> None:
+        model.set_weight("w1", np.roll(np.eye(4, dtype=np.float32), 2, axis=1))
+
 
 @pytest.mark.parametrize("on_breach", ["back-off", "rollback", "abort", "keep"])
 def test_damage_that_is_repaired_is_kept_in_full(on_breach: OnBreach) -> None:

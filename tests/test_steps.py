@@ -32,7 +32,7 @@ from onnxshrink.engine import make_context
 from onnxshrink.passes import prune, quantize
 from onnxshrink.passes.fold import Fold
 from onnxshrink.passes.recover import Recover
-from onnxshrink.quantization import smoothing, static
+from onnxshrink.quantization import coding, smoothing, static
 from onnxshrink.structure.inputs import InputStatistics
 
 Array = np.ndarray[Any, Any]
@@ -165,7 +165,7 @@ def test_each_weight_is_rounded_once_in_a_step(
     passes: str, sqnr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {
-        "rounded": (quantize, "code_weight"),
+        "rounded": (coding, "code_weight"),
         "rounded in static": (static, "round_weight"),
         "calibrated": (gathering, "_run"),
         "folded": (Fold, "apply"),

@@ -243,7 +243,7 @@ onnxshrink exported/ --passes quantize:activations=none,weights=int4 -o smaller/
     metavar="SECONDS",
     section="Running",
     help="Most time that onnxruntime may take to open a model or to run it on one "
-    "batch; a pass whose model takes longer is rolled back.",
+    "batch; a pass whose model takes longer is rolled back. [default: 300]",
 )
 @option(
     "--memory-limit",

@@ -36,7 +36,7 @@ from onnxshrink.isolation import wire
 from onnxshrink.model import Model
 from onnxshrink.package import is_package
 
-__all__ = ["HostedSession", "SessionHost", "hosting"]
+__all__ = ["SECONDS", "HostedSession", "SessionHost", "hosting"]
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
@@ -44,6 +44,8 @@ Feeds = Mapping[str, Array]
 _CPU = ("CPUExecutionProvider",)
 _OPEN_BYTES = 512 << 20
 """Bytes of files that stay open at most, beside the one in use."""
+SECONDS = 300.0
+"""How long a model may take to open, or to run on one batch, where nobody says."""
 _START_SECONDS = 120.0
 _LOOK = 0.02
 """Seconds between two looks at the child's memory and the clock."""
@@ -147,7 +149,10 @@ class SessionHost:
     """
 
     def __init__(
-        self, *, time_limit: float | None = None, memory_limit: int | None = None
+        self,
+        *,
+        time_limit: float | None = SECONDS,
+        memory_limit: int | None = None,
     ) -> None:
         """Start the child, which gets ready while the caller goes on.
 
@@ -475,7 +480,8 @@ def hosting(
         try:
             if not sys.executable:
                 raise OSError(0, "this Python does not know its own program")
-            host = SessionHost(time_limit=time_limit, memory_limit=memory_limit)
+            most = SECONDS if time_limit is None else time_limit
+            host = SessionHost(time_limit=most, memory_limit=memory_limit)
         except OSError as error:
             if asked:
                 raise UsageError(

@@ -198,6 +198,7 @@ def test_no_child_where_nobody_wants_one(monkeypatch: pytest.MonkeyPatch) -> Non
         assert host is None
     with hosting(True) as host:
         assert host is not None
+        assert host.time_limit == 300  # a loop without an end is bounded
 
 
 def test_no_child_where_none_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
