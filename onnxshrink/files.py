@@ -53,8 +53,8 @@ def scratch_prefix() -> str:
 
 def sweep_scratch(folder: str | os.PathLike[str]) -> None:
     """Delete temporary folders of our own that processes left that were killed."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
             match = re.fullmatch(r"onnxshrink-(\d{1,9})-\w+", entry.name)
             if match is None or not entry.is_dir(follow_symlinks=False):
                 continue

@@ -38,7 +38,7 @@ SUFFIXES = (".json", ".md", ".html")
 Notes = tuple[tuple[str, str], ...]
 _FEW = 12
 """Weakened places that the terminal shows for each pass."""
-_SLOWER = 1.02
+_SLOWER = 1.1
 """Share of the time above which a model is called slower; less is noise."""
 _LAYERS = 24
 """Layers that Markdown lists."""

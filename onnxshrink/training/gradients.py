@@ -230,7 +230,7 @@ class GradContext:
                     "outputs= other outputs"
                 )
             tensor = behind[0]
-        return f"input {tensor.name!r} has no fixed shape"
+        return f"input {tensor.name!r} has no fixed shape, and none was given"
 
     def rank(self, tensor: Tensor) -> int:
         """Return the number of dimensions."""
