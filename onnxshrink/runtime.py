@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -31,6 +32,7 @@ __all__ = [
     "LoadCost",
     "Session",
     "check_providers",
+    "child_path",
     "custom_operators",
     "describe",
     "file_bytes",
@@ -792,6 +794,21 @@ print("probe", seconds, memory("VmHWM") - before)
 """
 
 
+def child_path() -> str:
+    """Return PYTHONPATH for a child process that imports what this one does.
+
+    Only the folders of our own packages, and what the environment says: the working
+    folder, where this process may look first, holds other people's files.
+    """
+    folders = []
+    for name in ("onnxshrink", "numpy", "onnxruntime"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            folders.append(str(Path(spec.origin).absolute().parents[1]))
+    folders.extend(os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
+
+
 def load_cost(
     path: Path,
     *,
@@ -820,7 +837,7 @@ def load_cost(
             text=True,
             timeout=timeout,
             check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, "PYTHONPATH": child_path()},
         )
     except (OSError, subprocess.SubprocessError):
         return None

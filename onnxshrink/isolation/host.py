@@ -352,8 +352,11 @@ class SessionHost:
 
     def _start(self) -> None:
         command = [sys.executable, "-P", "-W", "ignore", "-m", worker_name()]
-        path = os.pathsep.join(p for p in sys.path if p)
-        env = {**os.environ, "PYTHONPATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": runtime.child_path(),
+            "ORT_DISABLE_TELEMETRY": "1",
+        }
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -249,3 +249,18 @@ def test_a_run_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
     while time.monotonic() < gone and any(map(is_alive, children)):
         time.sleep(0.1)
     assert not any(map(is_alive, children))
+
+
+def test_files_of_the_working_folder_are_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "types.py").write_text("raise SystemExit('not a module of ours')")
+    written(PRODUCT, tmp_path / "m.onnx")
+    shown = subprocess.run(
+        [sys.executable, "-m", "onnxshrink", "m.onnx"],
+        env={**os.environ, "ONNXSHRINK_ISOLATE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "memory to load it" in shown.stdout or sys.platform != "linux"
