@@ -20,7 +20,9 @@ _SHORTEST = 1e-3
 """Seconds below which several runs are timed as one."""
 
 
-def in_turns(runs: Sequence[Callable[[], float]]) -> tuple[float, float | None]:
+def in_turns(
+    runs: Sequence[Callable[[], float]], *, here: bool = True
+) -> tuple[float, float | None]:
     """Time one run, or two in turns.
 
     Both are warmed up, then run in pairs of alternating order, for about half a second
@@ -31,6 +33,7 @@ def in_turns(runs: Sequence[Callable[[], float]]) -> tuple[float, float | None]:
 
     Args:
         runs: One or two functions that run once and return seconds of wall time.
+        here: Whether all run in this process, so that its processor time is theirs.
 
     Returns:
         Median milliseconds of the first, and the median over pairs of its ratio to the
@@ -56,7 +59,7 @@ def in_turns(runs: Sequence[Callable[[], float]]) -> tuple[float, float | None]:
     milliseconds = statistics.median(wall[0]) * 1e3
     if len(runs) == 1:
         return milliseconds, None
-    contended = sum(map(sum, wall)) > _CONTENDED * sum(map(sum, busy))
+    contended = here and sum(map(sum, wall)) > _CONTENDED * sum(map(sum, busy))
     times = busy if contended and min(map(min, busy)) > 0 else wall
     ratios = [one / max(two, 1e-9) for one, two in zip(*times, strict=True)]
     return milliseconds, statistics.median(ratios)

@@ -92,6 +92,10 @@ class Sessions:
         runs = [self._timed(*one) for one in zip(numbers, feeds, strict=True)]
         return list(turns.in_turns(runs))
 
+    def seconds(self, number: int, feed: dict[str, Any]) -> float:
+        """Run once; return seconds of wall time."""
+        return self._timed(number, feed)()
+
     def _timed(self, number: int, feed: dict[str, Any]) -> Callable[[], float]:
         run, options = self._open[number].run, self._run_options
 
@@ -124,6 +128,7 @@ def main() -> None:
     words: dict[str, Callable[..., Any]] = {
         "open": sessions.open,
         "run": sessions.run,
+        "seconds": sessions.seconds,
         "time": sessions.time,
         "close": sessions.close,
     }

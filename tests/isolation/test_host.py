@@ -21,6 +21,7 @@ from onnxshrink import PassManager, Pipeline, runtime
 from onnxshrink.errors import ModelError, UsageError
 from onnxshrink.isolation import host as hosts
 from onnxshrink.isolation.host import HostedSession, SessionHost, hosting
+from onnxshrink.measuring.measure import latencies
 from onnxshrink.model import Model
 
 PRODUCT = """
@@ -100,6 +101,20 @@ def test_a_hosted_session_is_like_one_of_our_own(
     assert milliseconds > 0
     assert ratio is not None
     assert ratio > 0
+
+
+def test_a_session_here_and_one_in_the_child_are_timed_by_wall(
+    host: SessionHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Processor time of this process would say nothing of the child's.
+    path = written(PRODUCT, tmp_path / "m.onnx")
+    own, hosted = runtime.session(path), host.session(path)
+    monkeypatch.setattr(own, "seconds", lambda feeds: 0.002)
+    monkeypatch.setattr(hosted, "seconds", lambda feeds: 0.004)
+    x = np.ones((1, 3), np.float32)
+    assert latencies(own, hosted, {"x": x}) == (2.0, 0.5)
+    monkeypatch.undo()
+    assert 0 < hosted.seconds({"x": x}) < 60
 
 
 def test_a_file_is_opened_once_until_it_changes(
